@@ -1,0 +1,45 @@
+"""What crosses the disk: one scored sequence, the Arrow schema of a shard, the manifest.
+
+Knows nothing of files, models or torch. `docs/format.md` is the normative text.
+"""
+
+from schemas.arrow import PRECISIONS, Layout, shard_schema
+from schemas.manifest import (
+    FORMAT_VERSION,
+    ByteRange,
+    CommitRecord,
+    Manifest,
+    RowGroup,
+    Segment,
+    ShardPlan,
+    TeacherInfo,
+    TokenizerInfo,
+    Totals,
+    Truncation,
+)
+from schemas.sequence import ScoredSequence
+from schemas.strict import FormatError, from_json, to_json
+from schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PRECISIONS",
+    "ByteRange",
+    "CommitRecord",
+    "FormatError",
+    "Layout",
+    "Manifest",
+    "RowGroup",
+    "ScoredSequence",
+    "Segment",
+    "ShardPlan",
+    "TeacherInfo",
+    "TokenizerInfo",
+    "Totals",
+    "Truncation",
+    "check_same_tokenizer",
+    "from_json",
+    "shard_schema",
+    "to_json",
+    "tokenizer_fingerprint",
+]

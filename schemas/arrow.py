@@ -1,0 +1,77 @@
+"""The Arrow schema of a shard: one row is one token position.
+
+Everything that a shard's physical form depends on is a `Layout`, derived from the manifest.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
+"""Bytes per kept log prob before compression."""
+
+WIDE_VOCAB = 65_536
+"""Ids above this need a third byte, stored apart in `topk_hi`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What decides the columns of a shard and their widths."""
+
+    slots: int
+    """K: entries per target."""
+    vocab_size: int
+    """Size of the shared vocabulary: ids are below it."""
+    precision: str
+    """How kept log probs are stored: f32, f16 or compact."""
+    temperatures: tuple[float, ...]
+    """Stored temperatures, 1 first."""
+    has_num_kept: bool
+    """Whether the number of kept entries varies per target."""
+    has_draws: bool
+    """Whether entries carry draw counts."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether ids need three bytes."""
+        return self.vocab_size > WIDE_VOCAB
+
+    @property
+    def logprob_bytes(self) -> int:
+        """Width of the `topk_logprob` blob of one target."""
+        return PRECISIONS[self.precision] * self.slots
+
+
+def log_z_column(temperature: float) -> str:
+    """Name of the log Z column of a temperature."""
+    return f"log_z_t{temperature:g}"
+
+
+def log_tail_column(temperature: float) -> str:
+    """Name of the log tail mass column of a temperature."""
+    return f"log_tail_t{temperature:g}"
+
+
+def shard_schema(layout: Layout) -> pa.Schema:
+    """The Arrow schema of every shard of a cache with this layout; all columns non-null."""
+    columns: list[tuple[str, pa.DataType]] = [
+        ("sequence", pa.int64()),
+        ("sample_id", pa.dictionary(pa.int32(), pa.string())),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("is_target", pa.bool_()),
+        ("topk_lo", pa.binary(2 * layout.slots)),
+    ]
+    if layout.wide:
+        columns.append(("topk_hi", pa.binary(layout.slots)))
+    columns.append(("topk_logprob", pa.binary(layout.logprob_bytes)))
+    if layout.has_num_kept:
+        columns.append(("num_kept", pa.uint16()))
+    if layout.has_draws:
+        columns.append(("draws", pa.binary(2 * layout.slots)))
+    for temperature in layout.temperatures:
+        if temperature != 1:
+            columns.append((log_z_column(temperature), pa.float32()))
+        columns.append((log_tail_column(temperature), pa.float32()))
+    columns.append(("label_logprob", pa.float32()))
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])

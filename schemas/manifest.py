@@ -1,0 +1,266 @@
+"""The manifest of a cache and the records beside it: what a cache is, independent of its rows.
+
+Every class loads strictly (`schemas.strict.from_json`) and is frozen; hashes are lower-case hex.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.arrow import PRECISIONS, Layout
+from schemas.strict import FormatError, canonical, from_json, to_json
+
+FORMAT_VERSION = 1
+METHODS = ("topk", "topp", "sample", "topk+sample")
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class Truncation:
+    """Which entries of each distribution are kept."""
+
+    method: str = "topk"
+    """topk | topp | sample | topk+sample."""
+    k: int = 64
+    """topk: entries kept; topp: at most this many; topk+sample: size of the exact head."""
+    p: float = 1.0
+    """topp: keep the smallest set of top entries whose mass reaches p."""
+    min_k: int = 1
+    """topp: keep at least this many."""
+    draws: int = 0
+    """sample, topk+sample: draws with replacement per target (from the tail for topk+sample)."""
+    seed: int = 0
+    """sample, topk+sample: seed; a sequence's draws depend on it and the sequence index alone."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"truncation.method {self.method!r} is not one of {METHODS}")
+        head = self.method != "sample"
+        if head and self.k < 1:
+            raise ValueError(f"truncation.k must be at least 1, found {self.k}")
+        if self.method == "topp":
+            if not 0 < self.p <= 1:
+                raise ValueError(f"truncation.p must lie in (0, 1], found {self.p}")
+            if not 1 <= self.min_k <= self.k:
+                raise ValueError(
+                    f"truncation.min_k must lie in [1, k={self.k}], found {self.min_k}"
+                )
+        elif self.p != 1.0 or self.min_k != 1:
+            raise ValueError(f"truncation.p and min_k have no effect with method {self.method!r}")
+        if self.sampled:
+            if not 1 <= self.draws <= 65_535:
+                raise ValueError(f"truncation.draws must lie in [1, 65535], found {self.draws}")
+        elif self.draws or self.seed:
+            raise ValueError(
+                f"truncation.draws and seed have no effect with method {self.method!r}"
+            )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether entries are drawn at random."""
+        return self.method in ("sample", "topk+sample")
+
+    @property
+    def slots(self) -> int:
+        """K: entries a target can hold."""
+        head = 0 if self.method == "sample" else self.k
+        return head + (self.draws if self.sampled else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherInfo:
+    """Who scored the sequences."""
+
+    name: str
+    """Path or hub id as given, with the revision."""
+    fingerprint: str
+    """Hash over configuration and weight files."""
+    architecture: str
+    """Class name of the model."""
+    engine: str
+    """Engine and version, for example "transformers 5.19.0"."""
+    dtype: str
+    """Computation dtype of the forward."""
+    vocab_size: int
+    """Rows of the teacher's output layer, padding included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerInfo:
+    """The tokenizer the ids belong to; its files are kept in `tokenizer/`."""
+
+    fingerprint: str
+    """`schemas.tokenizer_fingerprint`, or "" when the source was ready ids without a tokenizer."""
+    files: dict[str, str]
+    """File name -> xxh3_128."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """One sealed file of zstd-compressed JSON lines that belongs to the manifest."""
+
+    name: str
+    """Path relative to the cache."""
+    entries: int
+    """Lines."""
+    bytes: int
+    """Size on disk."""
+    xxh3_128: str
+    """Hash of the whole file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPlan:
+    """Which sequences belong to one shard; a line of the plan segment."""
+
+    shard: int
+    first_sequence: int
+    num_sequences: int
+    num_tokens: int
+    num_targets: int
+    input_xxh3_128: str
+    """Hash of the tokens to score: pins the input of this shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByteRange:
+    """A run of bytes of a shard and its hash."""
+
+    offset: int
+    length: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroup:
+    """One row group: whole sequences, consecutive."""
+
+    rows: int
+    sequences: int
+    targets: int
+    data: ByteRange
+    """All column chunks of the row group."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord:
+    """Says that a shard is complete; written after it."""
+
+    shard: int
+    cache_id: str
+    first_sequence: int
+    num_sequences: int
+    rows: int
+    targets: int
+    bytes: int
+    xxh3_128: str
+    """Hash of the whole shard file."""
+    row_groups: tuple[RowGroup, ...]
+    footer: ByteRange
+    """Everything behind the last row group."""
+    kl_error_mean: float
+    """Measured decoding error: mean over targets of KL(scored || decoded), nats."""
+    kl_error_max: float
+    seconds: float
+    """Wall time from the first sequence to the commit."""
+    worker: str
+    """host:pid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """Sums over all shards, once the cache is final."""
+
+    shards: int
+    sequences: int
+    tokens: int
+    targets: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a cache is. `totals` and `records` are empty until every shard is committed."""
+
+    format_version: int
+    cache_id: str
+    """Hash of every field below except `totals` and `records`: same input and config, same id."""
+    teacher: TeacherInfo
+    tokenizer: TokenizerInfo
+    shared_vocab_size: int
+    """Ids are below this; logits beyond it (padding) were cut before any normalisation."""
+    truncation: Truncation
+    temperatures: tuple[float, ...]
+    precision: str
+    source: dict[str, Any]
+    """Where the records came from, with content hashes."""
+    sequences: dict[str, Any]
+    """How records became sequences: settings and counts."""
+    num_shards: int
+    num_sequences: int
+    num_tokens: int
+    num_targets: int
+    plan: Segment
+    """The shard plan: one `ShardPlan` per line."""
+    totals: Totals | None
+    records: Segment | None
+    """All commit records in shard order, once the cache is final."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        check_temperatures(self.temperatures)
+        if self.truncation.slots > self.shared_vocab_size:
+            raise ValueError(
+                f"truncation keeps {self.truncation.slots} entries of a vocabulary of "
+                f"{self.shared_vocab_size}"
+            )
+        expected = self.identity_hash()
+        if self.cache_id not in ("", expected):
+            raise ValueError(f"cache_id is {self.cache_id}, its fields give {expected}")
+
+    def identity_hash(self) -> str:
+        """The value `cache_id` must have."""
+        fields = to_json(self)
+        for name in ("cache_id", "totals", "records"):
+            del fields[name]
+        return hashlib.sha256(canonical(fields)).hexdigest()[:32]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every shard of the plan is committed and sealed."""
+        return self.records is not None
+
+    @property
+    def layout(self) -> Layout:
+        """What the shards' columns follow from."""
+        return Layout(
+            slots=self.truncation.slots,
+            vocab_size=self.shared_vocab_size,
+            precision=self.precision,
+            temperatures=self.temperatures,
+            has_num_kept=self.truncation.method != "topk",
+            has_draws=self.truncation.sampled,
+        )
+
+    @staticmethod
+    def parse(data: Any, where: str) -> "Manifest":
+        """Strict load; an unknown format version is named before anything else is looked at."""
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"{where}: format_version {version!r} cannot be read; this release reads version "
+                f"{FORMAT_VERSION}. A newer cache needs a newer release of decant."
+            )
+        return from_json(Manifest, data, where)
+
+
+def check_temperatures(temperatures: tuple[float, ...]) -> None:
+    """Raise ValueError unless they are distinct, positive, ascending behind a leading 1."""
+    rest = temperatures[1:]
+    if not temperatures or temperatures[0] != 1:
+        raise ValueError(f"temperatures must start with 1, found {list(temperatures)}")
+    if any(not 0 < t < float("inf") for t in rest) or len(set(temperatures)) < len(temperatures):
+        raise ValueError(
+            f"temperatures must be distinct, positive and finite, found {list(temperatures)}"
+        )

@@ -1,0 +1,91 @@
+"""Strict JSON for frozen dataclasses: every field present, none unknown, every type as declared.
+
+A reader that guesses at a field it does not know trains on numbers it does not understand, so
+there are no defaults on the way in.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class FormatError(ValueError):
+    """A file of the cache is not what the format says: names the file, expected and actual."""
+
+
+def to_json(value: Any) -> Any:
+    """Turn a (nested) dataclass into plain JSON values, one key per field."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """The one byte string of a JSON value: sorted keys, no spaces, UTF-8. What hashes are over."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def from_json(cls: type[T], data: Any, where: str) -> T:
+    """Build dataclass `cls` from parsed JSON.
+
+    Raises FormatError, naming `where`, on a missing field, an unknown field or a wrong type; a
+    ValueError of the class's own checks is raised again with `where` in front.
+    """
+    if not isinstance(data, dict):
+        raise FormatError(f"{where}: expected an object of {cls.__name__}, found {_kind(data)}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    missing = [name for name in names if name not in data]
+    unknown = sorted(set(data) - set(names))
+    if missing or unknown:
+        parts = []
+        if missing:
+            parts.append(f"missing {', '.join(missing)}")
+        if unknown:
+            parts.append(f"unknown {', '.join(unknown)}")
+        raise FormatError(f"{where}: fields of {cls.__name__}: {'; '.join(parts)}")
+    values = {name: _value(hints[name], data[name], f"{where}: {name}") for name in names}
+    try:
+        return cls(**values)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:  # only `X | None` is used
+        if data is None:
+            return None
+        (hint,) = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+        return _value(hint, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise FormatError(f"{where}: expected a list, found {_kind(data)}")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, entry, f"{where}[{i}]") for i, entry in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise FormatError(f"{where}: expected an object, found {_kind(data)}")
+        return data
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), data, where)
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
+        raise FormatError(f"{where}: expected {hint.__name__}, found {_kind(data)}")
+    return data
+
+
+def _kind(data: Any) -> str:
+    return f"{type(data).__name__} {json.dumps(data)[:60]}"

@@ -1,0 +1,75 @@
+"""What the command lines share: configuration parsing, exit codes, one clean line per error."""
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+DONE, BAD_DATA, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help with the description's own line breaks."""
+
+
+def config_parser(config: type, **options: Any) -> ArgumentParser:
+    """A parser with `--config FILE`, one `--key` per (nested) field of a dataclass, and help."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        formatter_class=HelpFormatter, usage="%(prog)s --config FILE [--key value ...]", **options
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(config)
+    return parser
+
+
+def parse(config: type, arguments: list[str], **options: Any) -> Any:
+    """Parse arguments into an instance of the dataclass `config`."""
+    parser = config_parser(config, **options)
+    values = parser.instantiate(parser.parse_args(arguments))
+    return config(**{name: values[name] for name in config.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """Run a command's `main` on the process's arguments and exit with its code.
+
+    0 done, 1 the data is bad, 2 the user must change something (one line on stderr; `--debug`
+    anywhere adds the traceback), 130 interrupted.
+    """
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with _exit_codes(debug):
+        sys.exit(main(arguments))
+
+
+@contextlib.contextmanager
+def _exit_codes(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "interrupted: what is committed stays; the same command goes on from there"
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else "\n(--debug shows the traceback)"
+        print(f"error: {error}{hint}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def interrupt_on_terminate() -> None:
+    """Treat SIGTERM, which batch systems send before they kill, like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,29 @@
+"""Every file name inside a cache, spelled once. All are relative to the cache's root."""
+
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+INPUTS = "inputs"
+PLAN = "plan"
+RECORDS = "records"
+TOKENIZER = "tokenizer"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def shard(index: int) -> str:
+    """The Parquet file of a shard."""
+    return f"{SHARDS}/part-{index:06d}.parquet"
+
+
+def record(index: int) -> str:
+    """The commit record of a shard."""
+    return f"{SHARDS}/part-{index:06d}.json"
+
+
+def inputs(index: int) -> str:
+    """The tokens to score for a shard; removed when the cache is final."""
+    return f"{INPUTS}/part-{index:06d}.parquet"
+
+
+def segment(kind: str, index: int = 0) -> str:
+    """A sealed segment of the manifest: the plan or the commit records."""
+    return f"{kind}/{kind}-{index:06d}.jsonl.zst"

@@ -1,0 +1,141 @@
+"""Is a cache whole? Hashes, counts, plan coverage and value sanity of every shard."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+from schemas import CommitRecord, FormatError, ShardPlan, to_json
+from storage import paths
+from storage.check import check_rows
+from storage.files import Store
+from storage.reader import CacheReader
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` looked at and what it found wrong."""
+
+    url: str
+    shards: int
+    sequences: int
+    targets: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    url: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Check everything that can be checked without the teacher; never raises for bad data.
+
+    `progress` is called with (shards done, shards in all). An incomplete cache is a problem.
+    """
+    try:
+        reader = CacheReader(url, allow_incomplete=True)
+    except FormatError as error:
+        return VerifyReport(str(url), 0, 0, 0, 0, (str(error),))
+    store = Store(url)
+    problems = list(_cache_problems(store, reader))
+    records = {record.shard: record for record in reader.records}
+    for done, plan in enumerate(reader.plan):
+        record = records.get(plan.shard)
+        if record is not None:
+            problems += _shard_problems(store, reader, plan, record)
+        if progress:
+            progress(done + 1, len(reader.plan))
+    return VerifyReport(
+        url=str(url),
+        shards=len(records),
+        sequences=sum(r.num_sequences for r in records.values()),
+        targets=sum(r.targets for r in records.values()),
+        bytes=sum(r.bytes for r in records.values()),
+        problems=tuple(problems),
+    )
+
+
+def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
+    manifest = reader.manifest
+    committed = {record.shard for record in reader.records}
+    missing = [plan.shard for plan in reader.plan if plan.shard not in committed]
+    if missing:
+        yield (
+            f"{store.url} is not complete: {len(missing)} of {len(reader.plan)} shards missing, "
+            f"first {missing[:5]}"
+        )
+    first = 0
+    for index, plan in enumerate(reader.plan):
+        if plan.shard != index or plan.first_sequence != first:
+            yield f"{store.path(manifest.plan.name)}: line {index} does not continue the plan"
+            return
+        first += plan.num_sequences
+    sums = (first, sum(p.num_targets for p in reader.plan), len(reader.plan))
+    stated = (manifest.num_sequences, manifest.num_targets, manifest.num_shards)
+    if sums != stated:
+        yield f"{store.path(paths.MANIFEST)}: the plan sums to {sums}, the manifest says {stated}"
+    if manifest.is_final:
+        for record in reader.records:
+            name = paths.record(record.shard)
+            try:
+                if store.read_json(name) != to_json(record):
+                    yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
+            except FormatError as error:
+                yield str(error)
+        if manifest.totals is not None and manifest.totals.bytes != sum(
+            r.bytes for r in reader.records
+        ):
+            yield f"{store.path(paths.MANIFEST)}: totals.bytes is not the sum over the records"
+    for name, expected in manifest.tokenizer.files.items():
+        path = f"{paths.TOKENIZER}/{name}"
+        if not store.exists(path):
+            yield f"{store.path(path)} is missing"
+        elif (found := store.hash(path)) != expected:
+            yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
+    known = {paths.shard(p.shard) for p in reader.plan} | {
+        paths.record(p.shard) for p in reader.plan
+    }
+    for name in store.names(paths.SHARDS):
+        if f"{paths.SHARDS}/{name}" not in known:
+            yield f"{store.path(paths.SHARDS)}/{name} belongs to no shard of the plan"
+
+
+def _shard_problems(
+    store: Store, reader: CacheReader, plan: ShardPlan, record: CommitRecord
+) -> Iterator[str]:
+    name = paths.shard(plan.shard)
+    where = store.path(name)
+    stated = (record.first_sequence, record.num_sequences, record.rows, record.targets)
+    planned = (plan.first_sequence, plan.num_sequences, plan.num_tokens, plan.num_targets)
+    if stated != planned:
+        yield f"{where}: committed (first, sequences, tokens, targets) {stated}, planned {planned}"
+    if not store.exists(name):
+        yield f"{where} is missing"
+        return
+    size = store.size(name)
+    if size != record.bytes:
+        yield f"{where} is damaged: {size} bytes, committed with {record.bytes}"
+        return
+    found = store.hash(name)
+    if found != record.xxh3_128:
+        yield f"{where} is damaged: hash {found}, committed with {record.xxh3_128}"
+        return
+    sequence = record.first_sequence
+    for group in reader.row_groups():
+        if group.shard != plan.shard:
+            continue
+        try:
+            rows = reader.read(group)
+        except FormatError as error:
+            yield str(error)
+            return
+        counts = (int(rows.sequence[0]), len(rows), len(rows.input_ids), len(rows.label_logprob))
+        expected = (sequence, group.sequences, group.rows, group.targets)
+        if counts != expected:
+            yield f"{where} row group {group.index}: holds {counts}, committed {expected}"
+        sequence += group.sequences
+        for problem in check_rows(rows, reader.manifest.layout):
+            yield f"{where} row group {group.index}: {problem}"

@@ -1,0 +1,301 @@
+"""Write a cache: a plan first, then shards in any order, then the seal over all of them.
+
+Decides nothing about what a sequence contains; refuses what `storage.check` refuses.
+"""
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from schemas import (
+    ByteRange,
+    CommitRecord,
+    FormatError,
+    Manifest,
+    RowGroup,
+    ScoredSequence,
+    ShardPlan,
+    Totals,
+    from_json,
+    shard_schema,
+    to_json,
+)
+from storage import codec, paths
+from storage.check import check_sequence
+from storage.files import Store
+
+ROW_GROUP_ROWS = 16_384
+"""A row group is closed before it would grow beyond this, but never below half of it."""
+ZSTD_LEVEL = 3
+
+
+class CacheWriter:
+    """Fills the shards of one cache; `create` starts one, the constructor opens one to go on."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        """Open a started cache. Raises FormatError if there is none or its plan is damaged."""
+        self.store = Store(url)
+        self.manifest = read_manifest(self.store)
+        self.plan = read_plan(self.store, self.manifest)
+
+    @classmethod
+    def create(
+        cls, url: str | os.PathLike[str], draft: Manifest, plan: Iterable[ShardPlan]
+    ) -> "CacheWriter":
+        """Start a cache: seal the plan, then publish the manifest.
+
+        `draft` carries an empty `cache_id`; its plan, counts and id are filled in here.
+        Raises FileExistsError if the directory holds a cache already.
+        """
+        store = Store(url)
+        if store.exists(paths.MANIFEST):
+            raise FileExistsError(f"{store.url} already holds a cache")
+        shards = list(plan)
+        segment = store.publish_segment(paths.segment(paths.PLAN), [to_json(s) for s in shards])
+        manifest = dataclasses.replace(
+            draft,
+            plan=segment,
+            num_shards=len(shards),
+            num_sequences=sum(s.num_sequences for s in shards),
+            num_tokens=sum(s.num_tokens for s in shards),
+            num_targets=sum(s.num_targets for s in shards),
+        )
+        manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
+        store.publish_json(paths.MANIFEST, to_json(manifest))
+        return cls(url)
+
+    def committed(self) -> dict[int, CommitRecord]:
+        """The shards that are complete, by index. Raises FormatError on a damaged record."""
+        present = set(self.store.names(paths.SHARDS))
+        records = {}
+        for shard in self.plan:
+            if Path(paths.record(shard.shard)).name in present:
+                records[shard.shard] = read_record(self.store, self.manifest, shard.shard)
+        return records
+
+    def missing(self) -> list[ShardPlan]:
+        """The shards still to be written, in order."""
+        done = self.committed()
+        return [shard for shard in self.plan if shard.shard not in done]
+
+    def shard(self, index: int) -> "ShardWriter":
+        """A context manager that writes one shard and commits it on a clean exit."""
+        return ShardWriter(self.store, self.manifest, self.plan[index])
+
+    def finalize(self) -> Manifest:
+        """Seal the commit records into the manifest and drop the inputs.
+
+        Raises FormatError naming the missing shards if any is not committed.
+        """
+        records = self.committed()
+        missing = [s.shard for s in self.plan if s.shard not in records]
+        if missing:
+            raise FormatError(
+                f"{self.store.url}: {len(missing)} of {len(self.plan)} shards are missing, "
+                f"first {missing[:5]}; run the dump again to fill them"
+            )
+        ordered = [records[shard.shard] for shard in self.plan]
+        segment = self.store.publish_segment(
+            paths.segment(paths.RECORDS), [to_json(r) for r in ordered]
+        )
+        totals = Totals(
+            shards=len(ordered),
+            sequences=sum(r.num_sequences for r in ordered),
+            tokens=sum(r.rows for r in ordered),
+            targets=sum(r.targets for r in ordered),
+            bytes=sum(r.bytes for r in ordered),
+            seconds=sum(r.seconds for r in ordered),
+        )
+        self.manifest = dataclasses.replace(self.manifest, totals=totals, records=segment)
+        self.store.publish_json(paths.MANIFEST, to_json(self.manifest))
+        self.store.remove_folder(paths.INPUTS)
+        return self.manifest
+
+
+class ShardWriter:
+    """Writes the sequences of one shard, in plan order, into one Parquet file."""
+
+    def __init__(self, store: Store, manifest: Manifest, plan: ShardPlan) -> None:
+        """Prepare; nothing is touched before the context is entered."""
+        self._store, self._manifest, self._plan = store, manifest, plan
+        self._layout = manifest.layout
+        self._buffer: list[ScoredSequence] = []
+        self._buffered_rows = 0
+        self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
+        self._error_sum = self._error_max = 0.0
+        self.bytes_written = 0
+        """Size of the shard file, once committed."""
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        self._staging = self._store.staged(paths.shard(self._plan.shard))
+        self._path = self._staging.__enter__()
+        try:
+            schema = shard_schema(self._layout)
+            self._parquet = pq.ParquetWriter(self._path, schema, **parquet_options(schema))
+        except BaseException as error:
+            self._staging.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def write(self, sequence: ScoredSequence) -> None:
+        """Append one sequence. Raises FormatError naming the sample if it is not valid."""
+        check_sequence(sequence, self._layout)
+        length = len(sequence.input_ids)
+        if (
+            self._buffered_rows + length > ROW_GROUP_ROWS
+            and self._buffered_rows >= ROW_GROUP_ROWS // 2
+        ):
+            self._flush()
+        self._buffer.append(sequence)
+        self._buffered_rows += length
+
+    def _flush(self) -> None:
+        first = self._plan.first_sequence + sum(group[1] for group in self._groups)
+        table = codec.encode(self._buffer, first, self._layout)
+        self._parquet.write_table(table, row_group_size=len(table))
+        scored = sum(s.num_targets for s in self._buffer)
+        if self._layout.precision != "f32":
+            error = codec.decoding_error(*_scored_and_decoded(self._buffer, self._layout.precision))
+            self._error_sum += float(error.sum())
+            self._error_max = max(self._error_max, float(error.max(initial=0)))
+        self._groups.append((len(table), len(self._buffer), scored))
+        self._buffer, self._buffered_rows = [], 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Commit, unless an exception passes or the counts differ from the plan."""
+        try:
+            if error is None and self._buffer:
+                self._flush()
+            self._parquet.close()
+            if error is None:
+                record = self._record()
+        except BaseException as failure:
+            self._staging.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
+        if error is None:
+            self._store.publish_json(paths.record(self._plan.shard), to_json(record))
+            self.bytes_written = record.bytes
+
+    def _record(self) -> CommitRecord:
+        plan = self._plan
+        rows, sequences, targets = (sum(g[i] for g in self._groups) for i in range(3))
+        found = (sequences, rows, targets)
+        expected = (plan.num_sequences, plan.num_tokens, plan.num_targets)
+        if found != expected:
+            raise FormatError(
+                f"shard {plan.shard}: (sequences, tokens, targets) written {found}, "
+                f"planned {expected}"
+            )
+        metadata = pq.read_metadata(self._path)
+        with pa.memory_map(str(self._path)) as source:
+            whole = memoryview(source.read_buffer())
+            groups = []
+            for i, (num_rows, num_sequences, num_targets) in enumerate(self._groups):
+                data = _byte_range(whole, *_extent(metadata.row_group(i)))
+                groups.append(
+                    RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
+                )
+            end = groups[-1].data.offset + groups[-1].data.length if groups else 0
+            return CommitRecord(
+                shard=plan.shard,
+                cache_id=self._manifest.cache_id,
+                first_sequence=plan.first_sequence,
+                num_sequences=sequences,
+                rows=rows,
+                targets=targets,
+                bytes=len(whole),
+                xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
+                row_groups=tuple(groups),
+                footer=_byte_range(whole, end, len(whole)),
+                kl_error_mean=self._error_sum / max(targets, 1),
+                kl_error_max=self._error_max,
+                seconds=round(time.monotonic() - self._start, 3),
+                worker=f"{socket.gethostname()}:{os.getpid()}",
+            )
+
+
+def parquet_options(schema: pa.Schema) -> dict:
+    """The physical choices of a shard; `docs/measurements.md` says what each one is worth."""
+    blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
+    floats = [f.name for f in schema if f.type == pa.float32()]
+    split = [name for name in blobs if name != "topk_hi"] + floats
+    return {
+        "compression": "zstd",
+        "compression_level": ZSTD_LEVEL,
+        "use_dictionary": ["sequence", "sample_id"],
+        "column_encoding": {
+            **{name: "BYTE_STREAM_SPLIT" for name in split},
+            "position": "DELTA_BINARY_PACKED",
+        },
+        "write_statistics": [f.name for f in schema if f.name not in blobs],
+        "write_page_checksum": True,
+    }
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
+    where = store.path(paths.MANIFEST)
+    if not store.exists(paths.MANIFEST):
+        raise FormatError(f"{where} is missing: {store.url} holds no cache")
+    return Manifest.parse(store.read_json(paths.MANIFEST), where)
+
+
+def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
+    """The sealed shard plan. Raises FormatError if it is damaged."""
+    where = store.path(manifest.plan.name)
+    return [from_json(ShardPlan, entry, where) for entry in store.read_segment(manifest.plan)]
+
+
+def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
+    """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
+    name = paths.record(index)
+    where = store.path(name)
+    record = from_json(CommitRecord, store.read_json(name), where)
+    if record.cache_id != manifest.cache_id or record.shard != index:
+        raise FormatError(
+            f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "
+            f"{index} of cache {manifest.cache_id}"
+        )
+    return record
+
+
+def _scored_and_decoded(sequences: list[ScoredSequence], precision: str) -> tuple:
+    logprobs = np.concatenate([s.logprobs for s in sequences])
+    used = np.concatenate([s.token_ids for s in sequences]) >= 0
+    log_tail = np.concatenate([s.log_tail[:, 0] for s in sequences])
+    stored = codec.encode_logprobs(logprobs, used, precision)
+    return logprobs, codec.decode_logprobs(stored, ~used, log_tail, precision)
+
+
+def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    starts, ends = [], []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        start = column.data_page_offset
+        if column.has_dictionary_page:
+            start = min(start, column.dictionary_page_offset)
+        starts.append(start)
+        ends.append(start + column.total_compressed_size)
+    return min(starts), max(ends)
+
+
+def _byte_range(whole: memoryview, start: int, end: int) -> ByteRange:
+    digest = xxhash.xxh3_128(whole[start:end]).hexdigest()
+    return ByteRange(offset=start, length=end - start, xxh3_128=digest)

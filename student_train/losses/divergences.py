@@ -1,0 +1,325 @@
+"""Divergences between a sparse teacher distribution and student logits.
+
+The student's [N, V] logits are first reduced to [N, K+1]: the kept ids and one logsumexp over all
+the rest. Everything after that is ordinary autograd on K+1 classes, with no 1 - Σq anywhere. The
+equations, the tail modes and the corner cases stand in docs/losses.md.
+
+Shape letters: N targets, K slots per target, V vocabulary, C classes (K+1, K, or V).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
+
+DIVERGENCES: dict[str, dict[str, float | str]] = {
+    "fkl": {},
+    "rkl": {},
+    "akl": {"head_rule": "official", "mu": 0.5},
+    "jeffreys": {"lam": 0.5},
+    "jsd": {"beta": 0.5},
+    "tvd": {},
+    "skew_fkl": {"lam": 0.1},
+    "skew_rkl": {"lam": 0.1},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+}
+"""Every kind with its own options and their defaults."""
+
+TAIL_MODES = ("bucket", "renormalize", "teacher_renormalize", "uniform")
+"""What stands in for the teacher's probabilities outside the kept ids."""
+
+HEAD_RULES = ("official", "nucleus")
+
+# In alpha_beta, float32 loses the value to cancellation between 0 and this magnitude.
+_MIN_EXPONENT = 0.01
+# alpha_beta with a negative exponent diverges where one side vanishes: linear from exp(_EXP_MAX).
+_EXP_MAX = 50.0
+# A logsumexp below this is that of masked logits alone, at any temperature: there is no tail.
+_NO_TAIL = -1e20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """A divergence with its options checked; built by `Divergence.of`."""
+
+    kind: str
+    temperature: float
+    tail: str
+    scale_by_t2: bool
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(
+        kind: str,
+        *,
+        temperature: float = 1.0,
+        tail: str = "bucket",
+        scale_by_t2: bool = True,
+        **options: float | str,
+    ) -> Divergence:
+        """Check the arguments of a loss; raise ValueError naming what would be valid."""
+        if kind not in DIVERGENCES:
+            raise ValueError(f"unknown divergence {kind!r}; one of {', '.join(DIVERGENCES)}")
+        if tail not in TAIL_MODES:
+            raise ValueError(f"unknown tail {tail!r}; one of {', '.join(TAIL_MODES)}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        defaults = DIVERGENCES[kind]
+        unknown = sorted(set(options) - set(defaults))
+        if unknown:
+            valid = ", ".join([*defaults, "scale_by_t2"])
+            raise ValueError(f"{kind} has no option {', '.join(unknown)}; its options: {valid}")
+        merged: dict[str, Any] = {**defaults, **options}
+        _check_options(kind, merged)
+        return Divergence(
+            kind=kind,
+            temperature=float(temperature),
+            tail=tail,
+            scale_by_t2=scale_by_t2,
+            options=merged,
+        )
+
+    @property
+    def scale(self) -> float:
+        """What value and gradient are multiplied by: T² or 1."""
+        return self.temperature**2 if self.scale_by_t2 else 1.0
+
+    def check_targets(self, targets: SparseTargets, vocab_size: int) -> SparseTargets:
+        """Validate `targets`, and for sampled ones that this divergence is allowed."""
+        if targets.draws is not None:
+            if self.kind != "fkl":
+                raise ValueError(
+                    f"sampled targets weigh each draw, which is unbiased only for a loss linear "
+                    f"in the teacher's probabilities: use kind='fkl', not {self.kind!r}"
+                )
+            if self.tail != "bucket":
+                raise ValueError(
+                    f"sampled targets estimate their own tail, so tail={self.tail!r} has no "
+                    f"effect: leave tail='bucket'"
+                )
+            if self.temperature != 1.0:
+                raise ValueError(
+                    f"sampled targets were drawn at temperature 1 and are unbiased only there, "
+                    f"got temperature {self.temperature}"
+                )
+        return targets.validate(vocab_size, self.temperature)
+
+    def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: SparseTargets) -> Tensor:
+        """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.
+
+        What `x_NK` holds in unused slots does not matter. Not for tail='uniform'.
+        """
+        real_NK = targets.is_real()
+        x_NK = torch.where(real_NK, x_NK, MASKED_LOGIT)
+        log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
+        if self.tail == "renormalize":
+            log_q_NC = x_NK.log_softmax(1)
+        else:
+            log_q_NC = torch.cat([x_NK, lse_tail_N[:, None]], dim=1).log_softmax(1)
+        log_q_NK = torch.where(real_NK, log_q_NC[:, : x_NK.shape[1]], LOG_FLOOR)
+        if targets.draws is not None:
+            weights_NK = targets.draw_weights(log_p_NK)
+            return self.scale * (weights_NK * (log_p_NK - log_q_NK)).sum(1)
+        if self.tail == "bucket":
+            log_p_tail_N = targets.log_tail.to(x_NK.dtype).clamp(min=LOG_FLOOR)
+            has_tail_N = lse_tail_N > _NO_TAIL
+            log_q_tail_N = torch.where(has_tail_N, log_q_NC[:, -1], LOG_FLOOR)
+            return self._of_classes(
+                torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1),
+                torch.cat([log_q_NK, log_q_tail_N[:, None]], dim=1),
+                has_bucket=True,
+            )
+        log_p_NK = torch.where(real_NK, log_p_NK, MASKED_LOGIT).log_softmax(1).clamp(min=LOG_FLOOR)
+        return self._of_classes(log_p_NK, log_q_NK, has_bucket=False)
+
+    def of_dense(self, x_NV: Tensor, targets: SparseTargets) -> Tensor:
+        """Return the loss [N] from all student logits / T, for tail='uniform'."""
+        slots_NK = targets.filled_slots()
+        log_p_NK = targets.log_p(self.temperature).to(x_NV.dtype).gather(1, slots_NK)
+        num_tail_N = x_NV.shape[1] - targets.is_real().sum(1)
+        log_each_N = targets.log_tail.to(x_NV.dtype) - num_tail_N.clamp(min=1).log()
+        log_p_NV = log_each_N.clamp(min=LOG_FLOOR)[:, None].expand_as(x_NV)
+        log_p_NV = log_p_NV.scatter(1, targets.filled_ids(), log_p_NK)
+        return self._of_classes(log_p_NV, x_NV.log_softmax(1), has_bucket=False)
+
+    def _of_classes(self, log_p: Tensor, log_q: Tensor, *, has_bucket: bool) -> Tensor:
+        if self.kind == "akl":
+            terms = _akl_terms(log_p, log_q, has_bucket=has_bucket, **self.options)
+        else:
+            terms = _TERMS[self.kind](log_p, log_q, **self.options)
+        return self.scale * terms.sum(1)
+
+
+def sparse_divergence(
+    student_logits_NV: Tensor,
+    targets: SparseTargets,
+    kind: str = "akl",
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    *,
+    vocab_size: int | None = None,
+    scale_by_t2: bool = True,
+    **options: float | str,
+) -> Tensor:
+    """Return the divergence of each target in nats, [N] float32, times T² unless switched off.
+
+    `kind` and its `options` as in DIVERGENCES, `tail` as in TAIL_MODES; their equations stand in
+    docs/losses.md. Columns of the logits from `vocab_size` on (padding of the head) are ignored.
+    Raises ValueError for targets that break a rule of SparseTargets and for options without effect.
+    """
+    divergence = Divergence.of(
+        kind, temperature=temperature, tail=tail, scale_by_t2=scale_by_t2, **options
+    )
+    if student_logits_NV.ndim != 2 or student_logits_NV.shape[0] != len(targets):
+        raise ValueError(
+            f"student logits must be [{len(targets)}, V], one row per target, got "
+            f"{tuple(student_logits_NV.shape)}"
+        )
+    student_logits_NV = student_logits_NV[:, : checked_vocab(vocab_size, student_logits_NV, 1)]
+    targets = divergence.check_targets(targets, student_logits_NV.shape[1])
+    with torch.autocast(student_logits_NV.device.type, enabled=False):
+        x_NV = student_logits_NV.to(compute_dtype(student_logits_NV)) / temperature
+        if tail == "uniform":
+            return divergence.of_dense(x_NV, targets)
+        ids_NK = targets.filled_ids()
+        lse_tail_N = x_NV.scatter(1, ids_NK, MASKED_LOGIT).logsumexp(1)
+        return divergence.of_reduced(x_NV.gather(1, ids_NK), lse_tail_N, targets)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return what the losses compute in: float32, unless the input is float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def checked_vocab(vocab_size: int | None, tensor: Tensor, dim: int) -> int:
+    """Return `vocab_size`, by default the tensor's whole dimension, refusing one beyond it."""
+    num_columns = tensor.shape[dim]
+    if vocab_size is None:
+        return num_columns
+    if not 0 < vocab_size <= num_columns:
+        raise ValueError(f"vocab_size {vocab_size} does not fit a head of {num_columns} rows")
+    return vocab_size
+
+
+def akl_weights(
+    p: Tensor, q: Tensor, *, has_bucket: bool, head_rule: str = "official", mu: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Return ([N], [N]): what akl weighs the forward and the reverse KL by; they sum to 1.
+
+    With the classes in descending p, the head is what comes before the cumulative mass passes `mu`
+    (`official`: inclusive sum <= mu, and rank 1 always; `nucleus`: the smallest set reaching mu).
+    The weights are the shares of Σ|p - q| on head and tail, 1/2 each where p == q. The bucket is
+    the last class and always tail.
+    """
+    num_ranked = p.shape[1] - has_bucket
+    ranked_p, order = p[:, :num_ranked].sort(dim=1, descending=True, stable=True)
+    mass_through = ranked_p.cumsum(1)
+    is_head = mass_through <= mu if head_rule == "official" else mass_through.roll(1, 1) < mu
+    is_head[:, 0] = True
+    gap = (p - q).abs()
+    gap_head = torch.where(is_head, gap.gather(1, order), 0.0).sum(1)
+    gap_total = gap.sum(1)
+    share = (gap_head / gap_total.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1.0)
+    weight_head = torch.where(gap_total > 0, share, 0.5)
+    return weight_head, 1 - weight_head
+
+
+def _kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return log_a.exp() * (log_a - log_b)
+
+
+def _akl_terms(log_p: Tensor, log_q: Tensor, **rule: Any) -> Tensor:
+    weight_head, weight_tail = akl_weights(log_p.exp(), log_q.detach().exp(), **rule)
+    forward, reverse = _kl_terms(log_p, log_q), _kl_terms(log_q, log_p)
+    return weight_head[:, None] * forward + weight_tail[:, None] * reverse
+
+
+def _jeffreys_terms(log_p: Tensor, log_q: Tensor, lam: float) -> Tensor:
+    return (1 - lam) * _kl_terms(log_p, log_q) + lam * _kl_terms(log_q, log_p)
+
+
+def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return log(weight_a · a + (1 - weight_a) · b), for 0 <= weight_a < 1."""
+    if weight_a == 0:
+        return log_b
+    return torch.logaddexp(log_a + math.log(weight_a), log_b + math.log1p(-weight_a))
+
+
+def _jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if beta == 0:
+        return _kl_terms(log_p, log_q)
+    if beta == 1:
+        return _kl_terms(log_q, log_p)
+    log_m = _log_mix(beta, log_p, log_q)
+    return beta * _kl_terms(log_p, log_m) + (1 - beta) * _kl_terms(log_q, log_m)
+
+
+def _tvd_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs()
+
+
+def _alpha_beta_terms(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    total, gap = alpha + beta, log_q - log_p
+    if alpha == 0 and beta == 0:
+        return 0.5 * gap.square()
+    if alpha == 0:
+        terms = (_exp(beta * log_q) * (beta * gap - 1) + _exp(beta * log_p)) / beta**2
+    elif beta == 0:
+        terms = (_exp(alpha * log_p) * (-alpha * gap - 1) + _exp(alpha * log_q)) / alpha**2
+    elif total == 0:
+        terms = (alpha * gap + _exp(-alpha * gap) - 1) / alpha**2
+    else:
+        alone = (alpha * _exp(total * log_p) + beta * _exp(total * log_q)) / total
+        terms = (alone - _exp(alpha * log_p + beta * log_q)) / (alpha * beta)
+    # Value and gradient are 0 where p == q; rounding would not be, for powers as large as _exp(50).
+    return torch.where(gap == 0, 0.0, terms)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """Return exp(x), continued beyond _EXP_MAX by its tangent so that it cannot overflow."""
+    return x.clamp(max=_EXP_MAX).exp() * (1 + (x - _EXP_MAX).clamp(min=0))
+
+
+_TERMS: dict[str, Callable[..., Tensor]] = {
+    "fkl": _kl_terms,
+    "rkl": lambda log_p, log_q: _kl_terms(log_q, log_p),
+    "jeffreys": _jeffreys_terms,
+    "jsd": _jsd_terms,
+    "tvd": _tvd_terms,
+    "skew_fkl": lambda log_p, log_q, lam: _kl_terms(log_p, _log_mix(lam, log_p, log_q)),
+    "skew_rkl": lambda log_p, log_q, lam: _kl_terms(log_q, _log_mix(lam, log_q, log_p)),
+    "alpha_beta": _alpha_beta_terms,
+}
+
+
+def _check_options(kind: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name == "head_rule":
+            if value not in HEAD_RULES:
+                raise ValueError(f"unknown head_rule {value!r}; one of {', '.join(HEAD_RULES)}")
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{kind}: {name} must be a finite number, got {value!r}")
+        if kind == "alpha_beta":
+            continue
+        if name == "mu" and not 0 < value < 1:
+            raise ValueError(f"{kind}: mu must lie between 0 and 1, got {value}")
+        if kind.startswith("skew") and not 0 <= value < 1:
+            raise ValueError(f"{kind}: {name} must be in [0, 1), got {value}; at 1 the loss is 0")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{kind}: {name} must be in [0, 1], got {value}")
+    if kind == "alpha_beta":
+        alpha, beta = options["alpha"], options["beta"]
+        for name, value in (("alpha", alpha), ("beta", beta), ("alpha + beta", alpha + beta)):
+            if 0 < abs(value) < _MIN_EXPONENT:
+                raise ValueError(
+                    f"alpha_beta: {name} = {value} is lost to float32 rounding; make it 0 (its own "
+                    f"branch) or at least {_MIN_EXPONENT} in magnitude"
+                )

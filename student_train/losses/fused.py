@@ -1,0 +1,365 @@
+"""The output head and the loss in one step that never holds [N, V].
+
+Chunk by chunk over the targets: logits, reduced classes, loss, and at once the gradients of hidden
+states, head and bias, so backward only multiplies by the incoming scalar. The formulas live in
+divergences.py; this file owns the order of the dense passes and the precision of the sums.
+
+Shape letters: N targets, K slots, V student vocabulary, H hidden size, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from student_train.losses.targets import MASKED_LOGIT, SparseTargets
+
+IGNORED_LABEL = -100
+
+# Each chunk reads and writes the head's whole gradient once, which costs more than its arithmetic
+# under about 200 rows (docs/losses.md has the figures); more than 64 MiB of logits gains nothing.
+CHUNK_BYTES = 64 * 2**20
+MIN_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedLoss:
+    """The loss of a batch of targets and its parts, all 0-d and divided by the same number."""
+
+    loss: Tensor
+    """kd_weight · kd + ce_weight · ce, with a gradient."""
+    kd: Tensor
+    """The divergence, T² included, detached."""
+    ce: Tensor
+    """The cross entropy of the labels at T=1, detached; 0 without labels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What the forward pass needs besides tensors with gradients."""
+
+    divergence: Divergence
+    targets: SparseTargets
+    labels: Tensor | None
+    kd_weight: float
+    ce_weight: float
+    logit_scale: float
+    softcap: float | None
+    num_targets: float
+    vocab_size: int
+    chunk_rows: int
+    wants_gradient: bool
+
+
+def fused_linear_divergence(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    labels_N: Tensor | None = None,
+    kind: str = "fkl",
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    chunk_size: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    num_targets: int | float | None = None,
+    vocab_size: int | None = None,
+    scale_by_t2: bool = True,
+    **options: float | str,
+) -> FusedLoss:
+    """Return the loss of a linear head without ever holding its [N, V] logits.
+
+    Equals, with z = logit_scale · (hidden Wᵀ + bias), z = softcap · tanh(z / softcap) if given, and
+    all columns from `vocab_size` on cut off,
+
+        (kd_weight · sparse_divergence(z, targets, ...).sum()
+         + ce_weight · cross_entropy(z, labels, ignore_index=-100, reduction="sum")) / num_targets
+
+    `num_targets` (default N) is the count to divide by: that of the whole optimizer step when it
+    has several microbatches or ranks. `chunk_size` is in rows; by default 64 MiB of logits, at least 256 rows.
+    Logits, losses and gradient sums are float32 whatever the inputs; the matrix products run in the
+    inputs' dtype, or autocast's. Backward may run once: the gradients are handed over, not copied.
+    """
+    vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
+    if labels_N is None and ce_weight != 0:
+        raise ValueError(f"ce_weight={ce_weight} needs labels")
+    for name, value in (
+        ("softcap", softcap),
+        ("num_targets", num_targets),
+        ("chunk_size", chunk_size),
+    ):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+    divergence = Divergence.of(
+        kind, temperature=temperature, tail=tail, scale_by_t2=scale_by_t2, **options
+    )
+    job = _Job(
+        divergence=divergence,
+        targets=divergence.check_targets(targets, vocab_size),
+        labels=labels_N,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        num_targets=float(num_targets or max(len(targets), 1)),
+        vocab_size=vocab_size,
+        chunk_rows=chunk_size or max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)),
+        wants_gradient=torch.is_grad_enabled(),
+    )
+    loss, kd, ce = _FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, weight_VH, bias, job
+    )
+    return FusedLoss(loss=loss, kd=kd, ce=ce)
+
+
+def _check_shapes(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets: SparseTargets,
+    labels_N: Tensor | None,
+    vocab_size: int | None,
+) -> int:
+    """Return the vocabulary size in use."""
+    if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"hidden must be [N, H] and weight [V, H], got {tuple(hidden_NH.shape)} and "
+            f"{tuple(weight_VH.shape)}"
+        )
+    if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
+        raise ValueError(f"bias must be [{weight_VH.shape[0]}], got {tuple(bias_V.shape)}")
+    if len(targets) != len(hidden_NH):
+        raise ValueError(f"{len(hidden_NH)} hidden states but {len(targets)} targets")
+    vocab_size = checked_vocab(vocab_size, weight_VH, 0)
+    if labels_N is not None:
+        if labels_N.shape != (len(targets),):
+            raise ValueError(f"labels must be [{len(targets)}], got {tuple(labels_N.shape)}")
+        is_bad = (labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab_size))
+        if bool(is_bad.any()):
+            raise ValueError(
+                f"label {int(labels_N[is_bad][0])} is neither {IGNORED_LABEL} nor within the "
+                f"student's vocabulary of {vocab_size}"
+            )
+    return vocab_size
+
+
+class _FusedLinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight, wants_bias = (
+            job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
+        )
+        product_dtype = _product_dtype(hidden_NH, weight_VH)
+        dtype = compute_dtype(hidden_NH)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            head_VH = weight_VH[: job.vocab_size].to(product_dtype)
+            new_zeros = functools.partial(torch.zeros, dtype=dtype, device=hidden_NH.device)
+            grad_hidden = new_zeros(hidden_NH.shape) if wants_hidden else None
+            grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
+            grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
+            kd_sum, ce_sum = new_zeros(()), new_zeros(())
+            buffer_RV = torch.empty(
+                min(job.chunk_rows, hidden_NH.shape[0]),
+                job.vocab_size,
+                dtype=dtype,
+                device=hidden_NH.device,
+            )
+            for start in range(0, hidden_NH.shape[0], job.chunk_rows):
+                rows = slice(start, min(start + job.chunk_rows, hidden_NH.shape[0]))
+                hidden_RH = hidden_NH[rows].to(product_dtype)
+                logits_RV = _product(hidden_RH, head_VH.T, buffer_RV[: hidden_RH.shape[0]])
+                slope_RV = _finish_logits(logits_RV, bias_V, job)
+                chunk_loss = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
+                kd, ce, grad_RV = chunk_loss(
+                    logits_RV, rows, job, wants_hidden or wants_weight or wants_bias
+                )
+                kd_sum += kd
+                ce_sum += ce
+                if grad_RV is None:
+                    continue
+                if slope_RV is not None:
+                    grad_RV.mul_(slope_RV)
+                if grad_bias is not None:
+                    grad_bias[: job.vocab_size] += grad_RV.sum(0)
+                if grad_weight is not None:
+                    _add_product(grad_weight[: job.vocab_size], grad_RV, hidden_RH)
+                if grad_hidden is not None:
+                    _product(grad_RV.to(product_dtype), head_VH, grad_hidden[rows])
+        ctx.scale = 1 / job.num_targets
+        ctx.gradients = [
+            (grad_hidden, hidden_NH.dtype),
+            (grad_weight, weight_VH.dtype),
+            (grad_bias, None if bias_V is None else bias_V.dtype),
+        ]
+        kd_mean, ce_mean = kd_sum / job.num_targets, ce_sum / job.num_targets
+        loss = job.kd_weight * kd_mean + job.ce_weight * ce_mean
+        ctx.mark_non_differentiable(kd_mean, ce_mean)
+        return loss, kd_mean, ce_mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward of the fused loss ran twice: its gradients are handed over the first "
+                "time, so add losses up before calling backward"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # One multiplication in float32 covers the mean and any loss scaling of the trainer, so
+        # neither can push small entries under the range of a 16-bit dtype beforehand.
+        factor = grad_loss * ctx.scale
+        scaled = [
+            None if gradient is None else gradient.mul_(factor).to(dtype)
+            for gradient, dtype in gradients
+        ]
+        return (*scaled, None)
+
+
+def _finish_logits(logits_RV: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor | None:
+    """Turn raw products into logits in place; return d logits / d product where not constant."""
+    if bias_V is not None:
+        logits_RV.add_(bias_V[: job.vocab_size])
+    if job.logit_scale != 1.0:
+        logits_RV.mul_(job.logit_scale)
+    if job.softcap is None:
+        return None
+    logits_RV.div_(job.softcap).tanh_()
+    slope_RV = 1 - logits_RV.square()
+    logits_RV.mul_(job.softcap)
+    return slope_RV
+
+
+def _reduced_chunk(
+    logits_RV: Tensor, rows: slice, job: _Job, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (Σ kd, Σ ce, gradient [R, V]) and overwrite the logits with the gradient.
+
+    For j outside the kept ids, dL/dz_j = G_* · softmax(tail)_j / T with G_* = dL/d lse_tail; so one
+    exp over [R, V] serves the logsumexp and the gradient.
+    """
+    targets, temperature = job.targets[rows], job.divergence.temperature
+    real_RK, ids_RK = targets.is_real(), targets.filled_ids()
+    label_R1, has_label_R1 = _labels(job, rows)
+    label_logit_R1 = logits_RV.gather(1, label_R1)
+    kept_RK = logits_RV.gather(1, ids_RK)
+    logits_RV.scatter_(1, ids_RK, MASKED_LOGIT)
+
+    top_R1 = logits_RV.amax(1, keepdim=True)
+    exps_RV = exps_t1_RV = logits_RV.sub_(top_R1)
+    if temperature != 1.0:
+        if job.labels is not None:
+            exps_t1_RV = exps_RV.exp()
+        exps_RV.div_(temperature)
+    exps_RV.exp_()
+    sum_R1 = exps_RV.sum(1, keepdim=True)
+
+    with torch.enable_grad():
+        x_RK = (kept_RK / temperature).requires_grad_()
+        lse_tail_R = (top_R1 / temperature + sum_R1.log()).squeeze(1).requires_grad_()
+        kd = job.divergence.of_reduced(x_RK, lse_tail_R, targets).sum()
+    ce = kd.new_zeros(())
+    if job.labels is not None:
+        sum_t1_R1 = sum_R1 if exps_t1_RV is exps_RV else exps_t1_RV.sum(1, keepdim=True)
+        kept_RK = torch.where(real_RK, kept_RK, MASKED_LOGIT)
+        classes_RC = torch.cat([kept_RK, top_R1 + sum_t1_R1.log()], dim=1)
+        lse_R1 = classes_RC.logsumexp(1, keepdim=True)
+        ce = torch.where(has_label_R1, lse_R1 - label_logit_R1, 0.0).sum()
+    if not wants_gradient:
+        return kd.detach(), ce, None
+
+    grad_x_RK, grad_tail_R = torch.autograd.grad(kd, (x_RK, lse_tail_R), materialize_grads=True)
+    kd_factor = job.kd_weight * job.logit_scale / temperature
+    grad_kept_RK = kd_factor * grad_x_RK
+    tail_factor_R1 = kd_factor * grad_tail_R[:, None] / sum_R1
+    if job.ce_weight == 0:
+        exps_RV.mul_(tail_factor_R1)
+    else:
+        ce_factor_R1 = job.ce_weight * job.logit_scale * has_label_R1
+        grad_kept_RK += ce_factor_R1 * (kept_RK - lse_R1).exp()
+        ce_tail_factor_R1 = ce_factor_R1 * (top_R1 - lse_R1).exp()
+        if exps_t1_RV is exps_RV:
+            exps_RV.mul_(tail_factor_R1 + ce_tail_factor_R1)
+        else:
+            exps_RV.mul_(tail_factor_R1).addcmul_(exps_t1_RV, ce_tail_factor_R1)
+        exps_RV.scatter_add_(1, label_R1, -ce_factor_R1)
+    return kd.detach(), ce, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
+
+
+def _dense_chunk(
+    logits_RV: Tensor, rows: slice, job: _Job, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the same for tail='uniform', whose classes are the whole vocabulary."""
+    label_R1, has_label_R1 = _labels(job, rows)
+    with torch.enable_grad():
+        logits_RV = logits_RV.detach().requires_grad_()
+        x_RV = logits_RV / job.divergence.temperature
+        kd = job.divergence.of_dense(x_RV, job.targets[rows]).sum()
+        ce = kd.new_zeros(())
+        if job.labels is not None:
+            nll_R1 = -logits_RV.log_softmax(1).gather(1, label_R1)
+            ce = torch.where(has_label_R1, nll_R1, 0.0).sum()
+        loss = job.logit_scale * (job.kd_weight * kd + job.ce_weight * ce)
+    gradient = torch.autograd.grad(loss, logits_RV)[0] if wants_gradient else None
+    return kd.detach(), ce.detach(), gradient
+
+
+def _labels(job: _Job, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return [R, 1] labels fit for gathering, and [R, 1] which of them count."""
+    if job.labels is None:
+        nothing_R1 = torch.zeros_like(job.targets.token_ids[rows, :1])
+        return nothing_R1, nothing_R1 != 0
+    labels_R1 = job.labels[rows, None]
+    has_label_R1 = labels_R1 != IGNORED_LABEL
+    return torch.where(has_label_R1, labels_R1, 0), has_label_R1
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}, outside autocast")
+    return hidden.dtype
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Return out = a b, kept in out's dtype from the accumulator on where the device can."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if _has_wide_output(a.device, a.dtype):
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
+
+
+def _add_product(total_VH: Tensor, grad_RV: Tensor, hidden_RH: Tensor) -> None:
+    """Add gradᵀ hidden to float32 `total`, never rounding the sum to 16 bits between chunks."""
+    if hidden_RH.dtype != total_VH.dtype and _has_wide_output(hidden_RH.device, hidden_RH.dtype):
+        grad_VR = grad_RV.to(hidden_RH.dtype).T
+        torch.addmm(total_VH, grad_VR, hidden_RH, out_dtype=total_VH.dtype, out=total_VH)
+    else:
+        total_VH.addmm_(grad_RV.T, hidden_RH.to(total_VH.dtype))
+
+
+@functools.cache
+def _has_wide_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies `dtype` matrices into a float32 result (CUDA does)."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,224 @@
+"""The teacher's side of a loss: kept ids, their log probs, and the mass of everything not kept.
+
+Owns the shapes, the checks, and the step from stored T=1 log probs to log p_T. Knows nothing about
+students or divergences.
+
+Shape letters: N targets, K slots per target, V ids of the student's vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PADDING_ID = -1
+
+# A teacher mass below exp(LOG_FLOOR), zero included, counts as exp(LOG_FLOOR): near the smallest
+# normal float32, so q log(q / p) stays finite where the teacher rules a token out.
+LOG_FLOOR = -87.0
+
+# float32 stand-in for log 0 inside a logsumexp: unlike -inf it has a zero gradient, not a NaN.
+MASKED_LOGIT = -1e30
+
+# Stored log probs may be quantised, so the total mass is only nearly 1; a wrong temperature is far.
+_MASS_TOLERANCE = 0.1
+_LOGPROB_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseTargets:
+    """The teacher's distributions of N targets, K kept ids each.
+
+    `p_T(v) = exp(logprobs / T - log_z)` for the kept ids v, and `exp(log_tail)` is the mass under
+    p_T of all the others. `log_z` and `log_tail` belong to the temperature in use.
+    """
+
+    token_ids: Tensor
+    """[N, K] int64 kept ids, -1 in unused slots, no id twice in a row."""
+    logprobs: Tensor
+    """[N, K] float32 log probs at T=1 over the full vocabulary, -inf in unused slots."""
+    log_z: Tensor
+    """[N] float32: log Σ_v p(v)^(1/T) over the full vocabulary, 0 at T=1."""
+    log_tail: Tensor
+    """[N] float32: log of the mass under p_T of everything not kept, -inf when there is none."""
+    draws: Tensor | None = None
+    """[N, K] integer: how often each id was drawn, 0 for an exact head entry; None if unsampled."""
+    checked_for: tuple[int, float] | None = None
+    """(student vocabulary, temperature) that `validate` has passed; kept by `to` and by slices."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.token_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> SparseTargets:
+        """Return the targets of a slice of rows, as views."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
+        """Return the same targets on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
+        draws = None if self.draws is None else function(self.draws)
+        return dataclasses.replace(
+            self,
+            token_ids=function(self.token_ids),
+            logprobs=function(self.logprobs),
+            log_z=function(self.log_z),
+            log_tail=function(self.log_tail),
+            draws=draws,
+        )
+
+    def validate(self, vocab_size: int, temperature: float = 1.0) -> SparseTargets:
+        """Check every rule of the fields against a student vocabulary; return self, marked checked.
+
+        The losses call this once per call; targets already checked for the same vocabulary and
+        temperature pass for free. On a GPU the check waits for the device: validate before `to`.
+        Raises ValueError with the first offending row and its numbers.
+        """
+        if self.checked_for == (vocab_size, float(temperature)):
+            return self
+        self._check_layout()
+        if len(self) > 0:
+            self._check_values(vocab_size, temperature)
+        return dataclasses.replace(self, checked_for=(vocab_size, float(temperature)))
+
+    def _check_layout(self) -> None:
+        if self.token_ids.ndim != 2 or self.token_ids.shape[1] == 0:
+            raise ValueError(
+                f"token_ids must be [N, K] with K >= 1, got shape {tuple(self.token_ids.shape)}"
+            )
+        if self.token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids must be int64, got {self.token_ids.dtype}")
+        num_targets = self.token_ids.shape[0]
+        expected = {
+            "logprobs": self.token_ids.shape,
+            "log_z": (num_targets,),
+            "log_tail": (num_targets,),
+            "draws": self.token_ids.shape,
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != torch.Size(shape):
+                raise ValueError(
+                    f"{name} must have shape {tuple(shape)} beside token_ids "
+                    f"{tuple(self.token_ids.shape)}, got {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.token_ids.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, token_ids on {self.token_ids.device}"
+                )
+            if name == "draws":
+                if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                    raise ValueError(f"draws must hold integer counts, got {tensor.dtype}")
+            elif tensor.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{name} must be float32 (or float64), got {tensor.dtype}")
+
+    def _check_values(self, vocab_size: int, temperature: float) -> None:
+        ids, real = self.token_ids, self.is_real()
+        log_p = torch.where(real, self.logprobs / temperature - self.log_z[:, None], -torch.inf)
+        mass = log_p.exp().sum(1) + self.log_tail.exp()
+        ordered = ids.sort(dim=1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        fewest_draws = ids.new_zeros(len(self)) if self.draws is None else self.draws.amin(1)
+        # Each rule: the rows that break it, and what to say of the first. NaN breaks every bound.
+        rules: list[tuple[Tensor, Callable[[int], str]]] = [
+            (
+                ids.amin(1) < PADDING_ID,
+                lambda row: f"token id {int(ids[row].min())}: unused slots must hold {PADDING_ID}",
+            ),
+            (
+                ids.amax(1) >= vocab_size,
+                lambda row: (
+                    f"token id {int(ids[row].max())} is beyond the student's vocabulary of "
+                    f"{vocab_size}: teacher and student must share one tokenizer"
+                ),
+            ),
+            (
+                twice.any(1),
+                lambda row: (
+                    f"token id {int(ordered[row, 1:][twice[row]][0])} stands in more than "
+                    f"one slot: each kept id must stand in one"
+                ),
+            ),
+            (~real.any(1), lambda row: "no kept id: a target needs at least one"),
+            (
+                (real & ~(self.logprobs <= _LOGPROB_TOLERANCE)).any(1),
+                lambda row: f"log probs must be <= 0, got {self.logprobs[row][real[row]].tolist()}",
+            ),
+            (
+                ~self.log_z.isfinite() | ~(self.log_tail <= _LOGPROB_TOLERANCE),
+                lambda row: (
+                    f"log_z must be finite and log_tail <= 0, got "
+                    f"log_z={float(self.log_z[row])} and log_tail={float(self.log_tail[row])}"
+                ),
+            ),
+            (
+                ~((mass - 1).abs() <= _MASS_TOLERANCE),
+                lambda row: (
+                    f"kept and tail mass add up to {float(mass[row]):.4f} instead of 1: "
+                    f"log_z and log_tail must be those of temperature {temperature}"
+                ),
+            ),
+            (
+                fewest_draws < 0,
+                lambda row: f"draws must be >= 0, got {int(fewest_draws[row])}",
+            ),
+        ]
+        if not bool(torch.stack([rows for rows, _ in rules]).any()):
+            return
+        for rows, message in rules:
+            if bool(rows.any()):
+                row = int(rows.nonzero()[0])
+                raise ValueError(f"target {row} of {len(self)}: {message(row)}")
+
+    def is_real(self) -> Tensor:
+        """Return [N, K]: True in the slots that hold an id."""
+        return self.token_ids >= 0
+
+    def filled_slots(self) -> Tensor:
+        """Return [N, K]: each slot's own index, or in an unused slot that of a slot in use.
+
+        Gathering through it repeats a kept entry instead of reaching for id -1, so writing the
+        result back over the vocabulary touches kept ids only.
+        """
+        own = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return torch.where(self.is_real(), own, self.token_ids.argmax(dim=1, keepdim=True))
+
+    def filled_ids(self) -> Tensor:
+        """Return [N, K]: the kept ids, unused slots repeating one of them."""
+        return self.token_ids.gather(1, self.filled_slots())
+
+    def log_p(self, temperature: float) -> Tensor:
+        """Return [N, K]: log p_T of the kept ids, not below LOG_FLOOR, LOG_FLOOR if unused."""
+        log_p = self.logprobs / temperature - self.log_z[:, None]
+        return torch.where(self.is_real(), log_p, LOG_FLOOR).clamp(min=LOG_FLOOR)
+
+    def kept_mass(self, temperature: float = 1.0) -> Tensor:
+        """Return [N]: Σ p_T over the kept ids."""
+        return torch.where(self.is_real(), self.log_p(temperature).exp(), 0.0).sum(1)
+
+    def num_below(self, mu: float = 0.5, temperature: float = 1.0) -> int:
+        """Count the targets whose kept mass is under `mu`: there the akl split is not exact."""
+        return int((self.kept_mass(temperature) < mu).sum())
+
+    def draw_weights(self, log_p: Tensor) -> Tensor:
+        """Return [N, K]: weights w with E[Σ w f] = Σ_v p(v) f(v) for the sampled targets, T=1.
+
+        w = p(v) in the exact head; beyond it R · draws(v) / Σ draws, where R is the mass outside
+        the head, summed from the drawn entries and `log_tail`.
+        """
+        assert self.draws is not None
+        real = self.is_real()
+        is_head = real & (self.draws == 0)
+        drawn = torch.where(real, self.draws, 0).to(log_p.dtype)
+        probs = log_p.exp()
+        mass_outside_head = torch.where(drawn > 0, probs, 0.0).sum(1) + self.log_tail.exp()
+        per_draw = mass_outside_head / drawn.sum(1).clamp(min=1.0)
+        return torch.where(is_head, probs, drawn * per_draw[:, None])

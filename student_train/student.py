@@ -1,0 +1,66 @@
+"""Load or make the student and its tokenizer, and check that both fit the cache."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from schemas import check_same_tokenizer
+from storage import CacheReader, Store, paths
+from student_train.config import StudentConfig
+
+
+def load_tokenizer(reader: CacheReader) -> Any | None:
+    """The teacher's tokenizer as kept in the cache; None if it was dumped from ready ids."""
+    files = reader.manifest.tokenizer.files
+    if not files:
+        return None
+    store = Store(reader.url)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in files:
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def load_student(
+    config: StudentConfig, reader: CacheReader, seed: int
+) -> tuple[PreTrainedModel, Any | None]:
+    """The student and the tokenizer to save with it.
+
+    Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
+    the cache's, ValueError if the student cannot be built.
+    """
+    tokenizer = load_tokenizer(reader)
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(seed)
+    if config.path:
+        try:
+            student = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"student.path {config.path} cannot be loaded: {error}") from error
+        if tokenizer is not None:
+            try:
+                own = AutoTokenizer.from_pretrained(config.path)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"student.path {config.path} has no tokenizer to compare with the cache's: "
+                    f"{error}"
+                ) from error
+            check_same_tokenizer(tokenizer, own, reader.url)
+        return student, tokenizer
+    fields = dict(config.config)
+    model_type = fields.pop("model_type")
+    fields.setdefault("vocab_size", reader.manifest.shared_vocab_size)
+    if tokenizer is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(name, getattr(tokenizer, name))
+    try:
+        settings = AutoConfig.for_model(model_type, **fields)
+        student = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"student.config does not give a model: {error}") from error
+    return student, tokenizer

@@ -1,0 +1,130 @@
+"""What a dump will cost, before it is paid: score a sample, measure, extrapolate."""
+
+import dataclasses
+import tempfile
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from schemas import FORMAT_VERSION, Manifest, ScoredSequence, Segment, ShardPlan, TokenizerInfo
+from storage import CacheWriter
+from teacher_dump.config import DumpConfig
+from teacher_dump.engines import open_engine
+from teacher_dump.prepare import sequences_of
+from teacher_dump.sequences import SequenceCounts, TokenSequence
+from teacher_dump.teacher import Teacher, describe_teacher
+
+
+def plan(config: DumpConfig, sample: int = 64) -> str:
+    """A table: sequences, targets, shards, bytes, hours, and retained mass for every smaller k.
+
+    Tokenises the whole source (counts are exact), scores `sample` sequences drawn uniformly and
+    extrapolates from those. Writes nothing to `config.output`.
+    Raises ValueError as `dump` would for the same config.
+    """
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, found {sample}")
+    teacher = describe_teacher(config.teacher)
+    counts = SequenceCounts()
+    drawn = _reservoir(config, teacher, counts, sample)
+    if not drawn:
+        raise ValueError(f"{config.source.path} gives no sequence with a target")
+    engine = open_engine(
+        config.teacher,
+        teacher.model_path,
+        vocab_size=teacher.shared_vocab_size,
+        truncation=config.truncation,
+        temperatures=tuple(config.temperatures),
+        max_length=config.sequences.max_length,
+    )
+    try:
+        list(engine.score(drawn[:1], 0))  # what only happens once is not extrapolated
+        start = time.monotonic()
+        scored = list(tqdm(engine.score(drawn, 0), desc="score", total=len(drawn), disable=None))
+        seconds = time.monotonic() - start
+    finally:
+        engine.close()
+    targets = sum(s.num_targets for s in scored)
+    bytes_per_target = _bytes_per_target(config, teacher, scored)
+    total_bytes = bytes_per_target * counts.targets
+    shards = -(-counts.targets // config.shard_targets)
+    lines = [
+        f"records              {counts.records:,} ({counts.truncated_records:,} truncated, "
+        f"{counts.split_records:,} split, {counts.records_without_targets:,} without targets)",
+        f"sequences, tokens    {counts.sequences:,}, {counts.tokens:,} "
+        f"({counts.dropped_tokens:,} tokens dropped)",
+        f"targets, shards      {counts.targets:,}, {shards:,}",
+        f"bytes                {total_bytes / 1e6:,.1f} MB, {bytes_per_target:.1f} per target",
+        f"time                 {counts.targets / targets * seconds / 3600:.3f} hours at "
+        f"{targets / seconds:,.0f} targets/s",
+        f"from a sample of     {len(scored)} sequences, {targets:,} targets",
+        "",
+        "      k   retained mass: mean      5 %   smallest",
+    ]
+    for k, mass in retained_mass(scored).items():
+        lines.append(f"{k:7d}{mass.mean():22.4f} {np.quantile(mass, 0.05):8.4f} {mass.min():10.4f}")
+    return "\n".join(lines)
+
+
+def retained_mass(scored: list[ScoredSequence]) -> dict[int, np.ndarray]:
+    """For k = 1, 2, 4, ... up to what was kept: [n] mass of the k most probable ids at T=1."""
+    logprobs = np.concatenate([s.logprobs for s in scored])
+    mass = np.exp(logprobs, dtype=np.float64).cumsum(axis=1)
+    slots = mass.shape[1]
+    ladder = [1 << i for i in range(slots.bit_length()) if 1 << i < slots]
+    return {k: mass[:, k - 1] for k in [*ladder, slots]}
+
+
+def _reservoir(
+    config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
+) -> list[TokenSequence]:
+    """A uniform sample of the source's sequences, in one pass, the same at every run."""
+    generator = np.random.default_rng(0)
+    kept: list[tuple[int, TokenSequence]] = []
+    bar = tqdm(
+        sequences_of(config, teacher, counts), desc="tokenise", unit=" sequences", disable=None
+    )
+    for index, sequence in enumerate(bar):
+        if len(kept) < size:
+            kept.append((index, sequence))
+        elif (slot := int(generator.integers(index + 1))) < size:
+            kept[slot] = (index, sequence)
+    return [sequence for _, sequence in sorted(kept, key=lambda entry: entry[0])]
+
+
+def _bytes_per_target(config: DumpConfig, teacher: Teacher, scored: list[ScoredSequence]) -> float:
+    """Size of the sample as a real shard."""
+    draft = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id="",
+        teacher=teacher.info,
+        tokenizer=TokenizerInfo(fingerprint="", files={}),
+        shared_vocab_size=teacher.shared_vocab_size,
+        truncation=config.truncation,
+        temperatures=tuple(config.temperatures),
+        precision=config.precision,
+        source={},
+        sequences=dataclasses.asdict(config.sequences),
+        num_shards=0,
+        num_sequences=0,
+        num_tokens=0,
+        num_targets=0,
+        plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
+        totals=None,
+        records=None,
+    )
+    entry = ShardPlan(
+        shard=0,
+        first_sequence=0,
+        num_sequences=len(scored),
+        num_tokens=sum(len(s.input_ids) for s in scored),
+        num_targets=sum(s.num_targets for s in scored),
+        input_xxh3_128="",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CacheWriter.create(folder, draft, [entry])
+        with writer.shard(0) as shard:
+            for sequence in scored:
+                shard.write(sequence)
+        return shard.bytes_written / entry.num_targets

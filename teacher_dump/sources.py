@@ -1,0 +1,391 @@
+"""Where samples come from: JSON lines, Parquet files, Hugging Face datasets; one record each.
+
+Owns: which files a path means, their order, what identifies a sample (`sample_id`) and what
+identifies the whole source (`describe_source`). Reads as a stream, in memory bounded by one line
+or one batch of rows, plus one 64-bit hash per sample id. Knows nothing about tokenizers, nor about
+which fields of a record matter: that is `sequences.py`.
+"""
+
+import glob
+import gzip
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+import zstandard
+
+FORMATS = ("auto", "jsonl", "parquet", "hf")
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".parquet": "parquet",
+}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PARQUET_BATCH_ROWS = 256
+READ_BYTES = 1 << 16
+HASH_BYTES = 1 << 20
+
+Row = tuple[str, str, dict[str, Any]]  # the id it gets without an id field, where it stands, fields
+
+
+class SourceError(ValueError):
+    """The input data, or the path to it, cannot be used; the message says where and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Which records to read."""
+
+    path: str
+    """File, directory, glob, or the name or local path of a Hugging Face dataset."""
+
+    format: str = "auto"
+    """auto, jsonl (also .gz and .zst), parquet, or hf."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    subset: str = ""
+    """Configuration of a Hugging Face dataset ("" is its only one, or its default)."""
+
+    id_field: str = "id"
+    """Field that names a sample; without an "id", samples are called "<file name>:<index>"."""
+
+    limit: int = 0
+    """Read only this many records from the start (0 = all)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be right for any source."""
+        if not self.path:
+            raise ValueError("source path is empty: give a file, directory, glob or dataset name")
+        if self.format not in FORMATS:
+            raise ValueError(f"source format is {self.format!r}: expected one of {FORMATS}")
+        if self.limit < 0:
+            raise ValueError(f"source limit is {self.limit}: expected 0 (all records) or more")
+        if not self.id_field or not self.split:
+            raise ValueError("source id_field and split must not be empty")
+        if self.format in ("jsonl", "parquet"):
+            _refuse_hf_options(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of the source, as it was found."""
+
+    sample_id: str
+    fields: dict[str, Any]
+    where: str
+    """For error messages, e.g. "data.jsonl.zst line 12" (lines from 1, rows from 0)."""
+
+
+def iter_records(config: SourceConfig) -> Iterator[Record]:
+    """Return the records in the order of the sorted files; the path is checked at once.
+
+    A sample id that occurs twice is a `SourceError` that names both places.
+    """
+    source_format, files = _resolve(config)
+    return _unique(config, source_format, files)
+
+
+def describe_source(config: SourceConfig) -> dict[str, Any]:
+    """Return {"path", "files": [{"name", "bytes", "xxh3_128"}], "rows" (hf only), "fingerprint"}.
+
+    The fingerprint covers the content and the relative names of the files and every option that
+    alters what is read, but neither the place nor the times of the files. A dataset from the Hub is
+    identified by its own fingerprint (which contains its revision) in place of files.
+    """
+    source_format, files = _resolve(config)
+    described = [
+        {"name": name, "bytes": path.stat().st_size, "xxh3_128": _hash_file(path)}
+        for name, path in files
+    ]
+    identity: dict[str, Any] = {
+        "format": source_format,
+        "id_field": config.id_field,
+        "limit": config.limit,
+        "files": described,
+    }
+    description: dict[str, Any] = {"path": config.path, "files": described}
+    if source_format == "hf":
+        dataset = _load_hf(config)
+        description["rows"] = len(dataset)
+        identity |= {"split": config.split, "subset": config.subset, "rows": len(dataset)}
+        if not files:
+            identity |= {"dataset": config.path, "dataset_fingerprint": dataset._fingerprint}
+    canonical = json.dumps(identity, sort_keys=True).encode()
+    description["fingerprint"] = xxhash.xxh3_128(canonical).hexdigest()
+    return description
+
+
+def _resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
+    """Return the format read and the sorted (relative name, path) of the files that make it up."""
+    path = Path(os.path.expanduser(config.path))
+    if "://" in config.path:
+        raise SourceError(
+            f"source path {config.path!r} is a URL: expected local files or the name of a"
+            " Hugging Face dataset; copy the files here first"
+        )
+    if config.format == "hf" or (config.format == "auto" and _is_saved(path)):
+        return "hf", _hf_files(path, config.split)
+
+    explicit = not path.is_dir()  # a file or a glob names its files itself, whatever their suffix
+    if path.is_file():
+        root, found = path.parent, [path]
+    elif path.is_dir():
+        root, found = path, _visible_files(path)
+    elif glob.has_magic(str(path)):
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+        root = Path(*fixed)
+        found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    elif config.format == "auto" and HUB_NAME.fullmatch(config.path) and not _format_of(path):
+        return "hf", []
+    else:
+        raise SourceError(f"source path {config.path!r} does not exist (seen from {os.getcwd()})")
+
+    formats = {p: _format_of(p) for p in found}
+    if explicit and config.format != "auto":
+        formats = dict.fromkeys(found, config.format)
+    elif config.format != "auto":
+        formats = {p: known for p, known in formats.items() if known == config.format}
+    if explicit and "" in formats.values():
+        raise SourceError(
+            f"{min(p for p, known in formats.items() if not known)} has no known suffix: expected"
+            f" {', '.join(SUFFIXES)}; rename it, narrow the path, or set format"
+        )
+    used = set(formats.values()) - {""}
+    if len(used) != 1:
+        raise SourceError(
+            f"source path {config.path!r} holds {' and '.join(sorted(used)) or 'no'} files that"
+            f" format: {config.format} reads: expected files of one kind, {', '.join(SUFFIXES)};"
+            " narrow the path or set format"
+        )
+    _refuse_hf_options(config)
+    return used.pop(), sorted((p.relative_to(root).as_posix(), p) for p in formats if formats[p])
+
+
+def _refuse_hf_options(config: SourceConfig) -> None:
+    if config.split != "train" or config.subset:
+        raise SourceError(
+            f"split={config.split!r}, subset={config.subset!r} are for Hugging Face datasets and"
+            f" have no effect on the files of {config.path!r}: leave them out, or set format: hf"
+        )
+
+
+def _format_of(path: Path) -> str:
+    return next((SUFFIXES[suffix] for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+
+
+def _visible_files(directory: Path) -> list[Path]:
+    """Return the files below, without hidden ones and those of hidden or `_temporary` folders."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and not any(part[0] in "._" for part in path.relative_to(directory).parts)
+    )
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _unique(config: SourceConfig, format_: str, files: list[tuple[str, Path]]) -> Iterator[Record]:
+    seen: set[int] = set()
+    for record in _records(config, format_, files):
+        key = xxhash.xxh3_64_intdigest(record.sample_id.encode())
+        if key in seen:  # rare: the first place is found by reading again, not by keeping every id
+            for earlier in _records(config, format_, files):
+                if earlier.where == record.where:
+                    break
+                if earlier.sample_id == record.sample_id:
+                    raise SourceError(
+                        f"sample id {record.sample_id!r} occurs twice, {earlier.where} and"
+                        f" {record.where}, but ids must be unique: drop one of the two, or set"
+                        " id_field to a field without repetitions"
+                    )
+        seen.add(key)
+        yield record
+
+
+def _records(config: SourceConfig, format_: str, files: list[tuple[str, Path]]) -> Iterator[Record]:
+    rows: Iterator[Row]
+    if format_ == "hf":
+        rows = _hf_rows(config)
+    else:
+        read = _jsonl_rows if format_ == "jsonl" else _parquet_rows
+        rows = itertools.chain.from_iterable(read(name, path) for name, path in files)
+    for fallback_id, where, fields in itertools.islice(rows, config.limit or None):
+        yield Record(_sample_id(config, fallback_id, where, fields), fields, where)
+
+
+def _sample_id(config: SourceConfig, fallback: str, where: str, fields: dict[str, Any]) -> str:
+    value = fields.get(config.id_field)
+    if value is None and config.id_field == "id":
+        return fallback
+    if value is None:
+        raise SourceError(
+            f"{where}: no field {config.id_field!r}, which id_field asks for; the record has"
+            f" {sorted(fields)}"
+        )
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise SourceError(
+            f"{where}: {config.id_field!r} is {value!r}: expected a non-empty string or an integer;"
+            " set id_field to another field"
+        )
+    return str(value)
+
+
+def _jsonl_rows(name: str, path: Path) -> Iterator[Row]:
+    number, index = 0, 0
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            if line.isspace():
+                continue
+            where = f"{name} line {number}"
+            yield f"{name}:{index}", where, _parse_line(line, where, first=number == 1)
+            index += 1
+    except (EOFError, zlib.error, OSError, zstandard.ZstdError) as error:
+        raise SourceError(
+            f"{path} is damaged or cut short after line {number}: {error}; copy or write it again"
+        ) from error
+    if index == 0:
+        raise SourceError(f"{path} is empty: expected at least one record; remove the file")
+
+
+def _parse_line(line: bytes, where: str, *, first: bool) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+        fields = json.loads(text)
+        if (
+            "\\ud" in text or "\\uD" in text
+        ):  # half of an escaped surrogate pair cannot be written as UTF-8
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise SourceError(f"{where}: not valid UTF-8: {error}; convert or repair it") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{where}: not readable as JSON: {error}; each line must be one whole JSON object"
+        ) from error
+    if not isinstance(fields, dict):
+        raise SourceError(
+            f"{where}: expected a JSON object, found {type(fields).__name__} {text.strip()[:40]!r}"
+        )
+    return fields
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.name.endswith(".gz"):
+        with gzip.open(path) as file:
+            yield from file
+    elif path.name.endswith(".zst"):
+        yield from _split_lines(_zstd_chunks(path))
+    else:
+        with path.open("rb") as file:
+            yield from file
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """Decompress every frame; EOFError if the last has no end (`stream_reader` does not tell)."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    with path.open("rb") as file:
+        while data := file.read(READ_BYTES):
+            while data:
+                if frame is None:
+                    frame = decompressor.decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut after each newline, like a file; a line over many chunks is joined once."""
+    started: list[bytes] = []
+    for chunk in chunks:
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join((*started, line, b"\n"))
+            started.clear()
+        if rest:
+            started.append(rest)
+    if started:
+        yield b"".join(started)
+
+
+def _parquet_rows(name: str, path: Path) -> Iterator[Row]:
+    index = 0
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for fields in batch.to_pylist():
+                    yield f"{name}:{index}", f"{name} row {index}", fields
+                    index += 1
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise SourceError(
+            f"{path} is not readable as Parquet after {index} rows: {error}; write it again"
+        ) from error
+    if index == 0:
+        raise SourceError(f"{path} is empty: expected at least one row; remove the file")
+
+
+def _is_saved(path: Path) -> bool:
+    """Tell whether `datasets` wrote this directory with `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _hf_files(path: Path, split: str) -> list[tuple[str, Path]]:
+    """Return what identifies a dataset on this disk: its arrow files, or a whole repository."""
+    if not path.exists():
+        return []
+    if (path / "dataset_dict.json").is_file():
+        path = path / split
+    files = _visible_files(path)
+    if _is_saved(path):
+        files = [file for file in files if file.suffix == ".arrow"]
+    return [(file.relative_to(path).as_posix(), file) for file in files]
+
+
+def _hf_rows(config: SourceConfig) -> Iterator[Row]:
+    index = -1
+    for index, fields in enumerate(_load_hf(config)):
+        yield f"{config.split}:{index}", f"{config.path} split {config.split} row {index}", fields
+    if index < 0:
+        raise SourceError(f"{config.path} split {config.split} is empty: expected at least one row")
+
+
+def _load_hf(config: SourceConfig) -> Any:
+    path = os.path.expanduser(config.path)
+    try:
+        import datasets
+
+        if not _is_saved(Path(path)):
+            return datasets.load_dataset(path, config.subset or None, split=config.split)
+        dataset = datasets.load_from_disk(path)
+    except Exception as error:  # whatever a Hub client, a builder or a cache may raise
+        raise SourceError(
+            f"{config.path!r} (subset {config.subset!r}, split {config.split!r}) is neither a local"
+            f" file nor a Hugging Face dataset that can be loaded: {error}; check the name"
+        ) from error
+    splits = list(dataset) if isinstance(dataset, datasets.DatasetDict) else ["train"]
+    if config.subset or config.split not in splits:
+        raise SourceError(
+            f"{config.path} was saved with splits {splits} and no subsets: expected split, found"
+            f" split={config.split!r}, subset={config.subset!r}"
+        )
+    return dataset[config.split] if isinstance(dataset, datasets.DatasetDict) else dataset

@@ -1,0 +1,184 @@
+"""Dense logits to a sparse distribution that is exact where it counts, in bounded memory.
+
+The one place where entries are chosen and masses computed; every engine that sees logits uses it.
+Shapes: n targets, V vocabulary, K slots, T temperatures.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from schemas import Truncation
+
+LOGPROB_FLOOR = -10_000.0
+"""Log probs are floored here, so that a teacher's -inf logits stay finite numbers."""
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Float32 logits held at a time: near the cache on a CPU, enough to fill a GPU."""
+
+
+class NotFinite(ValueError):
+    """Some logits are NaN or +inf; `row` is the first such target."""
+
+    def __init__(self, row: int) -> None:
+        """Remember the row of the chunk."""
+        super().__init__(f"logits of target {row} are not finite")
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse:
+    """The sparse distributions of n targets, on the logits' device; see `ScoredSequence`."""
+
+    token_ids: Tensor
+    """[n, K] int32, -1 = unused slot."""
+    logprobs: Tensor
+    """[n, K] float32 descending, -inf = unused slot."""
+    draws: Tensor | None
+    """[n, K] int32."""
+    log_z: Tensor
+    """[n, T] float32."""
+    log_tail: Tensor
+    """[n, T] float32."""
+    label_logprob: Tensor
+    """[n] float32."""
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many targets' logits fit `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+
+
+def uniforms_for(truncation: Truncation, sequence: int, num_targets: int) -> NDArray[np.float64]:
+    """[n, draws] random numbers of one sequence: they depend on the seed and plan index alone."""
+    generator = np.random.Generator(np.random.Philox(key=[truncation.seed, sequence]))
+    return generator.random((num_targets, truncation.draws))
+
+
+def sparsify(
+    logits: Tensor,
+    labels: Tensor,
+    truncation: Truncation,
+    temperatures: tuple[float, ...],
+    uniforms: Tensor | None = None,
+) -> Sparse:
+    """Reduce logits [n, V] (cut to the shared vocabulary) to what a cache stores.
+
+    With x the logits: log p = x - lse(x); log Z_T = lse(x/T) - lse(x)/T; the tail mass is the
+    logsumexp over the complement of the kept ids, never 1 - sum p, which cancels.
+    `uniforms` [n, draws] in [0, 1) are the random numbers of a sampling truncation.
+    `logits` may be overwritten. Raises NotFinite on NaN or +inf.
+    """
+    x = logits.float()
+    token_ids, draws = _chosen(x, truncation, uniforms)
+    used = token_ids >= 0
+    safe_ids = token_ids.clamp(min=0).long()
+    kept = x.gather(1, safe_ids).masked_fill(~used, -math.inf)
+    label = x.gather(1, labels.long().unsqueeze(1)).squeeze(1)
+
+    # Unused slots point at id 0: let them write what is there already, or -inf if 0 is kept.
+    first_is_kept = ((token_ids == 0) & used).any(dim=1, keepdim=True)
+    at_zero = x[:, :1].masked_fill(first_is_kept, -math.inf)
+    rest = x.scatter_(1, safe_ids, torch.where(used, -math.inf, at_zero))
+
+    # With the k largest kept, the last of them bounds the rest and no pass for a maximum is needed.
+    bound = kept[:, -1:] if truncation.method == "topk" else rest.amax(dim=1, keepdim=True)
+    bound = bound.clamp(min=torch.finfo(torch.float32).min)
+    log_sums, log_tails = [], []
+    for temperature in temperatures:
+        tail = _log_sum_exp(rest, bound, temperature)
+        log_sum = torch.logaddexp(torch.logsumexp(kept / temperature, dim=1), tail)
+        log_sums.append(log_sum)
+        log_tails.append(tail - log_sum)
+    base = log_sums[0]
+    if not bool(torch.isfinite(base).all()):
+        raise NotFinite(int((~torch.isfinite(base)).nonzero()[0]))
+    log_z = [
+        log_sum - base / temperature
+        for log_sum, temperature in zip(log_sums, temperatures, strict=True)
+    ]
+    logprobs = (kept - base[:, None]).clamp(min=LOGPROB_FLOOR)
+    return Sparse(
+        token_ids=token_ids.int(),
+        logprobs=logprobs.masked_fill(~used, -math.inf),
+        draws=draws,
+        log_z=torch.stack(log_z, dim=1),
+        log_tail=torch.stack(log_tails, dim=1),
+        label_logprob=(label - base).clamp(min=LOGPROB_FLOOR),
+    )
+
+
+def _chosen(
+    x: Tensor, truncation: Truncation, uniforms: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Kept ids [n, K] in descending logit, -1 = unused, and draw counts [n, K] if sampled."""
+    if truncation.method == "sample":
+        assert uniforms is not None
+        return _drawn(x, uniforms)
+    head = _top(x, truncation.k)
+    if truncation.method == "topk":
+        return head, None
+    if truncation.method == "topp":
+        p = torch.softmax(x, dim=1).gather(1, head)
+        before = p.cumsum(dim=1) - p
+        rank = torch.arange(truncation.k, device=x.device)
+        return head.masked_fill((before >= truncation.p) & (rank >= truncation.min_k), -1), None
+    assert uniforms is not None
+    tail = x.scatter(1, head, -math.inf)
+    ids, draws = _drawn(tail, uniforms)
+    empty = torch.isinf(tail.amax(dim=1, keepdim=True))  # nothing left to draw from
+    ids, draws = ids.masked_fill(empty, -1), draws.masked_fill(empty, 0)
+    return torch.cat([head, ids], dim=1), torch.cat([torch.zeros_like(head).int(), draws], dim=1)
+
+
+def _drawn(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids drawn with replacement from softmax(x), most probable first, with counts.
+
+    By inversion of the cumulative distribution in float64: the same numbers give the same draws
+    whatever the batch.
+    """
+    cumulative = torch.softmax(x.double(), dim=1).cumsum(dim=1)
+    points = uniforms.to(cumulative) * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, points, right=True).clamp(max=x.shape[1] - 1)
+    ids = ids.sort(dim=1).values
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    run = new.long().cumsum(dim=1) - 1
+    counts = torch.zeros_like(ids).scatter_add_(1, run, torch.ones_like(ids))
+    distinct = torch.full_like(ids, -1).scatter_(1, run, ids)
+    score = x.gather(1, distinct.clamp(min=0)).masked_fill(distinct < 0, -math.inf)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return distinct.gather(1, order), counts.gather(1, order).int()
+
+
+def _top(x: Tensor, k: int) -> Tensor:
+    """Ids of the k largest entries of each row, largest first."""
+    return (
+        _top_blocks(x, k) if x.device.type == "cpu" and x.shape[1] >= 16 * k else x.topk(k).indices
+    )
+
+
+def _top_blocks(x: Tensor, k: int) -> Tensor:
+    """`_top` in two steps: the k largest entries lie in the k blocks with the largest maxima.
+
+    On a CPU torch sorts each row partially, in time that grows with V; maxima are a vector pass.
+    Block b holds the ids congruent to b, so that the maxima run along contiguous memory.
+    """
+    n, vocab = x.shape
+    width = max(4, round(math.sqrt(vocab / k)))
+    num_blocks = vocab // width
+    whole = num_blocks * width
+    blocks = x[:, :whole].view(n, width, num_blocks).amax(dim=1).topk(k, sorted=False).indices
+    ids = (blocks[:, :, None] + torch.arange(0, whole, num_blocks)).view(n, -1)
+    if whole < vocab:
+        ids = torch.cat([ids, torch.arange(whole, vocab).expand(n, -1)], dim=1)
+    best = x.gather(1, ids).topk(k).indices
+    return ids.gather(1, best)
+
+
+def _log_sum_exp(x: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    """[n] log sum exp(x / T) of rows no entry of which is above `shift` [n, 1]."""
+    return ((x - shift) / temperature).exp_().sum(dim=1).log() + shift[:, 0] / temperature

