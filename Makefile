@@ -41,7 +41,7 @@ demo: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV_VLLM)/.installed)
 	$(VENV)/bin/python examples/demo/run.py --engine $(ENGINE) --seeds $(SEEDS)
 
 demo-teacher: $(VENV)/.installed
-	$(VENV)/bin/python examples/demo/train_teacher.py --out examples/demo/teacher
+	$(VENV)/bin/python examples/demo/train_teacher.py --out examples/demo/teacher --minutes 65 --batch 24
 
 test: test-main test-vllm
 

@@ -256,11 +256,13 @@ class Manifest:
 
 
 def check_temperatures(temperatures: tuple[float, ...]) -> None:
-    """Raise ValueError unless they are distinct, positive, ascending behind a leading 1."""
+    """Raise ValueError unless they are finite, positive, of distinct names, and start with 1."""
     rest = temperatures[1:]
     if not temperatures or temperatures[0] != 1:
         raise ValueError(f"temperatures must start with 1, found {list(temperatures)}")
-    if any(not 0 < t < float("inf") for t in rest) or len(set(temperatures)) < len(temperatures):
+    names = {f"{t:g}" for t in temperatures}  # columns are named by six digits
+    if any(not 0 < t < float("inf") for t in rest) or len(names) < len(temperatures):
         raise ValueError(
-            f"temperatures must be distinct, positive and finite, found {list(temperatures)}"
+            "temperatures must be positive, finite and distinct in their first six digits, "
+            f"found {list(temperatures)}"
         )

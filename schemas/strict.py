@@ -29,8 +29,13 @@ def to_json(value: Any) -> Any:
 
 
 def canonical(value: Any) -> bytes:
-    """The one byte string of a JSON value: sorted keys, no spaces, UTF-8. What hashes are over."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """The one byte string of a JSON value: sorted keys, no spaces, UTF-8. What hashes are over.
+
+    Raises ValueError on a NaN or infinity, which JSON does not have.
+    """
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     return text.encode()
 
 
@@ -63,6 +68,8 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:
+    if hint is Any:
+        return data
     origin = typing.get_origin(hint)
     if origin is types.UnionType:  # only `X | None` is used
         if data is None:
@@ -77,7 +84,8 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(data, dict):
             raise FormatError(f"{where}: expected an object, found {_kind(data)}")
-        return data
+        (_, item) = typing.get_args(hint)
+        return {key: _value(item, entry, f"{where}.{key}") for key, entry in data.items()}
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), data, where)
     if hint is float and isinstance(data, int) and not isinstance(data, bool):

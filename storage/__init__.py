@@ -3,6 +3,7 @@
 from storage.codec import Rows
 from storage.files import Busy, Store
 from storage.reader import CacheReader, RowGroupRef
+from storage.verify import VerifyReport, verify
 from storage.writer import CacheWriter, ShardWriter
 
 __all__ = [
@@ -13,9 +14,6 @@ __all__ = [
     "Rows",
     "ShardWriter",
     "Store",
+    "VerifyReport",
     "verify",
 ]
-
-from storage.verify import VerifyReport, verify
-
-__all__ += ["VerifyReport"]

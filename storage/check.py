@@ -4,11 +4,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas import FormatError, Layout, ScoredSequence
-from storage.codec import Rows
+from storage.codec import Rows, empty, logprob_bound
 
-MASS_EPSILON = {"f32": 1e-4, "f16": 2e-3, "compact": 1e-3}
-"""How far kept mass + tail may be from 1 at T=1, by stored precision; 20 times it elsewhere (the
-compact code makes the sum exact at T=1 only)."""
+EPSILON = 1e-4
+"""How far kept mass + tail of exact log probs may be from 1 at T=1; 20 times it elsewhere. Stored
+precisions add what their rounding can move (`codec.logprob_bound`)."""
 
 
 def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
@@ -25,6 +25,8 @@ def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
         "label_logprob": ((n,), np.float32),
     }
     where = f"sample {sequence.sample_id}"
+    if not isinstance(sequence.sample_id, str):
+        raise FormatError(f"{where}: sample_id must be a string")
     if layout.has_draws:
         expected["draws"] = ((n, slots), np.int32)
     elif sequence.draws is not None:
@@ -50,7 +52,7 @@ def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
         sequence.log_tail,
         sequence.label_logprob,
         layout,
-        epsilon=MASS_EPSILON["f32"],
+        precision="f32",
     )
     if problems:
         raise FormatError(f"{where}: {problems[0]}")
@@ -68,7 +70,7 @@ def check_rows(rows: Rows, layout: Layout) -> list[str]:
         rows.log_tail,
         rows.label_logprob,
         layout,
-        epsilon=MASS_EPSILON[layout.precision],
+        precision=layout.precision,
     )
     starts = rows.row_starts[:-1]
     if rows.is_target[starts].any():
@@ -92,56 +94,83 @@ def distribution_problems(
     label_logprob: NDArray[np.float32],
     layout: Layout,
     *,
-    epsilon: float,
+    precision: str,
 ) -> list[str]:
-    """Value sanity of n targets; every message gives the first offending target and value."""
+    """Value sanity of n targets; every message gives the first offending target and value.
+
+    `precision` is what the log probs went through: it widens the sums they must keep.
+    """
     problems: list[str] = []
 
-    def claim(good: NDArray[np.bool_], what: str, values: NDArray) -> None:
-        if not good.all():
-            first = int(np.flatnonzero(~good)[0])
-            problems.append(
-                f"{what}: {int((~good).sum())} times, first at {first}: {values[first]}"
-            )
+    def refuse(bad: NDArray[np.bool_], what: str, values: NDArray) -> None:
+        if bad.any():
+            rows = np.flatnonzero(bad.any(axis=1) if bad.ndim == 2 else bad)
+            value = np.array2string(values[rows[0]], threshold=16, edgeitems=4, separator=", ")
+            value = " ".join(value.split())
+            problems.append(f"{what}: {len(rows)} times, first at {rows[0]}: {value}")
 
     vocab = layout.vocab_size
-    claim((input_ids >= 0) & (input_ids < vocab), f"token id outside [0, {vocab})", input_ids)
-    used = token_ids >= 0
-    claim(used[:, 0] if len(used) else np.ones(0, bool), "no kept entry", token_ids)
-    claim((token_ids < vocab).all(axis=1), f"kept id not below {vocab}", token_ids)
-    ordered = np.sort(token_ids, axis=1)
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    claim(~twice, "an id is kept twice", token_ids)
-    holes = (used[:, 1:] & ~used[:, :-1]).any(axis=1)
-    claim(~holes, "an unused slot before a used one", token_ids)
-    finite = np.isfinite(np.where(used, logprobs, 0)).all(axis=1)
-    claim(finite, "kept log prob is not finite", logprobs)
+    refuse((input_ids < 0) | (input_ids >= vocab), f"token id outside [0, {vocab})", input_ids)
+    ordered = empty(token_ids.shape, np.int32)
+    ordered[:] = token_ids
+    ordered.sort(axis=1)
+    refuse(ordered[:, -1] >= vocab, f"kept id not below {vocab}", token_ids)
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if layout.has_num_kept:
+        used = token_ids >= 0
+        refuse(~used[:, 0], "no kept entry", token_ids)
+        refuse(used[:, 1:] & ~used[:, :-1], "unused slot before a used one", token_ids)
+        filled = ~used & ((token_ids != -1) | (logprobs != -np.inf))
+        refuse(filled, "unused slot that does not hold (-1, -inf)", logprobs)
+        twice &= ordered[:, 1:] >= 0
+        finite = np.isfinite(np.where(used, logprobs, 0).sum(axis=1))
+    else:
+        refuse(ordered[:, 0] < 0, f"fewer than {layout.slots} entries kept", token_ids)
+        finite = np.isfinite(logprobs.sum(axis=1))
+    refuse(twice, "an id is kept twice", token_ids)
+    refuse(~finite, "kept log prob is not finite", logprobs)
     if problems:  # the checks below would repeat the same rows in other words
         return problems
-    descending = np.where(used[:, 1:], logprobs[:, 1:] <= logprobs[:, :-1], True).all(axis=1)
-    claim(descending, "kept log probs are not in descending order", logprobs)
-    claim(np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
-    claim(label_logprob <= epsilon, "label_logprob above 0", label_logprob)
-    claim(np.isfinite(log_z).all(axis=1), "log Z is not finite", log_z)
-    claim(~np.isnan(log_tail).any(axis=1), "log tail is not a number", log_tail)
-    claim((log_tail <= epsilon).all(axis=1), "log tail above 0", log_tail)
+    ascending = logprobs[:, 1:] > logprobs[:, :-1]
+    refuse(ascending, "kept log probs are not in descending order", logprobs)
+    refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
+    refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
+    refuse(~np.isfinite(log_z), "log Z is not finite", log_z)
+    refuse(log_z[:, 0] != 0, "log Z at T=1 is not 0", log_z)
+    refuse(np.isnan(log_tail), "log tail is not a number", log_tail)
+    refuse(log_tail > EPSILON, "log tail above 0", log_tail)
     if problems:
         return problems
     for i, temperature in enumerate(layout.temperatures):
-        scaled = np.where(used, logprobs / temperature - log_z[:, i : i + 1], -np.inf)
-        mass = np.exp(scaled, dtype=np.float64).sum(axis=1) + np.exp(log_tail[:, i])
-        tolerance = epsilon if temperature == 1 else min(20 * epsilon, 0.02)
-        claim(
-            np.abs(mass - 1) <= tolerance,
-            f"kept mass + tail at T={temperature:g} is not 1 within {tolerance:g}",
-            mass,
-        )
+        p = _at_temperature(logprobs, temperature, log_z[:, i])
+        mass = p.sum(axis=1) + np.exp(log_tail[:, i])
+        tolerance = EPSILON if temperature == 1 else 20 * EPSILON
+        off = ~(np.abs(mass - 1) <= tolerance)
+        if precision != "f32" and (rows := np.flatnonzero(off)).size:
+            moved = np.expm1(logprob_bound(logprobs[rows], precision) / np.float32(temperature))
+            rounding = (p[rows] * np.minimum(moved, 1)).sum(axis=1)
+            off[rows] = ~(np.abs(mass[rows] - 1) <= tolerance + rounding)
+        refuse(off, f"kept mass + tail at T={temperature:g} is not 1 within {tolerance:g}", mass)
     is_label = token_ids == labels[:, None]
-    kept_label = is_label.any(axis=1)
-    stored = np.where(is_label, logprobs, 0).sum(axis=1)
-    slack = {"f32": 1e-3, "f16": 0.02, "compact": 0.5}[layout.precision]
-    agrees = ~kept_label | (np.abs(stored - label_logprob) <= slack * (1 + np.abs(stored)))
-    claim(agrees, "label_logprob differs from the kept entry of the same token", label_logprob)
+    slot = is_label.argmax(axis=1)
+    each = np.arange(len(labels))
+    stored = logprobs[each, slot]
+    slack = (1e-3 if precision == "f32" else 0.02) * (1 + np.abs(stored))
+    differs = is_label[each, slot] & (np.abs(stored - label_logprob) > slack)
+    if precision != "f32" and (rows := np.flatnonzero(differs)).size:
+        slack[rows] += logprob_bound(logprobs[rows], precision)[each[: rows.size], slot[rows]]
+        differs[rows] = np.abs(stored - label_logprob)[rows] > slack[rows]
+    refuse(differs, "label_logprob differs from the kept entry of the same token", label_logprob)
     if draws is not None:
-        claim(((draws >= 0) & (used | (draws == 0))).all(axis=1), "draws without an entry", draws)
+        refuse((draws != 0) & (token_ids < 0), "draws without an entry", draws)
+        refuse((draws < 0) | (draws > 65_535), "draws outside 0..65535", draws)
     return problems
+
+
+def _at_temperature(
+    logprobs: NDArray[np.float32], temperature: float, log_z: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """[n, K] p_T(v) = exp(log p(v) / T - log Z_T)."""
+    p = np.divide(logprobs, np.float32(temperature), out=empty(logprobs.shape, np.float32))
+    p -= log_z[:, None]
+    return np.exp(p, out=p)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-DONE, BAD_DATA, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,7 +48,9 @@ def run(main: Callable[[list[str]], int]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with _exit_codes(debug):
-        sys.exit(main(arguments))
+        code = main(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is still handled
+        sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,9 @@ def _exit_codes(debug: bool) -> Iterator[None]:
         message = "interrupted: what is committed stays; the same command goes on from there"
         print(f"\n{message}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             traceback.print_exc()

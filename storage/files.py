@@ -58,6 +58,7 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Sorted file names directly inside a folder; empty if it is absent."""
+        self._fs.invalidate_cache(self.path(folder))  # other processes commit shards too
         try:
             found = self._fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:

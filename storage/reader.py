@@ -149,6 +149,16 @@ class CacheReader:
             )
         return table
 
+    def column_bytes(self, group: RowGroupRef) -> dict[str, int]:
+        """Compressed bytes of each column of one row group, from the shard's footer."""
+        try:
+            metadata = self._footer(self._by_shard[group.shard]).row_group(group.index)
+        except (OSError, pa.ArrowException) as error:
+            where = self._store.path(paths.shard(group.shard))
+            raise FormatError(f"{where}: its footer cannot be read: {error}") from error
+        columns = [metadata.column(i) for i in range(metadata.num_columns)]
+        return {c.path_in_schema: c.total_compressed_size for c in columns}
+
     def row_group_record(self, group: RowGroupRef) -> RowGroupRecord:
         """What the commit record says of a row group."""
         return self._by_shard[group.shard].row_groups[group.index]
@@ -167,9 +177,12 @@ class CacheReader:
         try:
             data = self._store.read_range(name, part.offset, part.length)
         except FileNotFoundError:
-            raise FormatError(
-                f"{where} is missing; delete its commit record beside it and run the dump again"
-            ) from None
+            way_out = (
+                "restore it from a copy, or dump anew"
+                if self.manifest.is_final
+                else "delete its commit record beside it and run the dump again"
+            )
+            raise FormatError(f"{where} is missing; {way_out}") from None
         found = xxhash.xxh3_128(data).hexdigest()
         if len(data) != part.length or found != part.xxh3_128:
             raise FormatError(
@@ -200,7 +213,7 @@ class _Window(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> memoryview:
         start = self._at - self._offset
         stop = len(self._data) if size < 0 else start + size
         if start < 0 or stop > len(self._data):
@@ -209,4 +222,4 @@ class _Window(io.RawIOBase):
                 f"{len(self._data)}"
             )
         self._at += stop - start
-        return bytes(self._data[start:stop])
+        return self._data[start:stop]

@@ -9,6 +9,7 @@ from storage import paths
 from storage.check import check_rows
 from storage.files import Store
 from storage.reader import CacheReader
+from storage.writer import totals_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,10 +74,18 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
             yield f"{store.path(manifest.plan.name)}: line {index} does not continue the plan"
             return
         first += plan.num_sequences
-    sums = (first, sum(p.num_targets for p in reader.plan), len(reader.plan))
-    stated = (manifest.num_sequences, manifest.num_targets, manifest.num_shards)
+    where = store.path(paths.MANIFEST)
+    num_tokens = sum(p.num_tokens for p in reader.plan)
+    num_targets = sum(p.num_targets for p in reader.plan)
+    sums = (len(reader.plan), first, num_tokens, num_targets)
+    stated = (
+        manifest.num_shards,
+        manifest.num_sequences,
+        manifest.num_tokens,
+        manifest.num_targets,
+    )
     if sums != stated:
-        yield f"{store.path(paths.MANIFEST)}: the plan sums to {sums}, the manifest says {stated}"
+        yield f"{where}: the plan sums to {sums}, the manifest says {stated}"
     if manifest.is_final:
         for record in reader.records:
             name = paths.record(record.shard)
@@ -85,21 +94,18 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
                     yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
             except FormatError as error:
                 yield str(error)
-        if manifest.totals is not None and manifest.totals.bytes != sum(
-            r.bytes for r in reader.records
-        ):
-            yield f"{store.path(paths.MANIFEST)}: totals.bytes is not the sum over the records"
+        if manifest.totals != totals_of(reader.records):
+            yield f"{where}: totals are not the sums over the records: {manifest.totals}"
     for name, expected in manifest.tokenizer.files.items():
         path = f"{paths.TOKENIZER}/{name}"
         if not store.exists(path):
             yield f"{store.path(path)} is missing"
         elif (found := store.hash(path)) != expected:
             yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
-    known = {paths.shard(p.shard) for p in reader.plan} | {
-        paths.record(p.shard) for p in reader.plan
-    }
+    known = {name(p.shard) for p in reader.plan for name in (paths.shard, paths.record)}
     for name in store.names(paths.SHARDS):
-        if f"{paths.SHARDS}/{name}" not in known:
+        is_temporary = name.startswith(".")  # of a killed or running writer: absent by definition
+        if not is_temporary and f"{paths.SHARDS}/{name}" not in known:
             yield f"{store.path(paths.SHARDS)}/{name} belongs to no shard of the plan"
 
 

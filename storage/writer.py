@@ -108,15 +108,9 @@ class CacheWriter:
         segment = self.store.publish_segment(
             paths.segment(paths.RECORDS), [to_json(r) for r in ordered]
         )
-        totals = Totals(
-            shards=len(ordered),
-            sequences=sum(r.num_sequences for r in ordered),
-            tokens=sum(r.rows for r in ordered),
-            targets=sum(r.targets for r in ordered),
-            bytes=sum(r.bytes for r in ordered),
-            seconds=sum(r.seconds for r in ordered),
+        self.manifest = dataclasses.replace(
+            self.manifest, totals=totals_of(ordered), records=segment
         )
-        self.manifest = dataclasses.replace(self.manifest, totals=totals, records=segment)
         self.store.publish_json(paths.MANIFEST, to_json(self.manifest))
         self.store.remove_folder(paths.INPUTS)
         return self.manifest
@@ -166,7 +160,8 @@ class ShardWriter:
         self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
         if self._layout.precision != "f32":
-            error = codec.decoding_error(*_scored_and_decoded(self._buffer, self._layout.precision))
+            logprobs = np.concatenate([s.logprobs for s in self._buffer])
+            error = codec.decoding_error(logprobs, codec.decode(table, self._layout).logprobs)
             self._error_sum += float(error.sum())
             self._error_max = max(self._error_max, float(error.max(initial=0)))
         self._groups.append((len(table), len(self._buffer), scored))
@@ -249,6 +244,18 @@ def parquet_options(schema: pa.Schema) -> dict:
     }
 
 
+def totals_of(records: list[CommitRecord]) -> Totals:
+    """The sums over the commit records of a cache."""
+    return Totals(
+        shards=len(records),
+        sequences=sum(r.num_sequences for r in records),
+        tokens=sum(r.rows for r in records),
+        targets=sum(r.targets for r in records),
+        bytes=sum(r.bytes for r in records),
+        seconds=sum(r.seconds for r in records),
+    )
+
+
 def read_manifest(store: Store) -> Manifest:
     """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
     where = store.path(paths.MANIFEST)
@@ -274,14 +281,6 @@ def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
             f"{index} of cache {manifest.cache_id}"
         )
     return record
-
-
-def _scored_and_decoded(sequences: list[ScoredSequence], precision: str) -> tuple:
-    logprobs = np.concatenate([s.logprobs for s in sequences])
-    used = np.concatenate([s.token_ids for s in sequences]) >= 0
-    log_tail = np.concatenate([s.log_tail[:, 0] for s in sequences])
-    stored = codec.encode_logprobs(logprobs, used, precision)
-    return logprobs, codec.decode_logprobs(stored, ~used, log_tail, precision)
 
 
 def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:

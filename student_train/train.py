@@ -91,8 +91,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.trackers:
         accelerator.init_trackers("decant", config=config_record(config))
     log.info(
-        "%s parameters, %d steps of %d sequences, %.2f epochs of %d sequences",
+        "%s parameters, world size %d, %d steps of %d sequences, %.2f epochs of %d sequences",
         f"{sum(p.numel() for p in student.parameters()):,}",
+        accelerator.num_processes,
         steps,
         sequences_per_step,
         steps * sequences_per_step / stream.num_sequences,

@@ -4,8 +4,9 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.dump import dump
 from teacher_dump.engines import EngineError, TeacherConfig
 from teacher_dump.prepare import ConfigChanged
+from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceConfig
-from teacher_dump.sources import SourceConfig, SourceError
+from teacher_dump.sources import SourceConfig
 
 __all__ = [
     "ConfigChanged",

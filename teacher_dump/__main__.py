@@ -1,5 +1,8 @@
 """`python -m teacher_dump run|plan --config dump.yaml [--key value ...]`."""
 
+import argparse
+import itertools
+
 from jsonargparse import ArgumentParser
 
 from storage import cli
@@ -26,17 +29,17 @@ def parser() -> ArgumentParser:
         description=DESCRIPTION,
         formatter_class=cli.HelpFormatter,
         usage="%(prog)s {run,plan} --config FILE [--key value ...]",
+        exit_on_error=False,
     )
     commands = root.add_subcommands(dest="command", required=True)
     for name, text in COMMANDS.items():
-        command = cli.config_parser(
-            DumpConfig, prog=f"python -m teacher_dump {name}", description=text
-        )
+        command = cli.config_parser(DumpConfig, description=text, exit_on_error=False)
         if name == "plan":
             command.add_argument(
                 "--sample", type=int, default=64, help="sequences to score for the prediction"
             )
         commands.add_subcommand(name, command, help=text)
+        command.prog = f"python -m teacher_dump {name}"
     return root
 
 
@@ -44,9 +47,20 @@ def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
     cli.interrupt_on_terminate()
     root = parser()
-    parsed = root.parse_args(arguments)
+    try:
+        parsed = root.parse_args(arguments)
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+        files = [a for option, a in itertools.pairwise(arguments) if option == "--config"]
+        where = "".join(f"{file}: " for file in files)
+        message = " ".join(str(error).split())
+        raise ValueError(f"{where}{message} (`{root.prog} run --help` lists the keys)") from error
     values = root.instantiate(parsed)[parsed.command]
     config = DumpConfig(**{name: values[name] for name in DumpConfig.__dataclass_fields__})
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # what it warns of is refused or not our case
+    transformers_logging.disable_progress_bar()
     if parsed.command == "plan":
         from teacher_dump.plan import plan
 

@@ -8,12 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from tqdm import tqdm
 
 from schemas import Manifest, ShardPlan
-from storage import CacheWriter, Store
+from storage import CacheWriter, Store, paths
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import Engine, open_engine
-from teacher_dump.prepare import open_or_create, read_inputs
+from teacher_dump.prepare import (
+    is_sealed,
+    missing_shards,
+    open_or_create,
+    read_inputs,
+    refuse_misfits,
+    restore_inputs,
+)
 from teacher_dump.sequences import SequenceCounts
-from teacher_dump.teacher import describe_teacher
+from teacher_dump.teacher import describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +35,23 @@ def dump(config: DumpConfig) -> Manifest:
     process writes this cache. An interruption or error loses the shard in progress, no other.
     """
     store = Store(config.output)
+    teacher = describe_teacher(config.teacher)
+    refuse_misfits(config, teacher)
     with store.lock():
-        store.remove_temporaries()
-        teacher = describe_teacher(config.teacher, progress=log.info)
+        teacher = hash_weights(teacher, progress=log.info)
         with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
 
             def tokenised(counts: SequenceCounts) -> None:
                 bar.update(counts.sequences - bar.n)
 
             writer = open_or_create(config, store, teacher, tokenised)
-        if writer.manifest.is_final:
-            log.info("%s is complete already", config.output)
-            return writer.manifest
-        missing = writer.missing()
+            store.remove_temporaries()
+            missing, records = missing_shards(writer)
+            if not missing and is_sealed(writer, records):
+                log.info("%s is complete already", config.output)
+                store.remove_folder(paths.INPUTS)
+                return writer.manifest
+            restore_inputs(config, writer, teacher, missing, tokenised)
         log.info(
             "%d sequences, %d targets in %d shards, %d shards to score",
             writer.manifest.num_sequences,

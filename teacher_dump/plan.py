@@ -11,7 +11,7 @@ from schemas import FORMAT_VERSION, Manifest, ScoredSequence, Segment, ShardPlan
 from storage import CacheWriter
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import open_engine
-from teacher_dump.prepare import sequences_of
+from teacher_dump.prepare import refuse_misfits, sharded
 from teacher_dump.sequences import SequenceCounts, TokenSequence
 from teacher_dump.teacher import Teacher, describe_teacher
 
@@ -26,8 +26,9 @@ def plan(config: DumpConfig, sample: int = 64) -> str:
     if sample < 1:
         raise ValueError(f"sample must be at least 1, found {sample}")
     teacher = describe_teacher(config.teacher)
+    refuse_misfits(config, teacher)
     counts = SequenceCounts()
-    drawn = _reservoir(config, teacher, counts, sample)
+    drawn, shards = _reservoir(config, teacher, counts, sample)
     if not drawn:
         raise ValueError(f"{config.source.path} gives no sequence with a target")
     engine = open_engine(
@@ -48,7 +49,6 @@ def plan(config: DumpConfig, sample: int = 64) -> str:
     targets = sum(s.num_targets for s in scored)
     bytes_per_target = _bytes_per_target(config, teacher, scored)
     total_bytes = bytes_per_target * counts.targets
-    shards = -(-counts.targets // config.shard_targets)
     lines = [
         f"records              {counts.records:,} ({counts.truncated_records:,} truncated, "
         f"{counts.split_records:,} split, {counts.records_without_targets:,} without targets)",
@@ -78,19 +78,25 @@ def retained_mass(scored: list[ScoredSequence]) -> dict[int, np.ndarray]:
 
 def _reservoir(
     config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
-) -> list[TokenSequence]:
-    """A uniform sample of the source's sequences, in one pass, the same at every run."""
+) -> tuple[list[TokenSequence], int]:
+    """A uniform sample of the source's sequences, the same at every run, and how many shards."""
     generator = np.random.default_rng(0)
     kept: list[tuple[int, TokenSequence]] = []
-    bar = tqdm(
-        sequences_of(config, teacher, counts), desc="tokenise", unit=" sequences", disable=None
-    )
-    for index, sequence in enumerate(bar):
-        if len(kept) < size:
-            kept.append((index, sequence))
-        elif (slot := int(generator.integers(index + 1))) < size:
-            kept[slot] = (index, sequence)
-    return [sequence for _, sequence in sorted(kept, key=lambda entry: entry[0])]
+    index = shards = 0
+    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+
+        def tokenised(counts: SequenceCounts) -> None:
+            bar.update(counts.sequences - bar.n)
+
+        for shard in sharded(config, teacher, counts, tokenised):
+            shards += 1
+            for sequence in shard:
+                if len(kept) < size:
+                    kept.append((index, sequence))
+                elif (slot := int(generator.integers(index + 1))) < size:
+                    kept[slot] = (index, sequence)
+                index += 1
+    return [sequence for _, sequence in sorted(kept, key=lambda entry: entry[0])], shards
 
 
 def _bytes_per_target(config: DumpConfig, teacher: Teacher, scored: list[ScoredSequence]) -> float:

@@ -1,12 +1,16 @@
 """Fix what will be scored: tokenise the source once, cut it into shards, seal the plan.
 
-Afterwards the source is not needed: the tokens of each shard lie in the cache until it is final,
-so any number of workers can fill shards in any order and bad records are found before a teacher
-is loaded.
+Afterwards no record is read again: the tokens of each shard lie in the cache until it is final, so
+any number of workers can fill shards in any order and bad records are found before a teacher is
+loaded. Only what was lost since is made from the source again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,25 +20,71 @@ import xxhash
 
 from schemas import (
     FORMAT_VERSION,
+    CommitRecord,
     FormatError,
     Manifest,
     Segment,
     ShardPlan,
     tokenizer_fingerprint,
 )
-from schemas.strict import to_json
+from schemas.strict import canonical, to_json
 from storage import CacheWriter, Store, paths
 from teacher_dump.config import DumpConfig
+from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceCounts, TokenSequence, iter_sequences
-from teacher_dump.sources import SourceError, describe_source, iter_records
+from teacher_dump.sources import describe_source, iter_records, source_files
 from teacher_dump.teacher import Teacher, save_tokenizer
 
-STARTED = {paths.INPUTS, paths.PLAN, paths.TOKENIZER}
+log = logging.getLogger(__name__)
+
+STARTED = (paths.TOKENIZER, paths.PLAN, paths.INPUTS)
 """Folders that an interrupted start may leave; anything else is somebody's data."""
+PART = re.compile(r"part-\d{6}\.parquet")
+MADE_AGAIN = "delete it, and the same command makes it from the source again"
 
 
 class ConfigChanged(ValueError):
     """The directory holds a cache of another config, source, tokenizer or teacher."""
+
+
+def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError for what this teacher cannot give, and for an output among the inputs.
+
+    Looks at names and sizes only, so that it can come before anything that takes time.
+    """
+    slots, vocab_size = config.truncation.slots, teacher.shared_vocab_size
+    if slots > vocab_size:
+        raise ValueError(
+            f"truncation keeps {slots} entries per target, but {config.teacher.path} has only "
+            f"{vocab_size} ids: lower truncation.k (or draws)"
+        )
+    length, limit = config.sequences.max_length, teacher.max_positions
+    if limit and length > limit:
+        raise ValueError(
+            f"sequences.max_length is {length}, but {config.teacher.path} takes at most {limit} "
+            "positions: lower it"
+        )
+    store = Store(config.output)
+    if not store.is_local:
+        return
+    output = Path(store.path(""))
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"output {output} is not a directory: choose another")
+    output = output.resolve()
+    source = Path(os.path.expanduser(config.source.path)).resolve()
+    reads_all = source.is_dir() or "**" in source.parts
+    folder = Path(*source.parts[: source.parts.index("**")]) if "**" in source.parts else source
+    if reads_all and output.is_relative_to(folder):
+        raise ValueError(
+            f"output {output} lies inside the source {config.source.path}, which would read the "
+            "cache as records: choose an output elsewhere"
+        )
+    for file in source_files(config.source):
+        if file.resolve().is_relative_to(output):
+            raise ValueError(
+                f"the source file {file} lies inside the output {output}: choose an output of its "
+                "own"
+            )
 
 
 def open_or_create(
@@ -47,19 +97,43 @@ def open_or_create(
     """
     source = describe_source(config.source)
     if store.exists(paths.MANIFEST):
-        writer = CacheWriter(config.output)
+        try:
+            writer = CacheWriter(config.output)
+        except FormatError as error:
+            raise FormatError(
+                f"{error}; restore it from a copy, or dump into another output"
+            ) from error
         _refuse_changes(writer, _identity(config, source, teacher))
+        files = (f"{paths.TOKENIZER}/{name}" for name in writer.manifest.tokenizer.files)
+        if not all(store.exists(file) for file in files):
+            save_tokenizer(store, teacher.tokenizer)
         return writer
-    foreign = [name for name in store.names("") if name not in STARTED]
+    foreign = _foreign(store)
     if foreign:
         raise FileExistsError(
             f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
             "choose another output"
         )
-    for folder in STARTED:
-        store.remove_folder(folder)
+    _clear(store)
+    try:
+        return _create(config, store, teacher, source, progress)
+    except BaseException:
+        _clear(store)
+        raise
+
+
+def _create(
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    source: dict[str, Any],
+    progress: Callable[[SequenceCounts], None],
+) -> CacheWriter:
     counts = SequenceCounts()
-    plan = list(_write_inputs(config, store, teacher, counts, progress))
+    plan, first = [], 0
+    for shard, sequences in enumerate(sharded(config, teacher, counts, progress)):
+        plan.append(_write_input(store, shard, first, sequences))
+        first += len(sequences)
     if not plan:
         raise SourceError(
             f"{config.source.path}: {counts.records} records give no sequence with a target"
@@ -74,7 +148,7 @@ def open_or_create(
         temperatures=tuple(config.temperatures),
         precision=config.precision,
         source=source,
-        sequences={**_sequence_settings(config), "counts": dataclasses.asdict(counts)},
+        sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
         num_shards=0,
         num_sequences=0,
         num_tokens=0,
@@ -86,14 +160,37 @@ def open_or_create(
     return CacheWriter.create(config.output, draft, plan)
 
 
-def sequences_of(config: DumpConfig, teacher: Teacher, counts: SequenceCounts) -> Iterator:
-    """The token sequences of the source, checked against teacher and vocabulary."""
-    limit = teacher.max_positions
-    if limit and config.sequences.max_length > limit:
-        raise ValueError(
-            f"sequences.max_length is {config.sequences.max_length}, but the teacher "
-            f"{config.teacher.path} takes at most {limit} positions"
-        )
+def _foreign(store: Store) -> list[str]:
+    """What lies in the output that no start of a dump can have left there."""
+    top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
+    foreign = [name for name in top if name not in STARTED]
+    for folder, pattern in (
+        (paths.INPUTS, PART),
+        (paths.PLAN, re.compile(re.escape(PurePath(paths.segment(paths.PLAN)).name))),
+    ):
+        foreign += [
+            f"{folder}/{name}"
+            for name in store.names(folder)
+            if not (pattern.fullmatch(name) or _is_temporary(name))
+        ]
+    if top and paths.INPUTS not in top:  # a start begins with it, and ends by removing it last
+        foreign += top
+    return sorted(set(foreign))
+
+
+def _is_temporary(name: str, of: str = "") -> bool:
+    return name.startswith(f".{of}") and name.endswith(paths.TEMPORARY_SUFFIX)
+
+
+def _clear(store: Store) -> None:
+    for folder in STARTED:
+        store.remove_folder(folder)
+
+
+def sequences_of(
+    config: DumpConfig, teacher: Teacher, counts: SequenceCounts
+) -> Iterator[TokenSequence]:
+    """The token sequences of the source, checked against the vocabulary."""
     return iter_sequences(
         iter_records(config.source),
         teacher.tokenizer,
@@ -103,39 +200,113 @@ def sequences_of(config: DumpConfig, teacher: Teacher, counts: SequenceCounts) -
     )
 
 
-def _write_inputs(
+def sharded(
     config: DumpConfig,
-    store: Store,
     teacher: Teacher,
     counts: SequenceCounts,
     progress: Callable[[SequenceCounts], None],
-) -> Iterator[ShardPlan]:
-    buffer: list[TokenSequence] = []
-    targets = first = index = 0
-
-    def close() -> ShardPlan:
-        table, digest = _input_table(buffer)
-        with store.staged(paths.inputs(index)) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-        return ShardPlan(
-            shard=index,
-            first_sequence=first,
-            num_sequences=len(buffer),
-            num_tokens=sum(len(s.input_ids) for s in buffer),
-            num_targets=targets,
-            input_xxh3_128=digest,
-        )
-
+) -> Iterator[list[TokenSequence]]:
+    """The sequences of each shard: as many as reach `shard_targets`, in the source's order."""
+    shard: list[TokenSequence] = []
+    targets = 0
     for sequence in sequences_of(config, teacher, counts):
-        buffer.append(sequence)
+        shard.append(sequence)
         targets += int(sequence.is_target.sum())
         progress(counts)
         if targets >= config.shard_targets:
-            yield close()
-            first, index = first + len(buffer), index + 1
-            buffer, targets = [], 0
-    if buffer:
-        yield close()
+            yield shard
+            shard, targets = [], 0
+    if shard:
+        yield shard
+
+
+def missing_shards(
+    writer: CacheWriter,
+) -> tuple[list[ShardPlan], list[CommitRecord]]:
+    """The shards to score, and the records of the others.
+
+    To score are those without a commit record, and those whose file is gone or cut short since;
+    of these the record is removed first, so that no state in between says they are whole.
+    """
+    store = writer.store
+    try:
+        records = writer.committed()
+    except FormatError as error:
+        raise FormatError(
+            f"{error}; delete it, and the same command scores its shard again"
+        ) from error
+    for shard, record in list(records.items()):
+        name = paths.shard(shard)
+        try:
+            size = store.size(name)
+        except FileNotFoundError:
+            size = -1
+        if size != record.bytes:
+            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
+            log.warning("%s %s: scoring it again", store.path(name), found)
+            store.remove_folder(paths.record(shard))
+            del records[shard]
+    missing = [shard for shard in writer.plan if shard.shard not in records]
+    return missing, [records[shard] for shard in sorted(records)]
+
+
+def is_sealed(writer: CacheWriter, records: list[CommitRecord]) -> bool:
+    """Whether the manifest is final and its sealed records are these."""
+    segment = writer.manifest.records
+    if segment is None:
+        return False
+    try:
+        return list(writer.store.read_segment(segment)) == [to_json(record) for record in records]
+    except FormatError:
+        return False
+
+
+def restore_inputs(
+    config: DumpConfig,
+    writer: CacheWriter,
+    teacher: Teacher,
+    missing: Iterable[ShardPlan],
+    progress: Callable[[SequenceCounts], None],
+) -> None:
+    """Make the inputs of these shards from the source again where they are gone.
+
+    Raises FormatError if the source, whose content is the cache's, gives other tokens now.
+    """
+    present = set(writer.store.names(paths.INPUTS))
+    lost = {s.shard for s in missing if PurePath(paths.inputs(s.shard)).name not in present}
+    if not lost:
+        return
+    log.info("making the inputs of %d shards again from %s", len(lost), config.source.path)
+    first = 0
+    for shard, sequences in enumerate(sharded(config, teacher, SequenceCounts(), progress)):
+        if shard in lost:
+            again = _write_input(writer.store, shard, first, sequences)
+            if again != writer.plan[shard]:
+                raise FormatError(
+                    f"{config.source.path} gives other tokens for shard {shard} than the plan of "
+                    f"{writer.store.url}, as another version of the tokenizer's library may do; "
+                    "dump into another output"
+                )
+            lost.remove(shard)
+        first += len(sequences)
+        if not lost:
+            break
+
+
+def _write_input(
+    store: Store, shard: int, first: int, sequences: list[TokenSequence]
+) -> ShardPlan:
+    table, digest = _input_table(sequences)
+    with store.staged(paths.inputs(shard)) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    return ShardPlan(
+        shard=shard,
+        first_sequence=first,
+        num_sequences=len(sequences),
+        num_tokens=sum(len(s.input_ids) for s in sequences),
+        num_targets=sum(int(s.is_target.sum()) for s in sequences),
+        input_xxh3_128=digest,
+    )
 
 
 def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
@@ -146,12 +317,12 @@ def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
         table = pq.read_table(
             pa.BufferReader(store.read(name)), page_checksum_verification=True
         ).combine_chunks()
+        ids = table.column("input_ids").combine_chunks()
+        mask = table.column("is_target").combine_chunks()
     except FileNotFoundError:
-        raise FormatError(f"{where} is missing; start again in an empty directory") from None
-    except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{where} is damaged: {error}") from error
-    ids = table.column("input_ids").combine_chunks()
-    mask = table.column("is_target").combine_chunks()
+        raise FormatError(f"{where} is missing; {MADE_AGAIN}") from None
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise FormatError(f"{where} is damaged: {error}; {MADE_AGAIN}") from error
     flat_ids = ids.values.to_numpy()
     flat_mask = mask.values.to_numpy(zero_copy_only=False)
     offsets = ids.offsets.to_numpy()
@@ -164,7 +335,8 @@ def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
     _, digest = _input_table(sequences)
     if digest != plan.input_xxh3_128:
         raise FormatError(
-            f"{where} is damaged: content hash {digest}, planned {plan.input_xxh3_128}"
+            f"{where} is damaged: content hash {digest}, planned {plan.input_xxh3_128}; "
+            f"{MADE_AGAIN}"
         )
     return sequences
 
@@ -189,8 +361,13 @@ def _input_table(sequences: list[TokenSequence]) -> tuple[pa.Table, str]:
     return table, digest.hexdigest()
 
 
-def _sequence_settings(config: DumpConfig) -> dict[str, Any]:
-    return {**dataclasses.asdict(config.sequences), "shard_targets": config.shard_targets}
+def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    template = getattr(teacher.tokenizer, "chat_template", None)
+    return {
+        **dataclasses.asdict(config.sequences),
+        "shard_targets": config.shard_targets,
+        "chat_template_xxh3_128": xxhash.xxh3_128(canonical(template)).hexdigest(),
+    }
 
 
 def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, Any]:
@@ -206,7 +383,7 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, A
         "temperatures": list(config.temperatures),
         "precision": config.precision,
         "source.fingerprint": source["fingerprint"],
-        **{f"sequences.{k}": v for k, v in _sequence_settings(config).items()},
+        **{f"sequences.{k}": v for k, v in _sequence_settings(config, teacher).items()},
     }
 
 
@@ -217,7 +394,7 @@ def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
     for name, value in ours.items():
         theirs: Any = stored
         for part in name.split("."):
-            theirs = theirs[part]
+            theirs = theirs.get(part)
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
     if differing:

@@ -7,13 +7,11 @@ which fields of a record matter: that is `sequences.py`.
 """
 
 import glob
-import gzip
 import itertools
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-import zstandard
+
+from teacher_dump.json_lines import jsonl_rows
+from teacher_dump.records import Record, Row, SourceError
 
 FORMATS = ("auto", "jsonl", "parquet", "hf")
 SUFFIXES = {
@@ -32,14 +32,7 @@ SUFFIXES = {
 }
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PARQUET_BATCH_ROWS = 256
-READ_BYTES = 1 << 16
 HASH_BYTES = 1 << 20
-
-Row = tuple[str, str, dict[str, Any]]  # the id it gets without an id field, where it stands, fields
-
-
-class SourceError(ValueError):
-    """The input data, or the path to it, cannot be used; the message says where and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +69,6 @@ class SourceConfig:
             raise ValueError("source id_field and split must not be empty")
         if self.format in ("jsonl", "parquet"):
             _refuse_hf_options(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record of the source, as it was found."""
-
-    sample_id: str
-    fields: dict[str, Any]
-    where: str
-    """For error messages, e.g. "data.jsonl.zst line 12" (lines from 1, rows from 0)."""
 
 
 def iter_records(config: SourceConfig) -> Iterator[Record]:
@@ -125,6 +108,11 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
     canonical = json.dumps(identity, sort_keys=True).encode()
     description["fingerprint"] = xxhash.xxh3_128(canonical).hexdigest()
     return description
+
+
+def source_files(config: SourceConfig) -> list[Path]:
+    """The local files that are read; none for a dataset of the Hub."""
+    return [path for _, path in _resolve(config)[1]]
 
 
 def _resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
@@ -225,7 +213,7 @@ def _records(config: SourceConfig, format_: str, files: list[tuple[str, Path]]) 
     if format_ == "hf":
         rows = _hf_rows(config)
     else:
-        read = _jsonl_rows if format_ == "jsonl" else _parquet_rows
+        read = jsonl_rows if format_ == "jsonl" else _parquet_rows
         rows = itertools.chain.from_iterable(read(name, path) for name, path in files)
     for fallback_id, where, fields in itertools.islice(rows, config.limit or None):
         yield Record(_sample_id(config, fallback_id, where, fields), fields, where)
@@ -246,86 +234,6 @@ def _sample_id(config: SourceConfig, fallback: str, where: str, fields: dict[str
             " set id_field to another field"
         )
     return str(value)
-
-
-def _jsonl_rows(name: str, path: Path) -> Iterator[Row]:
-    number, index = 0, 0
-    try:
-        for number, line in enumerate(_lines(path), start=1):
-            if line.isspace():
-                continue
-            where = f"{name} line {number}"
-            yield f"{name}:{index}", where, _parse_line(line, where, first=number == 1)
-            index += 1
-    except (EOFError, zlib.error, OSError, zstandard.ZstdError) as error:
-        raise SourceError(
-            f"{path} is damaged or cut short after line {number}: {error}; copy or write it again"
-        ) from error
-    if index == 0:
-        raise SourceError(f"{path} is empty: expected at least one record; remove the file")
-
-
-def _parse_line(line: bytes, where: str, *, first: bool) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        fields = json.loads(text)
-        if (
-            "\\ud" in text or "\\uD" in text
-        ):  # half of an escaped surrogate pair cannot be written as UTF-8
-            json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeError as error:
-        raise SourceError(f"{where}: not valid UTF-8: {error}; convert or repair it") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{where}: not readable as JSON: {error}; each line must be one whole JSON object"
-        ) from error
-    if not isinstance(fields, dict):
-        raise SourceError(
-            f"{where}: expected a JSON object, found {type(fields).__name__} {text.strip()[:40]!r}"
-        )
-    return fields
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.name.endswith(".gz"):
-        with gzip.open(path) as file:
-            yield from file
-    elif path.name.endswith(".zst"):
-        yield from _split_lines(_zstd_chunks(path))
-    else:
-        with path.open("rb") as file:
-            yield from file
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Decompress every frame; EOFError if the last has no end (`stream_reader` does not tell)."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    with path.open("rb") as file:
-        while data := file.read(READ_BYTES):
-            while data:
-                if frame is None:
-                    frame = decompressor.decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = None
-    if frame is not None:
-        raise EOFError("the last frame has no end")
-
-
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Cut after each newline, like a file; a line over many chunks is joined once."""
-    started: list[bytes] = []
-    for chunk in chunks:
-        *lines, rest = chunk.split(b"\n")
-        for line in lines:
-            yield b"".join((*started, line, b"\n"))
-            started.clear()
-        if rest:
-            started.append(rest)
-    if started:
-        yield b"".join(started)
 
 
 def _parquet_rows(name: str, path: Path) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from schemas import Truncation
 
 LOGPROB_FLOOR = -10_000.0
 """Log probs are floored here, so that a teacher's -inf logits stay finite numbers."""
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Float32 logits held at a time: near the cache on a CPU, enough to fill a GPU."""
 
 
@@ -80,16 +80,22 @@ def sparsify(
     label = x.gather(1, labels.long().unsqueeze(1)).squeeze(1)
 
     # Unused slots point at id 0: let them write what is there already, or -inf if 0 is kept.
-    first_is_kept = ((token_ids == 0) & used).any(dim=1, keepdim=True)
-    at_zero = x[:, :1].masked_fill(first_is_kept, -math.inf)
+    zero_is_kept = ((token_ids == 0) & used).any(dim=1, keepdim=True)
+    at_zero = x[:, :1].masked_fill(zero_is_kept, -math.inf)
     rest = x.scatter_(1, safe_ids, torch.where(used, -math.inf, at_zero))
 
     # With the k largest kept, the last of them bounds the rest and no pass for a maximum is needed.
     bound = kept[:, -1:] if truncation.method == "topk" else rest.amax(dim=1, keepdim=True)
     bound = bound.clamp(min=torch.finfo(torch.float32).min)
+
+    # From here on relative to the first kept logit, so that an offset of all costs no digits.
+    first = kept[:, :1]
+    kept, label, rest_bound = kept - first, label - first[:, 0], (bound - first)[:, 0]
     log_sums, log_tails = [], []
     for temperature in temperatures:
-        tail = _log_sum_exp(rest, bound, temperature)
+        last = temperature == temperatures[-1]
+        tail = _log_sum_exp_(rest if last else rest.clone(), bound, temperature)
+        tail += rest_bound / temperature
         log_sum = torch.logaddexp(torch.logsumexp(kept / temperature, dim=1), tail)
         log_sums.append(log_sum)
         log_tails.append(tail - log_sum)
@@ -119,7 +125,7 @@ def _chosen(
         assert uniforms is not None
         return _drawn(x, uniforms)
     head = _top(x, truncation.k)
-    if truncation.method == "topk":
+    if truncation.method == "topk" or (truncation.method == "topp" and truncation.p == 1):
         return head, None
     if truncation.method == "topp":
         p = torch.softmax(x, dim=1).gather(1, head)
@@ -179,6 +185,9 @@ def _top_blocks(x: Tensor, k: int) -> Tensor:
     return ids.gather(1, best)
 
 
-def _log_sum_exp(x: Tensor, shift: Tensor, temperature: float) -> Tensor:
-    """[n] log sum exp(x / T) of rows no entry of which is above `shift` [n, 1]."""
-    return ((x - shift) / temperature).exp_().sum(dim=1).log() + shift[:, 0] / temperature
+def _log_sum_exp_(x: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    """[n] log sum exp((x - shift) / T) of rows [n, V] none above their shift; overwrites x."""
+    x.sub_(shift)
+    if temperature != 1:
+        x.div_(temperature)
+    return x.exp_().sum(dim=1).log_()

@@ -3,9 +3,11 @@
 Reads configuration, weights as bytes, and the tokenizer; never loads the model.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class Teacher:
     model_path: str
     """Local directory."""
     info: TeacherInfo
+    """What the manifest says of it; its fingerprint is empty until `hash_weights`."""
     tokenizer: Any | None
     """A transformers tokenizer, or None when the source holds ready ids."""
     shared_vocab_size: int
@@ -37,28 +40,27 @@ class Teacher:
     """Longest sequence the model's configuration allows; 0 = no stated limit."""
 
 
-def describe_teacher(
-    config: TeacherConfig, progress: Callable[[str], None] = lambda _: None
-) -> Teacher:
-    """Look at the teacher's files. Raises ValueError if they are not a loadable model."""
+def describe_teacher(config: TeacherConfig) -> Teacher:
+    """Look at the teacher's small files. Raises ValueError if they are not a loadable model."""
     from transformers import AutoConfig, AutoTokenizer
 
     path = _local_directory(config)
     try:
         settings = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged or unknown configuration may raise
         raise ValueError(f"teacher.path {config.path}: no model configuration: {error}") from error
     settings = settings.get_text_config()
     rows = int(settings.vocab_size)
     tokenizer = None
     if config.tokenizer != "none":
-        source = config.tokenizer or str(path)
+        source = os.path.expanduser(config.tokenizer) or str(path)
+        _refuse_missing("teacher.tokenizer", source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a damaged tokenizer may raise
             raise ValueError(
-                f"no tokenizer in {source}: {error}\nSet teacher.tokenizer, or "
-                "teacher.tokenizer: none if the source holds input_ids"
+                f"no tokenizer in {source}: {error}; set teacher.tokenizer to its path, or to none "
+                "if the source holds input_ids"
             ) from error
     largest = max(tokenizer.get_vocab().values()) + 1 if tokenizer is not None else rows
     if largest > rows:
@@ -66,12 +68,11 @@ def describe_teacher(
             f"the tokenizer has ids up to {largest - 1}, the teacher {config.path} only {rows} "
             "output rows: they do not belong together"
         )
-    progress(f"hashing the weights in {path}")
     return Teacher(
         model_path=str(path),
         info=TeacherInfo(
             name=f"{config.path}@{config.revision}" if config.revision else config.path,
-            fingerprint=_fingerprint(path),
+            fingerprint="",
             architecture=(settings.architectures or ["unknown"])[0],
             engine=engine_label(config),
             dtype=config.dtype,
@@ -80,6 +81,15 @@ def describe_teacher(
         tokenizer=tokenizer,
         shared_vocab_size=largest,
         max_positions=int(getattr(settings, "max_position_embeddings", 0) or 0),
+    )
+
+
+def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: None) -> Teacher:
+    """The teacher with its fingerprint, which reads every byte of its weights."""
+    progress(f"hashing the weights in {teacher.model_path}")
+    fingerprint = _fingerprint(Path(teacher.model_path))
+    return dataclasses.replace(
+        teacher, info=dataclasses.replace(teacher.info, fingerprint=fingerprint)
     )
 
 
@@ -113,13 +123,14 @@ def save_tokenizer(store: Store, tokenizer: Any | None) -> TokenizerInfo:
 
 
 def _local_directory(config: TeacherConfig) -> Path:
-    path = Path(config.path)
+    path = Path(config.path).expanduser()
     if path.is_dir():
         if config.revision:
             raise ValueError(f"teacher.revision has no effect: {path} is a directory")
         return path
-    if path.exists() or config.path.startswith((".", "/", "~")):
-        raise ValueError(f"teacher.path {config.path} is not a directory")
+    if path.exists():
+        raise ValueError(f"teacher.path {config.path} is a file, expected a model's directory")
+    _refuse_missing("teacher.path", str(path))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -133,9 +144,15 @@ def _local_directory(config: TeacherConfig) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
-            f"teacher.path {config.path} is neither a directory here nor a model that the hub "
-            f"gives: {error}"
+            f"teacher.path {config.path} is neither a directory (seen from {os.getcwd()}) nor a "
+            f"model that the hub gives: {error}"
         ) from error
+
+
+def _refuse_missing(option: str, path: str) -> None:
+    """Raise ValueError if this can only be a local path and is none."""
+    if path.startswith((".", "/")) and not Path(path).exists():
+        raise ValueError(f"{option} {path} does not exist (seen from {os.getcwd()})")
 
 
 def _fingerprint(path: Path) -> str:

@@ -100,6 +100,7 @@ def akl_weights(
     p: Tensor, q: Tensor, has_bucket: bool, head_rule: str = "official", mu: float = 0.5
 ) -> tuple[float, float]:
     """Return akl's two weights, walking down the classes from the most probable."""
+    p, q = p.detach(), q.detach()
     num_ranked = len(p) - has_bucket
     ranking = sorted(range(num_ranked), key=lambda c: -float(p[c]))
     head, before = set(), 0.0

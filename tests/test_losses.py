@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.losses import DIVERGENCES, TAIL_MODES, SparseTargets, sparse_divergence
-from student_train.losses.divergences import akl_weights
+from student_train.losses.terms import akl_weights
 from tests import dense_reference as reference
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -77,7 +77,7 @@ def assert_matches_reference(
         assert gradient[:, vocab_size:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("tail", TAIL_MODES)
 @pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
 def test_value_and_gradient_equal_the_dense_reference(
@@ -91,7 +91,7 @@ def test_value_and_gradient_equal_the_dense_reference(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_the_dense_reference(data: st.DataObject) -> None:
     """Ragged rows, spare slots, k = V, padded heads and peaked distributions change nothing."""
@@ -104,10 +104,14 @@ def test_any_shape_equals_the_dense_reference(data: st.DataObject) -> None:
     spare = data.draw(st.integers(0, 3), label="spare slots")
     seed = data.draw(st.integers(0, 2**20), label="seed")
     spreads = st.sampled_from([0.0, 0.1, 3.0, 12.0])
-    teacher = random_logits(seed, num_rows, vocab_size, data.draw(spreads, label="teacher"))
-    student = random_logits(seed + 1, num_rows, vocab_size, data.draw(spreads, label="student"))
+    teacher_spread = data.draw(spreads, label="teacher")
+    student_spread = data.draw(spreads, label="student")
+    teacher = random_logits(seed, num_rows, vocab_size, teacher_spread)
+    student = random_logits(seed + 1, num_rows, vocab_size, student_spread)
     student = torch.cat([student, random_logits(seed + 2, num_rows, padding, 30.0)], dim=1)
+    # akl's head may change with rounding; tvd has a kink where p = q.
     kind = data.draw(st.sampled_from([k for k in DIVERGENCES if k != "akl"]), label="kind")
+    assume(kind != "tvd" or teacher_spread + student_spread > 0)
     assert_matches_reference(
         student,
         teacher,
@@ -122,18 +126,19 @@ def test_any_shape_equals_the_dense_reference(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("tail", TAIL_MODES)
-@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("kind", "options"), [variant for variant in VARIANTS if variant[0] != "akl"]
+)
 def test_gradcheck(kind: str, options: dict[str, Any], tail: str) -> None:
-    """The gradient is that of the value, to finite differences (akl's weights are detached)."""
-    if kind == "akl":
-        pytest.skip("its weights are constants to the gradient; see the transcription test")
-    teacher, student = random_logits(2, 2, 7), random_logits(3, 2, 7, spread=1.0)
+    """The gradient is that of the value (akl's detached weights: see its transcription)."""
+    teacher, student = random_logits(2, 1, 5), random_logits(3, 1, 5, spread=1.0)
     targets = reference.targets_of(
-        teacher, reference.top_kept(teacher, [3, 2]), 1.5, dtype=torch.float64
+        teacher, reference.top_kept(teacher, [2]), 1.5, num_slots=3, dtype=torch.float64
     )
     assert torch.autograd.gradcheck(
         lambda x: sparse_divergence(x, targets, kind, 1.5, tail, **options),
         student.requires_grad_(),
+        fast_mode=True,
     )
 
 
@@ -175,7 +180,13 @@ def corner_cases() -> dict[str, tuple[Tensor, SparseTargets, int | None]]:
         log_z=torch.zeros(4),
         log_tail=torch.full((4,), -torch.inf),
     )
+    ruled_out_but_kept = dataclasses.replace(
+        only_kept,
+        token_ids=torch.tensor([[0, 1, 2]] * 4),
+        logprobs=torch.tensor([[0.5, 0.5, 0.0]] * 4).log(),
+    )
     return {
+        "a kept id of probability 0": (student, ruled_out_but_kept, None),
         "r = 0 and k < V": (student, reference.targets_of(ruled_out, kept), None),
         "r = 0, two ids": (student, only_kept, None),
         "k = V": (student, everything, None),
@@ -190,17 +201,19 @@ def corner_cases() -> dict[str, tuple[Tensor, SparseTargets, int | None]]:
 
 
 @pytest.mark.parametrize("name", corner_cases())
-@pytest.mark.parametrize("tail", TAIL_MODES)
-@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
-def test_corner_cases_are_finite(kind: str, options: dict[str, Any], tail: str, name: str) -> None:
-    """No corner case gives NaN or infinity, in value or gradient."""
+def test_corner_cases_are_finite(name: str) -> None:
+    """No corner case gives NaN or infinity, in value or gradient, for any kind and tail."""
     student, targets, vocab_size = corner_cases()[name]
-    ours = student.float().requires_grad_()
-    loss, gradient = value_and_gradient(
-        sparse_divergence(ours, targets, kind, tail=tail, vocab_size=vocab_size, **options), ours
-    )
-    assert loss.isfinite().all()
-    assert gradient.isfinite().all()
+    targets = targets.validate(vocab_size or student.shape[1])
+    for kind, options in VARIANTS:
+        for tail in TAIL_MODES:
+            ours = student.float().requires_grad_()
+            loss, gradient = value_and_gradient(
+                sparse_divergence(ours, targets, kind, 1.0, tail, vocab_size=vocab_size, **options),
+                ours,
+            )
+            assert loss.isfinite().all(), (kind, options, tail)
+            assert gradient.isfinite().all(), (kind, options, tail)
 
 
 @pytest.mark.parametrize("kind", ["fkl", "akl", "jeffreys"])
@@ -217,13 +230,15 @@ def test_padding_slots_never_reach_the_tail() -> None:
     """Unused slots (-1) neither mask the last id out of the tail nor change anything else."""
     teacher, student = random_logits(7, 3, 8), random_logits(8, 3, 8)
     kept = [[0, 2], [1, 3], [4, 0]]
-    for kind in DIVERGENCES:
+    tight, loose = (reference.targets_of(teacher, kept, num_slots=slots) for slots in (2, 5))
+    for kind, options in [*VARIANTS, ("alpha_beta", {"alpha": -0.5, "beta": -0.3})]:
         for tail in TAIL_MODES:
-            tight = sparse_divergence(student, reference.targets_of(teacher, kept), kind, tail=tail)
-            loose = sparse_divergence(
-                student, reference.targets_of(teacher, kept, num_slots=5), kind, tail=tail
+            torch.testing.assert_close(
+                sparse_divergence(student, tight, kind, tail=tail, **options),
+                sparse_divergence(student, loose, kind, tail=tail, **options),
+                rtol=1e-6,
+                atol=1e-6,
             )
-            torch.testing.assert_close(tight, loose, rtol=0, atol=1e-6)
     ours = student.float().requires_grad_()
     targets = reference.targets_of(teacher, kept, num_slots=5)
     _, gradient = value_and_gradient(sparse_divergence(ours, targets, "fkl"), ours)
@@ -262,8 +277,8 @@ def test_t_squared_multiplies_value_and_gradient(kind: str) -> None:
     plain, plain_gradient = value_and_gradient(
         sparse_divergence(student, targets, kind, 3.0, scale_by_t2=False), student
     )
-    torch.testing.assert_close(loss, 9 * plain)
-    torch.testing.assert_close(gradient, 9 * plain_gradient)
+    torch.testing.assert_close(loss, 9 * plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, 9 * plain_gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_rule", ["official", "nucleus"])
@@ -303,6 +318,13 @@ def test_akl_head_rules() -> None:
     nucleus, _ = akl_weights(p, q, has_bucket=True, head_rule="nucleus")
     assert official.item() == pytest.approx(0.1 / 0.6)
     assert nucleus.item() == pytest.approx(0.3 / 0.6)
+    exactly_mu, _ = akl_weights(
+        torch.tensor([[0.5, 0.25, 0.25]]),
+        torch.tensor([[0.25, 0.5, 0.25]]),
+        has_bucket=True,
+        mu=0.75,
+    )
+    assert exactly_mu.item() == 1.0
     big_first, _ = akl_weights(p, q, has_bucket=True, mu=0.05)
     assert big_first.item() == pytest.approx(0.1 / 0.6)
     p, q = torch.tensor([[0.1, 0.9]]), torch.tensor([[0.3, 0.7]])
@@ -372,7 +394,7 @@ def test_sampled_targets_are_unbiased_for_fkl(head_size: int) -> None:
     head = teacher.argsort(descending=True)[:head_size].tolist()
     generator = torch.Generator().manual_seed(0)
     values, gradients = [], []
-    for _ in range(1500):
+    for _ in range(600):
         targets = sampled_targets(teacher, head, 4, generator)
         x = student.clone().requires_grad_()
         value, gradient = value_and_gradient(sparse_divergence(x, targets, "fkl"), x)
@@ -395,7 +417,7 @@ def test_an_exact_head_lowers_the_variance() -> None:
         torch.stack(
             [
                 sparse_divergence(student, sampled_targets(teacher, head, 4, generator), "fkl")
-                for _ in range(200)
+                for _ in range(100)
             ]
         ).std()
         for head in ([], teacher.argsort(descending=True)[:2].tolist())
@@ -454,7 +476,7 @@ def test_broken_targets_are_refused(changes: dict[str, Any], message: str) -> No
 
 def test_targets_of_another_temperature_are_refused() -> None:
     """log_z and log_tail of T=1 do not pass for those of T=2."""
-    with pytest.raises(ValueError, match="must be those of temperature 2.0"):
+    with pytest.raises(ValueError, match=r"must be those of temperature 2\.0"):
         sparse_divergence(torch.zeros(2, 6), broken(), "fkl", temperature=2.0)
 
 

@@ -1,16 +1,16 @@
 """Divergences between a sparse teacher distribution and student logits.
 
 The student's [N, V] logits are first reduced to [N, K+1]: the kept ids and one logsumexp over all
-the rest. Everything after that is ordinary autograd on K+1 classes, with no 1 - Σq anywhere. The
-equations, the tail modes and the corner cases stand in docs/losses.md.
+the rest. Everything after that is ordinary autograd on K+1 classes, with no 1 - Σq anywhere. This
+file owns the arguments, the reduction and the tail modes; terms.py the formulas on classes. The
+equations and the corner cases stand in docs/losses.md.
 
-Shape letters: N targets, K slots per target, V vocabulary, C classes (K+1, K, or V).
+Shape letters: N targets, K slots per target, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
+from student_train.losses.terms import divergence_of_classes
 
 DIVERGENCES: dict[str, dict[str, float | str]] = {
     "fkl": {},
@@ -39,8 +40,6 @@ HEAD_RULES = ("official", "nucleus")
 
 # In alpha_beta, float32 loses the value to cancellation between 0 and this magnitude.
 _MIN_EXPONENT = 0.01
-# alpha_beta with a negative exponent diverges where one side vanishes: linear from exp(_EXP_MAX).
-_EXP_MAX = 50.0
 # A logsumexp below this is that of masked logits alone, at any temperature: there is no tail.
 _NO_TAIL = -1e20
 
@@ -131,13 +130,15 @@ class Divergence:
             log_p_tail_N = targets.log_tail.to(x_NK.dtype).clamp(min=LOG_FLOOR)
             has_tail_N = lse_tail_N > _NO_TAIL
             log_q_tail_N = torch.where(has_tail_N, log_q_NC[:, -1], LOG_FLOOR)
-            return self._of_classes(
+            return self.scale * divergence_of_classes(
+                self.kind,
                 torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1),
                 torch.cat([log_q_NK, log_q_tail_N[:, None]], dim=1),
+                self.options,
                 has_bucket=True,
             )
         log_p_NK = torch.where(real_NK, log_p_NK, MASKED_LOGIT).log_softmax(1).clamp(min=LOG_FLOOR)
-        return self._of_classes(log_p_NK, log_q_NK, has_bucket=False)
+        return self.scale * divergence_of_classes(self.kind, log_p_NK, log_q_NK, self.options)
 
     def of_dense(self, x_NV: Tensor, targets: SparseTargets) -> Tensor:
         """Return the loss [N] from all student logits / T, for tail='uniform'."""
@@ -147,14 +148,8 @@ class Divergence:
         log_each_N = targets.log_tail.to(x_NV.dtype) - num_tail_N.clamp(min=1).log()
         log_p_NV = log_each_N.clamp(min=LOG_FLOOR)[:, None].expand_as(x_NV)
         log_p_NV = log_p_NV.scatter(1, targets.filled_ids(), log_p_NK)
-        return self._of_classes(log_p_NV, x_NV.log_softmax(1), has_bucket=False)
-
-    def _of_classes(self, log_p: Tensor, log_q: Tensor, *, has_bucket: bool) -> Tensor:
-        if self.kind == "akl":
-            terms = _akl_terms(log_p, log_q, has_bucket=has_bucket, **self.options)
-        else:
-            terms = _TERMS[self.kind](log_p, log_q, **self.options)
-        return self.scale * terms.sum(1)
+        log_q_NV = x_NV.log_softmax(1)
+        return self.scale * divergence_of_classes(self.kind, log_p_NV, log_q_NV, self.options)
 
 
 def sparse_divergence(
@@ -206,97 +201,6 @@ def checked_vocab(vocab_size: int | None, tensor: Tensor, dim: int) -> int:
     if not 0 < vocab_size <= num_columns:
         raise ValueError(f"vocab_size {vocab_size} does not fit a head of {num_columns} rows")
     return vocab_size
-
-
-def akl_weights(
-    p: Tensor, q: Tensor, *, has_bucket: bool, head_rule: str = "official", mu: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """Return ([N], [N]): what akl weighs the forward and the reverse KL by; they sum to 1.
-
-    With the classes in descending p, the head is what comes before the cumulative mass passes `mu`
-    (`official`: inclusive sum <= mu, and rank 1 always; `nucleus`: the smallest set reaching mu).
-    The weights are the shares of Σ|p - q| on head and tail, 1/2 each where p == q. The bucket is
-    the last class and always tail.
-    """
-    num_ranked = p.shape[1] - has_bucket
-    ranked_p, order = p[:, :num_ranked].sort(dim=1, descending=True, stable=True)
-    mass_through = ranked_p.cumsum(1)
-    is_head = mass_through <= mu if head_rule == "official" else mass_through.roll(1, 1) < mu
-    is_head[:, 0] = True
-    gap = (p - q).abs()
-    gap_head = torch.where(is_head, gap.gather(1, order), 0.0).sum(1)
-    gap_total = gap.sum(1)
-    share = (gap_head / gap_total.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1.0)
-    weight_head = torch.where(gap_total > 0, share, 0.5)
-    return weight_head, 1 - weight_head
-
-
-def _kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return log_a.exp() * (log_a - log_b)
-
-
-def _akl_terms(log_p: Tensor, log_q: Tensor, **rule: Any) -> Tensor:
-    weight_head, weight_tail = akl_weights(log_p.exp(), log_q.detach().exp(), **rule)
-    forward, reverse = _kl_terms(log_p, log_q), _kl_terms(log_q, log_p)
-    return weight_head[:, None] * forward + weight_tail[:, None] * reverse
-
-
-def _jeffreys_terms(log_p: Tensor, log_q: Tensor, lam: float) -> Tensor:
-    return (1 - lam) * _kl_terms(log_p, log_q) + lam * _kl_terms(log_q, log_p)
-
-
-def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return log(weight_a · a + (1 - weight_a) · b), for 0 <= weight_a < 1."""
-    if weight_a == 0:
-        return log_b
-    return torch.logaddexp(log_a + math.log(weight_a), log_b + math.log1p(-weight_a))
-
-
-def _jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    if beta == 0:
-        return _kl_terms(log_p, log_q)
-    if beta == 1:
-        return _kl_terms(log_q, log_p)
-    log_m = _log_mix(beta, log_p, log_q)
-    return beta * _kl_terms(log_p, log_m) + (1 - beta) * _kl_terms(log_q, log_m)
-
-
-def _tvd_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return 0.5 * (log_p.exp() - log_q.exp()).abs()
-
-
-def _alpha_beta_terms(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    total, gap = alpha + beta, log_q - log_p
-    if alpha == 0 and beta == 0:
-        return 0.5 * gap.square()
-    if alpha == 0:
-        terms = (_exp(beta * log_q) * (beta * gap - 1) + _exp(beta * log_p)) / beta**2
-    elif beta == 0:
-        terms = (_exp(alpha * log_p) * (-alpha * gap - 1) + _exp(alpha * log_q)) / alpha**2
-    elif total == 0:
-        terms = (alpha * gap + _exp(-alpha * gap) - 1) / alpha**2
-    else:
-        alone = (alpha * _exp(total * log_p) + beta * _exp(total * log_q)) / total
-        terms = (alone - _exp(alpha * log_p + beta * log_q)) / (alpha * beta)
-    # Value and gradient are 0 where p == q; rounding would not be, for powers as large as _exp(50).
-    return torch.where(gap == 0, 0.0, terms)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """Return exp(x), continued beyond _EXP_MAX by its tangent so that it cannot overflow."""
-    return x.clamp(max=_EXP_MAX).exp() * (1 + (x - _EXP_MAX).clamp(min=0))
-
-
-_TERMS: dict[str, Callable[..., Tensor]] = {
-    "fkl": _kl_terms,
-    "rkl": lambda log_p, log_q: _kl_terms(log_q, log_p),
-    "jeffreys": _jeffreys_terms,
-    "jsd": _jsd_terms,
-    "tvd": _tvd_terms,
-    "skew_fkl": lambda log_p, log_q, lam: _kl_terms(log_p, _log_mix(lam, log_p, log_q)),
-    "skew_rkl": lambda log_p, log_q, lam: _kl_terms(log_q, _log_mix(lam, log_q, log_p)),
-    "alpha_beta": _alpha_beta_terms,
-}
 
 
 def _check_options(kind: str, options: dict[str, Any]) -> None:

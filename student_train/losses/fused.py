@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from student_train.losses.products import add_product, product_dtype, product_into
 from student_train.losses.targets import MASKED_LOGIT, SparseTargets
 
 IGNORED_LABEL = -100
@@ -86,9 +87,9 @@ def fused_linear_divergence(
          + ce_weight · cross_entropy(z, labels, ignore_index=-100, reduction="sum")) / num_targets
 
     `num_targets` (default N) is the count to divide by: that of the whole optimizer step when it
-    has several microbatches or ranks. `chunk_size` is in rows; by default 64 MiB of logits, at least 256 rows.
-    Logits, losses and gradient sums are float32 whatever the inputs; the matrix products run in the
-    inputs' dtype, or autocast's. Backward may run once: the gradients are handed over, not copied.
+    has several microbatches or ranks. `chunk_size` is in rows, by default 64 MiB of logits but at
+    least 256 rows. Matrix products run in the inputs' dtype, or autocast's; logits, losses and sums
+    of gradients are float32. Backward may run once: the gradients are handed over, not copied.
     """
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
     if labels_N is None and ce_weight != 0:
@@ -116,9 +117,7 @@ def fused_linear_divergence(
         chunk_rows=chunk_size or max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)),
         wants_gradient=torch.is_grad_enabled(),
     )
-    loss, kd, ce = _FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight_VH, bias, job
-    )
+    loss, kd, ce = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
     return FusedLoss(loss=loss, kd=kd, ce=ce)
 
 
@@ -161,30 +160,25 @@ class _FusedLinearDivergence(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = (
             job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
         )
-        product_dtype = _product_dtype(hidden_NH, weight_VH)
-        dtype = compute_dtype(hidden_NH)
+        wants_any = wants_hidden or wants_weight or wants_bias
+        narrow, wide = product_dtype(hidden_NH, weight_VH), compute_dtype(hidden_NH)
+        new_zeros = functools.partial(torch.zeros, dtype=wide, device=hidden_NH.device)
+        grad_hidden = new_zeros(hidden_NH.shape) if wants_hidden else None
+        grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
+        grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
+        kd_sum, ce_sum = new_zeros(()), new_zeros(())
+        loss_of_chunk = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            head_VH = weight_VH[: job.vocab_size].to(product_dtype)
-            new_zeros = functools.partial(torch.zeros, dtype=dtype, device=hidden_NH.device)
-            grad_hidden = new_zeros(hidden_NH.shape) if wants_hidden else None
-            grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
-            grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
-            kd_sum, ce_sum = new_zeros(()), new_zeros(())
-            buffer_RV = torch.empty(
-                min(job.chunk_rows, hidden_NH.shape[0]),
-                job.vocab_size,
-                dtype=dtype,
-                device=hidden_NH.device,
+            head_VH = weight_VH[: job.vocab_size].to(narrow)
+            buffer_RV = hidden_NH.new_empty(
+                min(job.chunk_rows, len(hidden_NH)), job.vocab_size, dtype=wide
             )
-            for start in range(0, hidden_NH.shape[0], job.chunk_rows):
-                rows = slice(start, min(start + job.chunk_rows, hidden_NH.shape[0]))
-                hidden_RH = hidden_NH[rows].to(product_dtype)
-                logits_RV = _product(hidden_RH, head_VH.T, buffer_RV[: hidden_RH.shape[0]])
+            for start in range(0, len(hidden_NH), job.chunk_rows):
+                rows = slice(start, min(start + job.chunk_rows, len(hidden_NH)))
+                hidden_RH = hidden_NH[rows].to(narrow)
+                logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = _finish_logits(logits_RV, bias_V, job)
-                chunk_loss = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
-                kd, ce, grad_RV = chunk_loss(
-                    logits_RV, rows, job, wants_hidden or wants_weight or wants_bias
-                )
+                kd, ce, grad_RV = loss_of_chunk(logits_RV, rows, job, wants_any)
                 kd_sum += kd
                 ce_sum += ce
                 if grad_RV is None:
@@ -194,9 +188,9 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias[: job.vocab_size] += grad_RV.sum(0)
                 if grad_weight is not None:
-                    _add_product(grad_weight[: job.vocab_size], grad_RV, hidden_RH)
+                    add_product(grad_weight[: job.vocab_size], grad_RV, hidden_RH)
                 if grad_hidden is not None:
-                    _product(grad_RV.to(product_dtype), head_VH, grad_hidden[rows])
+                    product_into(grad_RV.to(narrow), head_VH, grad_hidden[rows])
         ctx.scale = 1 / job.num_targets
         ctx.gradients = [
             (grad_hidden, hidden_NH.dtype),
@@ -323,43 +317,3 @@ def _labels(job: _Job, rows: slice) -> tuple[Tensor, Tensor]:
     labels_R1 = job.labels[rows, None]
     has_label_R1 = labels_R1 != IGNORED_LABEL
     return torch.where(has_label_R1, labels_R1, 0), has_label_R1
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}, outside autocast")
-    return hidden.dtype
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Return out = a b, kept in out's dtype from the accumulator on where the device can."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if _has_wide_output(a.device, a.dtype):
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(a @ b)
-
-
-def _add_product(total_VH: Tensor, grad_RV: Tensor, hidden_RH: Tensor) -> None:
-    """Add gradᵀ hidden to float32 `total`, never rounding the sum to 16 bits between chunks."""
-    if hidden_RH.dtype != total_VH.dtype and _has_wide_output(hidden_RH.device, hidden_RH.dtype):
-        grad_VR = grad_RV.to(hidden_RH.dtype).T
-        torch.addmm(total_VH, grad_VR, hidden_RH, out_dtype=total_VH.dtype, out=total_VH)
-    else:
-        total_VH.addmm_(grad_RV.T, hidden_RH.to(total_VH.dtype))
-
-
-@functools.cache
-def _has_wide_output(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies `dtype` matrices into a float32 result (CUDA does)."""
-    a = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.mm(a, a, out_dtype=torch.float32, out=out)
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError):
-        return False
-    return True

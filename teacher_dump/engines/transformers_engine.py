@@ -45,14 +45,23 @@ class TransformersEngine:
             device = "auto" if torch.cuda.is_available() else "cpu"
         options = {"attn_implementation": config.attention} if config.attention else {}
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
+            self._model, loading = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
                 device_map=device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one line
                 **options,
-            ).eval()
-        except (OSError, ValueError, ImportError) as error:
-            raise EngineError(f"cannot load the teacher {model_path}: {error}") from error
+            )
+        except Exception as error:  # whatever a device, a weight file or an architecture may raise
+            raise EngineError(f"cannot load {model_path} on {device}: {error}") from error
+        unlike = [name for name, *_ in loading["mismatched_keys"]]
+        if absent := sorted({*loading["missing_keys"], *unlike}):  # they would be random
+            raise EngineError(
+                f"{model_path}: {len(absent)} tensors that its config.json asks for are not in the "
+                f"weights, or have another shape there, first {absent[0]}; copy the model again"
+            )
+        self._model.eval()
         self._device = self._model.get_input_embeddings().weight.device
         self._head = self._find_head()
         rows = self._model.get_output_embeddings().weight.shape[0]
@@ -113,10 +122,10 @@ class TransformersEngine:
         predicted_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
         for row, index in enumerate(batch):
             sequence = sequences[index]
-            ids_BL[row, : lengths[row]] = torch.from_numpy(sequence.input_ids)
+            ids_BL[row, : lengths[row]] = torch.tensor(sequence.input_ids)
             mask_BL[row, : lengths[row]] = 1
             # The distribution of token t is what the model says at t - 1.
-            predicted_BL[row, : lengths[row] - 1] = torch.from_numpy(sequence.is_target[1:])
+            predicted_BL[row, : lengths[row] - 1] = torch.tensor(sequence.is_target[1:])
         labels_N = ids_BL[:, 1:][predicted_BL[:, :-1]].to(self._device)
         counts = [int(sequences[i].is_target.sum()) for i in batch]
         uniforms = None

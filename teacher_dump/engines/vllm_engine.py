@@ -24,8 +24,7 @@ import numpy as np
 
 from schemas import ScoredSequence, Truncation
 from teacher_dump.engines.base import EngineError, TeacherConfig
-from teacher_dump.engines.vllm_rows import unpack
-from teacher_dump.engines.vllm_worker import Failed, Job, Ready, Rows, Window
+from teacher_dump.engines.vllm_messages import Failed, Job, Ready, Rows, Window, unpack
 from teacher_dump.sequences import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,10 @@ class VllmEngine:
         max_length: int,
         route: str = "",
     ) -> None:
-        """Load the teacher; see `open_engine`. `route`: one of `vllm_worker.ROUTES`, or choose."""
+        """Load the teacher; see `open_engine`.
+
+        `route` is one of `vllm_messages.ROUTES`; the first that can do it if empty.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
                 "teacher.engine vllm is not installed here; see 'Engines' in the README, or use "
@@ -64,7 +66,7 @@ class VllmEngine:
         on_cpu = _torch_is_cpu_only()
         start = time.monotonic()
         log.info("loading %s with vLLM", model_path)
-        self._log_file = tempfile.TemporaryFile()
+        self._log_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(

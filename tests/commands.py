@@ -1,0 +1,87 @@
+"""Run our command lines as processes of their own that need not import torch each time.
+
+A fork server imports the heavy packages once; every command is forked from it, before any thread
+runs, and executes its module as `python -m` would.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PRELOAD = ["teacher_dump.dump", "teacher_dump.plan", "teacher_dump.engines.transformers_engine"]
+DEADLINE_SECONDS = 120
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(PRELOAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    """Exit code; minus the signal if one ended it."""
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """A command that runs: `python -m MODULE ARGUMENTS`."""
+
+    def __init__(self, module: str, *arguments: str, folder: Path | None = None) -> None:
+        """Start it, in `folder` if given."""
+        self._output = Path(tempfile.mkdtemp())
+        self._process = _server.Process(
+            target=_execute, args=(module, arguments, folder, self._output)
+        )
+        self._process.start()
+
+    def signal_when(self, ready: Callable[[], bool], number: signal.Signals) -> None:
+        """Send a signal once `ready` holds; it is asked while the process stands still."""
+        pid = self._process.pid
+        assert pid is not None
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while time.monotonic() < deadline and self._process.is_alive():
+            if ready():
+                os.kill(pid, signal.SIGSTOP)
+                if ready():
+                    os.kill(pid, number)
+                    os.kill(pid, signal.SIGCONT)
+                    return
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.002)
+        raise AssertionError(f"never ready: {self.result()}")
+
+    def result(self) -> Result:
+        """Wait for the end."""
+        self._process.join(DEADLINE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"the command did not end in {DEADLINE_SECONDS} s")
+        assert self._process.exitcode is not None
+        texts = [(self._output / name).read_text() for name in ("stdout", "stderr")]
+        return Result(self._process.exitcode, *texts)
+
+
+def command(module: str, *arguments: str, folder: Path | None = None) -> Result:
+    """Run `python -m MODULE ARGUMENTS` to its end."""
+    return Command(module, *arguments, folder=folder).result()
+
+
+def _execute(module: str, arguments: tuple[str, ...], folder: Path | None, output: Path) -> None:
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(output / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+        os.close(file)
+    if folder is not None:
+        os.chdir(folder)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,335 @@
+"""What inspect and verify say equals what the dense distributions give; their commands behave."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from schemas import (
+    ByteRange,
+    CommitRecord,
+    Manifest,
+    RowGroup,
+    ScoredSequence,
+    Segment,
+    ShardPlan,
+    TeacherInfo,
+    TokenizerInfo,
+    Totals,
+    Truncation,
+    shard_schema,
+    to_json,
+)
+from storage import CacheReader, VerifyReport, cli, paths
+from storage.__main__ import main
+from storage.inspect import RANKS, AtTemperature, Report, Spread, inspect, report_text
+from tests import caches
+
+ROOT = Path(__file__).parents[1]
+FORMAT = (ROOT / "docs/format.md").read_text()
+SETTINGS = caches.Settings(temperatures=(1.0, 2.0, 0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A cache and all that went into it."""
+
+    path: Path
+    sequences: list[ScoredSequence]
+    dense: NDArray[np.float64]
+    """[n, V] log probs of all targets in order."""
+
+
+def known_cache(path: Path, settings: caches.Settings) -> Known:
+    """Write a cache of two shards."""
+    generator = np.random.default_rng(7)
+    made = [
+        caches.random_sequence(generator, settings, length=10 + 5 * i, prompt=1 + i)
+        for i in range(6)
+    ]
+    sequences = [sequence for sequence, _ in made]
+    caches.write_cache(path, settings, [sequences[:2], sequences[2:]])
+    return Known(path, sequences, np.concatenate([dense for _, dense in made]))
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    """At k=8, lossless. Never write to it."""
+    return known_cache(tmp_path_factory.mktemp("known") / "cache", SETTINGS)
+
+
+def assert_spread(found: Spread | None, values: NDArray) -> None:
+    assert found is not None
+    for name, rank in RANKS.items():
+        expected = np.quantile(values, rank, method="inverted_cdf")
+        assert getattr(found, name) == pytest.approx(expected, abs=2e-6), name
+    assert found.min == pytest.approx(values.min(), abs=2e-6)
+    assert found.max == pytest.approx(values.max(), abs=2e-6)
+    assert found.mean == pytest.approx(values.mean(), abs=2e-6)
+
+
+def test_the_numbers_equal_a_dense_computation(known: Known) -> None:
+    """Mass, entropy, cross-entropy and agreement, from the float64 distributions themselves."""
+    report = inspect(known.path)
+    dense, k = known.dense, SETTINGS.truncation.k
+    labels = np.concatenate([s.labels for s in known.sequences])
+    lengths = np.array([len(s.input_ids) for s in known.sequences])
+    order = np.argsort(-dense, axis=1)
+    assert report.complete and report.targets == len(dense) == report.planned_targets
+    assert report.tokens == lengths.sum() and report.sequences == 6 and report.shards == 2
+    assert_spread(report.sequence_length, lengths)
+    assert_spread(report.num_kept, np.full(len(dense), k))
+    assert [at.temperature for at in report.temperatures] == list(SETTINGS.temperatures)
+    for at in report.temperatures:
+        p = np.exp(dense / at.temperature)
+        p /= p.sum(axis=1, keepdims=True)
+        kept = np.take_along_axis(p, order[:, :k], axis=1)
+        tail = np.take_along_axis(p, order[:, k:], axis=1).sum(axis=1, keepdims=True)
+        classes = np.concatenate([kept, tail], axis=1)
+        assert_spread(at.retained_mass, kept.sum(axis=1))
+        assert_spread(at.teacher_entropy, -(classes * np.log(classes)).sum(axis=1))
+        full = -(p * np.log(p)).sum(axis=1).mean()
+        assert at.teacher_entropy.mean < full
+    label_logprob = dense[np.arange(len(dense)), labels]
+    assert report.teacher_ce == pytest.approx(-label_logprob.mean(), abs=1e-6)
+    assert report.teacher_perplexity == pytest.approx(math.exp(-label_logprob.mean()), abs=1e-5)
+    assert report.top1_agreement == pytest.approx((order[:, 0] == labels).mean())
+    in_top = (order[:, :k] == labels[:, None]).any(axis=1)
+    assert 0 < in_top.mean() < 1 and report.label_kept == pytest.approx(in_top.mean())
+    assert report.kl_error_mean == report.kl_error_max == 0
+
+
+def test_sizes_are_those_of_the_files(known: Known) -> None:
+    """Bytes of the shards, of each column from the footers, and against dense fp16 logits."""
+    report = inspect(known.path)
+    files = [known.path / paths.shard(i) for i in range(2)]
+    assert report.bytes == sum(file.stat().st_size for file in files)
+    assert report.bytes_per_target == report.bytes / len(known.dense)
+    assert report.dense_fp16_bytes == 2 * 50 * len(known.dense)
+    assert report.times_smaller == report.dense_fp16_bytes / report.bytes
+    assert list(report.column_bytes) == shard_schema(SETTINGS.draft().layout).names
+    columns = {name: 0 for name in report.column_bytes}
+    for file in files:
+        group = pq.read_metadata(file).row_group(0)
+        for i, name in enumerate(columns):
+            columns[name] += group.column(i).total_compressed_size
+    assert report.column_bytes == columns and sum(columns.values()) < report.bytes
+
+
+@pytest.mark.parametrize("precision", ["f16", "compact"])
+@pytest.mark.parametrize("method", ["topp", "sample", "topk+sample"])
+def test_other_truncations_are_reported(method: str, precision: str, tmp_path: Path) -> None:
+    """num_kept varies, and the decoding error is the mean of the records over targets."""
+    truncation = {
+        "topp": Truncation(method="topp", k=9, p=0.8),
+        "sample": Truncation(method="sample", draws=9),
+        "topk+sample": Truncation(method="topk+sample", k=2, draws=9),
+    }[method]
+    settings = dataclasses.replace(SETTINGS, truncation=truncation, precision=precision)
+    known = known_cache(tmp_path / "cache", settings)
+    report = inspect(known.path)
+    assert_spread(
+        report.num_kept, np.concatenate([(s.token_ids >= 0).sum(axis=1) for s in known.sequences])
+    )
+    mass = np.concatenate([np.exp(s.logprobs).sum(axis=1) for s in known.sequences])
+    assert_spread(report.temperatures[0].retained_mass, mass)
+    records = CacheReader(known.path).records
+    errors = [r.kl_error_mean * r.targets for r in records]
+    assert report.kl_error_mean == pytest.approx(sum(errors) / report.targets)
+    assert report.kl_error_max == max(r.kl_error_max for r in records) > 0
+    assert truncation.method.split("+")[0][:3] in report_text(report) or method == "sample"
+
+
+def test_quantiles_of_many_values_stay_within_the_stated_rank(tmp_path: Path) -> None:
+    """Beyond what a sketch holds exactly: 0.2% of the rank, and min, max and mean are exact."""
+    settings = caches.Settings(truncation=Truncation(k=2), vocab_size=5, temperatures=(1.0,))
+    sequence, _ = caches.random_sequence(np.random.default_rng(0), settings, length=30_001)
+    caches.write_cache(tmp_path / "cache", settings, [[sequence]])
+    (at,) = inspect(tmp_path / "cache").temperatures
+    values = np.sort(-np.expm1(sequence.log_tail[:, 0]))
+    for name, rank in RANKS.items():
+        low, high = (
+            np.searchsorted(values, getattr(at.retained_mass, name), side) / len(values)
+            for side in ("left", "right")
+        )
+        assert low - 0.002 <= rank <= high + 0.002
+    assert (at.retained_mass.min, at.retained_mass.max) == (values[0], values[-1])
+    assert at.retained_mass.mean == pytest.approx(values.mean(dtype=np.float64), abs=1e-6)
+
+
+def test_an_incomplete_cache_is_reported_as_such(tmp_path: Path) -> None:
+    """With no shard and with one: planned numbers and null instead of NaN; the text says so."""
+    shards = caches.random_shards(SETTINGS, num_shards=3)
+    writer = caches.start_cache(tmp_path / "cache", SETTINGS, shards)
+    report = inspect(tmp_path / "cache")
+    assert (report.complete, report.shards, report.planned_shards) == (False, 0, 3)
+    assert report.teacher_ce is report.num_kept is report.kl_error_max is None
+    assert report.temperatures == () and report.planned_targets > report.targets == 0
+    assert "NOT COMPLETE: 0 of 3 shards" in report_text(report)
+    json.dumps(to_json(report), allow_nan=False)
+    caches.write_shard(writer, 1, shards[1])
+    report = inspect(tmp_path / "cache")
+    assert not report.complete and report.targets == sum(s.num_targets for s in shards[1])
+    assert "NOT COMPLETE: 1 of 3 shards" in report_text(report)
+
+
+def test_the_text_fits_a_terminal(known: Known) -> None:
+    """No line beyond 100 columns, however long the names and large the numbers."""
+    report = inspect(known.path)
+    huge = dataclasses.replace(
+        report,
+        url="x" * 300,
+        targets=10**13,
+        tokens=10**13,
+        bytes=10**15,
+        sequences=10**11,
+        shards=10**7,
+        dump_seconds=1e9,
+        targets_per_second=1e6,
+        workers=12_345,
+        teacher=dataclasses.replace(report.teacher, name="y" * 300),
+        temperatures=tuple(
+            dataclasses.replace(at, temperature=1 / 3) for at in report.temperatures
+        ),
+    )
+    for shown in (report, huge):
+        text = report_text(shown)
+        assert max(map(len, text.splitlines())) <= 100
+        assert "lower bound of the full entropy" in text
+
+
+# Commands
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(list(arguments))
+    return code, capsys.readouterr().out
+
+
+def test_json_and_text_say_the_same(known: Known, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json is the report, strictly JSON; the text shows its numbers."""
+    code, out = run(capsys, "inspect", str(known.path), "--json")
+    report = inspect(known.path)
+    assert code == cli.DONE
+    assert json.loads(out, parse_constant=lambda name: pytest.fail(name)) == to_json(report)
+    code, text = run(capsys, "inspect", str(known.path))
+    assert code == cli.DONE and text.rstrip("\n") == report_text(report)
+    assert f"cross-entropy {report.teacher_ce:.4f}" in text and f"{report.targets} targets" in text
+
+
+def test_verify_exits_by_what_it_finds(
+    known: Known, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 if whole, 1 with one line per problem if not."""
+    code, out = run(capsys, "verify", str(known.path))
+    assert code == cli.DONE and out.count("\n") == 1 and "is whole" in out
+    shards = caches.random_shards(SETTINGS)
+    writer = caches.start_cache(tmp_path / "cache", SETTINGS, shards)
+    caches.write_shard(writer, 0, shards[0])
+    (tmp_path / "cache" / paths.shard(0)).write_bytes(b"")
+    code, out = run(capsys, "verify", str(tmp_path / "cache"))
+    assert code == cli.BAD_DATA and len(out.splitlines()) == 2
+    assert "1 of 2 shards missing" in out and "part-000000.parquet is damaged" in out
+    code, out = run(capsys, "verify", str(tmp_path / "cache"), "--json")
+    found = json.loads(out)
+    assert code == cli.BAD_DATA and not found["ok"] and len(found["problems"]) == 2
+    (tmp_path / "cache" / paths.MANIFEST).unlink()
+    code, out = run(capsys, "verify", str(tmp_path / "cache"))
+    assert code == cli.BAD_DATA and "manifest.json is missing" in out
+
+
+def test_the_commands_end_with_clean_codes_and_lines(known: Known) -> None:
+    """As processes: 2 and one line without a cache, 141 when nobody reads, no bar in a pipe."""
+
+    def command(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "storage", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    started = [
+        command("verify", "/nowhere/cache"),
+        command("inspect", str(ROOT / "docs")),
+        command("verify", str(known.path)),
+    ]
+    (_, err), (_, other_err), (out, whole_err) = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [2, 2, 0]
+    assert err.splitlines()[0] == "error: /nowhere/cache: no such directory"
+    assert "manifest.json is missing" in other_err and "Traceback" not in err + other_err
+    assert "is whole" in out and whole_err == ""
+
+
+def test_a_closed_pipe_is_no_error(known: Known) -> None:
+    """As when `head` has seen enough: no message, the code that a shell gives SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "storage", "verify", str(known.path)],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each page shows a command to copy."""
+    for arguments in ([], ["inspect"], ["verify"]):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--help"])
+        out = capsys.readouterr().out
+        assert end.value.code == 0 and "python -m storage" in out.split("\n\n", 1)[1]
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", "--html", "x"])
+    assert end.value.code == cli.USER_ERROR
+
+
+# docs/format.md
+
+
+def test_the_format_text_names_every_field_column_and_key() -> None:
+    """Nothing is stored or printed that the document does not explain."""
+    layout = dataclasses.replace(SETTINGS.draft().layout, vocab_size=100_000)
+    layout = dataclasses.replace(layout, has_num_kept=True, has_draws=True)
+    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in shard_schema(layout).names]
+    for cls in (
+        *(Manifest, TeacherInfo, TokenizerInfo, Truncation, Segment, Totals, ShardPlan),
+        *(CommitRecord, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),
+    ):
+        names += [field.name for field in dataclasses.fields(cls)]
+    missing = sorted({name for name in names if f"`{name}`" not in FORMAT})
+    assert missing == []
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "compact"])
+@pytest.mark.parametrize("method", ["topk", "topp"])
+def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -> None:
+    """The code in docs/format.md, run as it stands, gives what the reader gives."""
+    truncation = Truncation(k=5) if method == "topk" else Truncation(method="topp", k=9, p=0.8)
+    settings = caches.Settings(truncation=truncation, vocab_size=70_000, precision=precision)
+    shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
+    caches.write_cache(tmp_path / "cache", settings, shards)
+    (recipe,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
+    names = {"cache": tmp_path / "cache"}
+    exec(recipe, names)
+    expected = list(CacheReader(tmp_path / "cache"))
+    np.testing.assert_array_equal(
+        names["token_ids"], np.concatenate([s.token_ids for s in expected])
+    )
+    np.testing.assert_allclose(
+        names["logprobs"], np.concatenate([s.logprobs for s in expected]), rtol=1e-6, atol=2e-6
+    )

@@ -1,0 +1,274 @@
+"""The training loop: normalisation, schedules, resume, refusals, what it saves."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from schemas import FormatError
+from student_train import (
+    CacheStream,
+    Distiller,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TrainConfig,
+    train,
+)
+from student_train.train import NotFinite, learning_rate
+
+STUDENT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def config(cache: Path, output: Path, **changes: object) -> TrainConfig:
+    base = TrainConfig(
+        cache=str(cache),
+        output=str(output),
+        student=StudentConfig(config=STUDENT),
+        loss=LossConfig(kind="fkl", kd_weight=1.0, ce_weight=0.3),
+        steps=6,
+        batch_size=4,
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
+        log_every_steps=1,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(output / "student").state_dict()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates(schedule: str) -> None:
+    """Warmup rises to the peak; decays end at the floor; constant stays."""
+    options = OptimizerConfig(
+        lr=1.0,
+        schedule=schedule,
+        warmup_steps=4,
+        min_lr_ratio=0.0 if schedule == "constant" else 0.1,
+    )
+    rates = [learning_rate(options, step, 104) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == pytest.approx(1.0)
+    middle, end = {"cosine": (0.55, 0.1), "linear": (0.55, 0.1), "constant": (1, 1)}[schedule]
+    assert rates[54] == pytest.approx(middle)
+    assert rates[104] == pytest.approx(end)
+
+
+def test_microbatches_count_by_targets(cache: Path, tmp_path: Path) -> None:
+    """4 x 2 sequences with ragged target counts train exactly like one batch of 8."""
+    train(config(cache, tmp_path / "one", batch_size=8))
+    train(config(cache, tmp_path / "four", batch_size=2, gradient_accumulation=4))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "four"), rel=1e-4)
+
+
+def test_two_processes_train_like_one(cache: Path, tmp_path: Path) -> None:
+    """DDP over two processes gives the loss curve of one process at the same global batch."""
+    train(config(cache, tmp_path / "one", batch_size=6))
+    two = config(cache, tmp_path / "two", batch_size=3)
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import logging; logging.basicConfig(level=20)\n"
+        f"from student_train import *\ntrain({two!r})\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "world size 2" in done.stderr
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(cache: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle, then a rerun: bit-equal weights and the same metrics lines."""
+    train(config(cache, tmp_path / "whole", steps=40))
+    part = config(cache, tmp_path / "part", steps=40)
+    metrics = tmp_path / "part" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(part)
+    thread.join()
+    assert 0 < len(losses(tmp_path / "part")) < 40
+    train(part)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    theirs = weights(tmp_path / "whole")
+    for name, value in weights(tmp_path / "part").items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_a_rerun_of_a_finished_run_changes_nothing(cache: Path, tmp_path: Path) -> None:
+    """It returns the same summary; with another config it refuses and names the field."""
+    done = config(cache, tmp_path / "run", steps=2)
+    summary = train(done)
+    before = (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert train(done) == summary
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="steps: was 2, this run gives 3"):
+        train(dataclasses.replace(done, steps=3))
+
+
+def test_a_checkpoint_of_another_config_is_refused(cache: Path, tmp_path: Path) -> None:
+    """The message names what differs, and nothing is overwritten."""
+    first = config(cache, tmp_path / "run", steps=4, save_every_steps=2)
+    train(first)
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(ValueError, match="seed: was 0, this run gives 1"):
+        train(dataclasses.replace(first, seed=1))
+
+
+def test_the_saved_student_loads_and_scores_as_reported(
+    cache: Path, teacher_path: Path, tmp_path: Path
+) -> None:
+    """`from_pretrained` gives the evaluated student, with the reported cross-entropy."""
+    summary = train(config(cache, tmp_path / "run", eval=EvalConfig(heldout_fraction=0.2)))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run/student").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+    assert tokenizer.get_vocab() == teacher_tokenizer.get_vocab()
+    stream = CacheStream(cache, batch_size=1, part="heldout", heldout_fraction=0.2)
+    total, count = 0.0, 0
+    batches = iter(stream)
+    for _ in range(stream.num_sequences):
+        batch = next(batches)
+        with torch.no_grad():
+            logits = student(batch.input_ids).logits[0]
+        loss = torch.nn.functional.cross_entropy(
+            logits[batch.predictors], batch.labels, reduction="sum"
+        )
+        total, count = total + loss.item(), count + batch.num_targets
+    assert summary["heldout_ce"] == pytest.approx(total / count, rel=1e-5)
+    assert summary["peak_memory_mb"] > 0
+
+
+def test_a_student_with_another_tokenizer_is_refused(
+    cache: Path, other_teacher_path: Path, tmp_path: Path
+) -> None:
+    """The message shows the first differing tokens."""
+    student = StudentConfig(path=str(other_teacher_path))
+    with pytest.raises(FormatError, match=r"another tokenizer.*ids differ, first"):
+        train(config(cache, tmp_path / "run", student=student))
+
+
+def test_a_student_with_too_small_a_vocabulary_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Fewer output rows than shared ids cannot be trained."""
+    student = StudentConfig(config={**STUDENT, "vocab_size": 64})
+    with pytest.raises(ValueError, match="64 output rows"):
+        train(config(cache, tmp_path / "run", student=student))
+
+
+def test_padding_rows_of_the_student_get_no_probability_and_no_gradient(
+    cache: Path, tmp_path: Path
+) -> None:
+    """A head larger than the shared vocabulary trains as if it were cut."""
+    shared = CacheStream(cache, batch_size=1).reader.manifest.shared_vocab_size
+    student = AutoModelForCausalLM.from_pretrained(
+        _saved(tmp_path, {**STUDENT, "vocab_size": shared + 7, "tie_word_embeddings": False})
+    )
+    model = Distiller(student, LossConfig(kind="rkl", ce_weight=1.0), shared)
+    model(next(iter(CacheStream(cache, batch_size=2)))).loss.backward()
+    gradient = student.get_output_embeddings().weight.grad
+    assert gradient[shared:].abs().max() == 0
+    assert gradient[:shared].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["fkl", "rkl", "akl"])
+def test_the_fused_head_and_the_models_own_logits_agree(cache: Path, kind: str) -> None:
+    """Loss and gradients do not depend on the route that the check chose."""
+    from transformers import AutoConfig
+
+    batch = next(iter(CacheStream(cache, batch_size=3, temperature=2.0)))
+    shared = CacheStream(cache, batch_size=1).reader.manifest.shared_vocab_size
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        settings = AutoConfig.for_model(**{**STUDENT, "vocab_size": shared})
+        model = Distiller(
+            AutoModelForCausalLM.from_config(settings),
+            LossConfig(kind=kind, ce_weight=0.5, temperature=2.0),
+            shared,
+        )
+        assert model._head is not None
+        if not fused:
+            model._head = None
+        out = model(batch)
+        out.loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((out.loss.item(), gradients))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_samples(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Nothing is saved as the student."""
+    path = _saved(tmp_path, {**STUDENT, "vocab_size": 512})
+    student = AutoModelForCausalLM.from_pretrained(path)
+    student.model.norm.weight.data[0] = float("nan")
+    student.save_pretrained(path)
+    _tokenizer_of(cache, path)
+    with pytest.raises(NotFinite, match="samples of this process"):
+        train(config(cache, tmp_path / "run", student=StudentConfig(path=str(path))))
+    assert not (tmp_path / "run/student").exists()
+
+
+def test_bad_configs_are_refused(cache: Path, tmp_path: Path) -> None:
+    """Options that exclude each other or have no effect are errors."""
+    with pytest.raises(ValueError, match="give steps or epochs"):
+        config(cache, tmp_path, epochs=1.0)
+    with pytest.raises(ValueError, match="either a path or a config"):
+        StudentConfig()
+    with pytest.raises(ValueError, match="not one of"):
+        LossConfig(kind="kl")
+    with pytest.raises(ValueError, match="exclude each other"):
+        EvalConfig(cache="x", heldout_fraction=0.1)
+    with pytest.raises(ValueError, match="no effect with schedule constant"):
+        OptimizerConfig(schedule="constant", min_lr_ratio=0.1)
+
+
+def _saved(tmp_path: Path, fields: dict) -> Path:
+    from transformers import AutoConfig
+
+    path = tmp_path / "pretrained"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(path)
+    return path
+
+
+def _tokenizer_of(cache: Path, target: Path) -> None:
+    for file in (cache / "tokenizer").iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
