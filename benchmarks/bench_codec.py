@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from schemas import (
     FORMAT_VERSION,
+    Layout,
     Manifest,
     ScoredSequence,
     Segment,
@@ -71,7 +72,7 @@ def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, 
     ]
     targets = sum(group.targets for group in groups)
     steps: dict[str, Callable[[], object]] = {
-        "check_sequence": lambda: [check_sequence(s, layout) for group in sequences for s in group],
+        "check_sequence": lambda: check_all(sequences, layout),
         "encode": lambda: [codec.encode(group, 0, layout) for group in sequences],
         "write": lambda: write(
             f"{folder}/{time.monotonic_ns()}", [s for g in sequences for s in g], reader.manifest
@@ -90,6 +91,12 @@ def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, 
             step()
             seconds.append(time.process_time() - start)
         yield name, targets / min(seconds)
+
+
+def check_all(groups: list[list[ScoredSequence]], layout: Layout) -> None:
+    for group in groups:
+        for sequence in group:
+            check_sequence(sequence, layout)
 
 
 def measure_errors() -> Iterator[tuple[str, str, float, float]]:

@@ -8,6 +8,9 @@ from teacher_dump.engines import TeacherConfig
 from teacher_dump.sequences import SequenceConfig
 from teacher_dump.sources import SourceConfig
 
+LOWEST_TEMPERATURE = 0.01
+"""Float32 log probs divided by less keep too few digits for the masses to sum to 1."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DumpConfig:
@@ -38,3 +41,7 @@ class DumpConfig:
         if self.shard_targets < 1:
             raise ValueError(f"shard_targets is {self.shard_targets}, must be at least 1")
         check_temperatures(tuple(self.temperatures))
+        if min(self.temperatures) < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperatures must be at least {LOWEST_TEMPERATURE}, found {self.temperatures}"
+            )

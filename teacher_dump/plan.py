@@ -59,21 +59,21 @@ def plan(config: DumpConfig, sample: int = 64) -> str:
         f"time                 {counts.targets / targets * seconds / 3600:.3f} hours at "
         f"{targets / seconds:,.0f} targets/s",
         f"from a sample of     {len(scored)} sequences, {targets:,} targets",
-        "",
-        "      k   retained mass: mean      5 %   smallest",
     ]
-    for k, mass in retained_mass(scored).items():
-        lines.append(f"{k:7d}{mass.mean():22.4f} {np.quantile(mass, 0.05):8.4f} {mass.min():10.4f}")
+    if config.truncation.method != "sample":  # which keeps no top entries
+        lines += ["", "      k   retained mass: mean      5 %   smallest"]
+        for k, mass in retained_mass(scored, config.truncation.k).items():
+            low = np.quantile(mass, 0.05)
+            lines.append(f"{k:7d}{mass.mean():22.4f} {low:8.4f} {mass.min():10.4f}")
     return "\n".join(lines)
 
 
-def retained_mass(scored: list[ScoredSequence]) -> dict[int, np.ndarray]:
-    """For k = 1, 2, 4, ... up to what was kept: [n] mass of the k most probable ids at T=1."""
-    logprobs = np.concatenate([s.logprobs for s in scored])
+def retained_mass(scored: list[ScoredSequence], largest: int) -> dict[int, np.ndarray]:
+    """For k = 1, 2, 4, ... up to `largest`: [n] mass of the k most probable ids at T=1."""
+    logprobs = np.concatenate([s.logprobs[:, :largest] for s in scored])
     mass = np.exp(logprobs, dtype=np.float64).cumsum(axis=1)
-    slots = mass.shape[1]
-    ladder = [1 << i for i in range(slots.bit_length()) if 1 << i < slots]
-    return {k: mass[:, k - 1] for k in [*ladder, slots]}
+    ladder = [1 << i for i in range(largest.bit_length()) if 1 << i < largest]
+    return {k: mass[:, k - 1] for k in [*ladder, largest]}
 
 
 def _reservoir(

@@ -293,9 +293,7 @@ def restore_inputs(
             break
 
 
-def _write_input(
-    store: Store, shard: int, first: int, sequences: list[TokenSequence]
-) -> ShardPlan:
+def _write_input(store: Store, shard: int, first: int, sequences: list[TokenSequence]) -> ShardPlan:
     table, digest = _input_table(sequences)
     with store.staged(paths.inputs(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)

@@ -7,6 +7,7 @@ runs, and executes its module as `python -m` would.
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 PRELOAD = ["teacher_dump.dump", "teacher_dump.plan", "teacher_dump.engines.transformers_engine"]
 DEADLINE_SECONDS = 120
@@ -68,6 +71,7 @@ class Command:
             raise AssertionError(f"the command did not end in {DEADLINE_SECONDS} s")
         assert self._process.exitcode is not None
         texts = [(self._output / name).read_text() for name in ("stdout", "stderr")]
+        shutil.rmtree(self._output)
         return Result(self._process.exitcode, *texts)
 
 
@@ -83,5 +87,7 @@ def _execute(module: str, arguments: tuple[str, ...], folder: Path | None, outpu
         os.close(file)
     if folder is not None:
         os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal
+    torch.set_num_threads(1)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

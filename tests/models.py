@@ -24,7 +24,8 @@ VOCAB_SIZE = 300
 PADDED_VOCAB_SIZE = 320
 """Output rows of the models: the last 20 are padding."""
 MAX_POSITIONS = 128
-WORDS = "the quick brown fox jumps over a lazy dog and runs away from hunters in deep woods".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog and runs away from hunters in deep woods"
+WORDS = SENTENCE.split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
@@ -54,7 +55,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         GPT2Config,
         {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": MAX_POSITIONS},
     ),
-    "gemma2": (Gemma2Config, {**DECODER, "head_dim": 16, "final_logit_softcapping": 5.0}),
+    "gemma2": (Gemma2Config, {**DECODER, "head_dim": 16, "final_logit_softcapping": 10.0}),
 }
 """Architectures by name; Gemma 2 caps its logits behind the head."""
 
@@ -66,7 +67,7 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     tokenizer.decoder = ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.train_from_iterator(
-        [" ".join(WORDS)] * 2,
+        [SENTENCE] * 2,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=["<s>", "</s>", "<|start|>", "<|end|>"],

@@ -409,6 +409,19 @@ def test_a_missing_or_damaged_tokenizer_file_is_found(tmp_path: Path) -> None:
     assert "tokenizer/vocab.json is missing" in verify(tmp_path).problems[0]
 
 
+def test_totals_are_checked_against_the_records(copy: Path) -> None:
+    """Every sum in the manifest, behind a good checksum."""
+    store = Store(copy)
+    manifest = store.read_json(paths.MANIFEST)
+    for name, value in manifest["totals"].items():
+        store.publish_json(
+            paths.MANIFEST, {**manifest, "totals": {**manifest["totals"], name: value + 1}}
+        )
+        assert [p.split(": ")[1] for p in verify(copy).problems] == [
+            "totals are not the sums over the records"
+        ], name
+
+
 def test_files_that_belong_to_nothing_are_named(copy: Path) -> None:
     """A foreign file among the shards is a problem; a killed writer's temporary is not data."""
     (copy / "shards/.part-000000.parquet.1a.tmp").write_bytes(b"x")

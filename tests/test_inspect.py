@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -324,7 +325,7 @@ def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -
     shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
     caches.write_cache(tmp_path / "cache", settings, shards)
     (recipe,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
-    names = {"cache": tmp_path / "cache"}
+    names: dict[str, Any] = {"cache": tmp_path / "cache"}
     exec(recipe, names)
     expected = list(CacheReader(tmp_path / "cache"))
     np.testing.assert_array_equal(

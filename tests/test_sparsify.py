@@ -153,7 +153,7 @@ def test_a_tail_of_almost_everything_is_exact():
 
 @pytest.mark.parametrize("slots", [49, 50])
 def test_k_of_the_whole_vocabulary_leaves_no_tail(slots):
-    """k = V gives log tail -inf at every temperature; k = V - 1 the log prob of the last id."""
+    """A k of V gives log tail -inf at every temperature; V - 1 the log prob of the last id."""
     logits = random_logits(20, 50)
     sparse = reduce(logits, Truncation(k=slots))
     if slots == 50:
@@ -285,9 +285,7 @@ def test_draws_are_counted_and_ordered(truncation):
     sparse = reduce(logits, truncation)
     assert sparse.token_ids.shape == (50, truncation.slots)
     assert (sparse.draws.sum(dim=1) == truncation.draws).all()
-    for ids, logprobs, draws in zip(
-        sparse.token_ids, sparse.logprobs, sparse.draws, strict=True
-    ):
+    for ids, logprobs, draws in zip(sparse.token_ids, sparse.logprobs, sparse.draws, strict=True):
         kept = ids[ids >= 0]
         assert len(kept.unique()) == len(kept)
         assert (ids[len(kept) :] == -1).all() and (draws[len(kept) :] == 0).all()

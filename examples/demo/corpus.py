@@ -61,8 +61,8 @@ def write(split: str, target: Path, max_bytes: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the two files")
-    parser.add_argument("--train-bytes", type=int, default=4_000_000)
-    parser.add_argument("--heldout-bytes", type=int, default=400_000)
+    parser.add_argument("--train-bytes", type=int, default=1_000_000)
+    parser.add_argument("--heldout-bytes", type=int, default=200_000)
     args = parser.parse_args()
     for split, limit in (("train", args.train_bytes), ("heldout", args.heldout_bytes)):
         path = args.out / f"{split}.jsonl.zst"

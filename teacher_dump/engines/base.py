@@ -83,6 +83,8 @@ def open_engine(
     `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
     not installed or cannot give this truncation or these temperatures.
     """
+    if truncation.slots > vocab_size:
+        raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
     chosen: Callable[..., Engine]
     if config.engine == "vllm":
         from teacher_dump.engines.vllm_engine import VllmEngine

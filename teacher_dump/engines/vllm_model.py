@@ -24,6 +24,9 @@ from teacher_dump.sparsify import NotFinite, chunk_rows, sparsify, uniforms_for
 
 TASK: PoolingTask = "token_classify"  # with token_embed vLLM wants a tokenizer, for scoring pairs
 
+PRODUCT_ROWS = 128
+"""Rows that the output layer gets at a time at least: fewer read its weights too often."""
+
 
 class NotPossible(Exception):
     """This architecture cannot carry the scoring head here; says why."""
@@ -109,24 +112,26 @@ class ScoringHead(TokenPoolerHead):
             numbers = uniforms_for(job.truncation, given["sequence"], len(rows_n))
             uniforms = torch.from_numpy(numbers).to(device)
         size = chunk_rows(job.vocab_size, device)
+        step = max(size, PRODUCT_ROWS)
         parts = []
-        for start in range(0, max(1, len(rows_n)), size):
-            chunk = slice(start, start + size)
-            logits = self._compute_logits(hidden_LH[rows_n[chunk]])
-            if logits is None:
+        for start in range(0, len(rows_n), step):
+            logits_nV = self._compute_logits(hidden_LH[rows_n[start : start + step]])
+            if logits_nV is None:
                 return None
-            assert logits.shape[1] >= job.vocab_size
-            try:
-                sparse = sparsify(
-                    logits[:, : job.vocab_size],
-                    labels_n[chunk],
-                    job.truncation,
-                    job.temperatures,
-                    None if uniforms is None else uniforms[chunk],
-                )
-            except NotFinite:  # to raise here would take the other sequences along
-                return torch.empty(0, 0, dtype=torch.int32, device=device)
-            parts.append(pack(sparse))
+            assert logits_nV.shape[1] >= job.vocab_size
+            for offset, chunk_nV in enumerate(logits_nV[:, : job.vocab_size].split(size)):
+                chunk = slice(start + offset * size, start + offset * size + len(chunk_nV))
+                try:
+                    sparse = sparsify(
+                        chunk_nV,
+                        labels_n[chunk],
+                        job.truncation,
+                        job.temperatures,
+                        None if uniforms is None else uniforms[chunk],
+                    )
+                except NotFinite:  # to raise here would take the other sequences along
+                    return torch.empty(0, 0, dtype=torch.int32, device=device)
+                parts.append(pack(sparse))
         return torch.cat(parts)
 
 
