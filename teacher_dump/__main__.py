@@ -54,7 +54,10 @@ def main(arguments: list[str]) -> int:
         where = "".join(f"{file}: " for file in files)
         message = " ".join(str(error).split())
         raise ValueError(f"{where}{message} (`{root.prog} run --help` lists the keys)") from error
-    values = root.instantiate(parsed)[parsed.command]
+    try:
+        values = root.instantiate(parsed)[parsed.command]
+    except TypeError as error:  # `truncation: 64` in place of `truncation: {k: 64}`
+        raise ValueError(f"a group of keys has a single value: {error}") from error
     config = DumpConfig(**{name: values[name] for name in DumpConfig.__dataclass_fields__})
 
     from transformers.utils import logging as transformers_logging

@@ -12,6 +12,7 @@ from storage import CacheWriter
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import open_engine
 from teacher_dump.prepare import refuse_misfits, sharded
+from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceCounts, TokenSequence
 from teacher_dump.teacher import Teacher, describe_teacher
 
@@ -30,7 +31,9 @@ def plan(config: DumpConfig, sample: int = 64) -> str:
     counts = SequenceCounts()
     drawn, shards = _reservoir(config, teacher, counts, sample)
     if not drawn:
-        raise ValueError(f"{config.source.path} gives no sequence with a target")
+        raise SourceError(
+            f"{config.source.path}: {counts.records} records give no sequence with a target"
+        )
     engine = open_engine(
         config.teacher,
         teacher.model_path,

@@ -144,8 +144,9 @@ def _create(
         teacher=teacher.info,
         tokenizer=save_tokenizer(store, teacher.tokenizer),
         shared_vocab_size=teacher.shared_vocab_size,
-        truncation=config.truncation,
-        temperatures=tuple(config.temperatures),
+        # A manifest read back holds floats, whatever was given: 1 and 1.0 are written differently.
+        truncation=dataclasses.replace(config.truncation, p=float(config.truncation.p)),
+        temperatures=tuple(float(t) for t in config.temperatures),
         precision=config.precision,
         source=source,
         sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},

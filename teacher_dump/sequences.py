@@ -7,6 +7,7 @@ passed in.
 
 import datetime
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +71,18 @@ class SequenceConfig:
                 f"overlong: {self.overlong} has no effect with packing: concat, which cuts"
                 " everywhere; leave it out"
             )
-        if self.chat_date:
-            datetime.date.fromisoformat(self.chat_date)
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"chat_template_kwargs must hold plain JSON values: {error}; quote dates"
+            ) from error
+        try:
+            datetime.date.fromisoformat(self.chat_date or "2026-01-31")
+        except ValueError as error:
+            raise ValueError(
+                f"chat_date is {self.chat_date!r}: expected a date such as 2026-01-31"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -130,7 +130,7 @@ def _local_directory(config: TeacherConfig) -> Path:
         return path
     if path.exists():
         raise ValueError(f"teacher.path {config.path} is a file, expected a model's directory")
-    _refuse_missing("teacher.path", str(path))
+    _refuse_missing("teacher.path", os.path.expanduser(config.path))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

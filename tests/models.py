@@ -19,6 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
+torch.set_num_threads(1)  # for models this small, threads cost more than they give
+
 VOCAB_SIZE = 300
 """Ids of the tokenizer."""
 PADDED_VOCAB_SIZE = 320

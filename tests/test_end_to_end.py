@@ -49,7 +49,7 @@ def test_the_four_packages_belong_to_this_distribution() -> None:
     """Names as plain as `storage` could come from elsewhere: they must not."""
     owners = importlib.metadata.packages_distributions()
     for name in ("schemas", "storage", "teacher_dump", "student_train"):
-        assert owners.get(name, ["decant"]) == ["decant"]
+        assert set(owners[name]) == {"decant"}
         assert Path(__import__(name).__file__).parents[1] == ROOT
 
 
@@ -169,11 +169,11 @@ def test_training_curves_of_a_truncated_cache_stay_with_the_full_one(
                 steps=60,
                 batch_size=8,
                 optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5),
-                eval=EvalConfig(heldout_fraction=0.2, every_steps=10),
+                eval=EvalConfig(cache=str(full_cache), every_steps=10),
             )
         )
         lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]
-        curves.append([line["heldout_ce"] for line in lines if "heldout_ce" in line])
+        curves.append([x["heldout_divergence"] for x in lines if "heldout_divergence" in x])
     assert len(curves[0]) == 6
-    assert curves[0][-1] < curves[0][0] - 0.1, "nothing was learned, so nothing was compared"
-    assert curves[1] == pytest.approx(curves[0], abs=0.05)
+    assert curves[0][-1] < 0.9 * curves[0][0], "nothing was learned, so nothing was compared"
+    assert curves[1] == pytest.approx(curves[0], rel=0.05)

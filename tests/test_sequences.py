@@ -317,7 +317,7 @@ def test_a_prompt_may_stand_beside_messages():
         ({"targets": "last"}, "targets is 'last'"),
         ({"packing": "concat", "add_eos": False}, "set add_eos: true"),
         ({"packing": "concat", "overlong": "split"}, "no effect with packing"),
-        ({"chat_date": "today"}, "isoformat"),
+        ({"chat_date": "today"}, "chat_date is 'today'"),
     ],
 )
 def test_impossible_configs_are_refused(options, message):

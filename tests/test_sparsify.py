@@ -20,6 +20,7 @@ from teacher_dump.sparsify import (
     Sparse,
     _top_blocks,
     sparsify,
+    sparsify_hidden,
     uniforms_for,
 )
 
@@ -245,6 +246,42 @@ def test_top_blocks_equals_topk(n, k, times, levels, seed):
     ids = _top_blocks(x, k)
     assert torch.equal(x.gather(1, ids), x.topk(k).values)
     assert all(len(set(row.tolist())) == k for row in ids)
+
+
+def test_a_head_is_applied_in_steps():
+    """From hidden states: rows, labels and the number of a bad row are those of one big product."""
+    torch.manual_seed(0)
+    n, vocab = 300, 50_000  # several products, and several chunks in each
+    hidden, head = torch.randn(n, 8), torch.randn(vocab + 100, 8)
+    truncation, labels = Truncation(method="topk+sample", k=4, draws=3), torch.arange(n)
+    uniforms = torch.from_numpy(uniforms_for(truncation, 0, n))
+
+    def parts() -> list[Sparse]:
+        return list(
+            sparsify_hidden(
+                hidden,
+                lambda rows: rows @ head.T,
+                labels,
+                vocab_size=vocab,
+                truncation=truncation,
+                temperatures=TEMPERATURES,
+                uniforms=uniforms,
+            )
+        )
+
+    assert len(parts()) > 5
+    whole = sparsify(
+        (hidden @ head.T)[:, :vocab], labels, truncation, TEMPERATURES, uniforms=uniforms
+    )
+    joined = torch.cat([part.token_ids for part in parts()])
+    assert (joined == whole.token_ids).float().mean() > 0.99
+    for name in ("log_z", "log_tail", "label_logprob"):
+        joined = torch.cat([getattr(part, name) for part in parts()])
+        np.testing.assert_allclose(joined, getattr(whole, name), atol=1e-4)
+    hidden[217] = math.nan
+    with pytest.raises(NotFinite) as caught:
+        parts()
+    assert caught.value.row == 217
 
 
 # Sampling. The weight of an id is p in the exact head and R * draws / m beyond it, R being the

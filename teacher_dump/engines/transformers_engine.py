@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from schemas import ScoredSequence, Truncation
 from teacher_dump.engines.base import EngineError, TeacherConfig
 from teacher_dump.sequences import TokenSequence
-from teacher_dump.sparsify import NotFinite, Sparse, chunk_rows, sparsify, uniforms_for
+from teacher_dump.sparsify import NotFinite, Sparse, sparsify_hidden, uniforms_for
 
 log = logging.getLogger(__name__)
 
@@ -165,28 +165,24 @@ class TransformersEngine:
             hidden_NH = self._model.base_model(**inputs).last_hidden_state[predicted_BL]
         else:
             hidden_NH = self._model(**inputs).logits[predicted_BL]
-        head = self._head or (lambda rows: rows)
-        size = chunk_rows(self._vocab_size, hidden_NH.device)
-        parts = []
-        for start in range(0, len(hidden_NH), size):
-            chunk = slice(start, start + size)
-            logits = head(hidden_NH[chunk])[:, : self._vocab_size].float()
-            try:
-                parts.append(
-                    sparsify(
-                        logits,
-                        labels_N[chunk].to(logits.device),
-                        self._truncation,
-                        self._temperatures,
-                        None if uniforms is None else uniforms[chunk].to(logits.device),
-                    )
+        try:
+            parts = list(
+                sparsify_hidden(
+                    hidden_NH,
+                    self._head or (lambda logits_NV: logits_NV),
+                    labels_N,
+                    vocab_size=self._vocab_size,
+                    truncation=self._truncation,
+                    temperatures=self._temperatures,
+                    uniforms=uniforms,
                 )
-            except NotFinite as error:
-                sample = sequence_of(start + error.row).sample_id
-                raise EngineError(
-                    f"the teacher gives NaN or infinite logits for sample {sample}; "
-                    "try teacher.dtype: float32, and look at the record"
-                ) from error
+            )
+        except NotFinite as error:
+            raise EngineError(
+                "the teacher gives NaN or infinite logits for sample "
+                f"{sequence_of(error.row).sample_id}; "
+                "try teacher.dtype: float32, and look at the record"
+            ) from error
         return _join(parts)
 
     @torch.inference_mode()

@@ -20,12 +20,9 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 from vllm.tasks import PoolingTask
 
 from teacher_dump.engines.vllm_messages import Job, Window, not_finite, pack
-from teacher_dump.sparsify import NotFinite, chunk_rows, sparsify, uniforms_for
+from teacher_dump.sparsify import NotFinite, sparsify_hidden, uniforms_for
 
 TASK: PoolingTask = "token_classify"  # with token_embed vLLM wants a tokenizer, for scoring pairs
-
-PRODUCT_ROWS = 128
-"""Rows that the output layer gets at a time at least: fewer read its weights too often."""
 
 
 class NotPossible(Exception):
@@ -111,28 +108,20 @@ class ScoringHead(TokenPoolerHead):
         if job.truncation.sampled:
             numbers = uniforms_for(job.truncation, given["sequence"], len(rows_n))
             uniforms = torch.from_numpy(numbers).to(device)
-        size = chunk_rows(job.vocab_size, device)
-        step = max(size, PRODUCT_ROWS)
-        parts = []
-        for start in range(0, len(rows_n), step):
-            logits_nV = self._compute_logits(hidden_LH[rows_n[start : start + step]])
-            if logits_nV is None:
-                return None
-            assert logits_nV.shape[1] >= job.vocab_size
-            for offset, chunk_nV in enumerate(logits_nV[:, : job.vocab_size].split(size)):
-                chunk = slice(start + offset * size, start + offset * size + len(chunk_nV))
-                try:
-                    sparse = sparsify(
-                        chunk_nV,
-                        labels_n[chunk],
-                        job.truncation,
-                        job.temperatures,
-                        None if uniforms is None else uniforms[chunk],
-                    )
-                except NotFinite:  # to raise here would take the other sequences along
-                    return torch.empty(0, 0, dtype=torch.int32, device=device)
-                parts.append(pack(sparse))
-        return torch.cat(parts)
+        chunks = sparsify_hidden(
+            hidden_LH[rows_n],
+            self._compute_logits,
+            labels_n,
+            vocab_size=job.vocab_size,
+            truncation=job.truncation,
+            temperatures=job.temperatures,
+            uniforms=uniforms,
+        )
+        try:
+            parts = [pack(sparse) for sparse in chunks]
+        except NotFinite:  # to raise here would take the other sequences along
+            return torch.empty(0, 0, dtype=torch.int32, device=device)
+        return torch.cat(parts) if parts else None
 
 
 def _params_for(positions: NDArray[Any], labels: NDArray[Any], sequence: int) -> PoolingParams:
