@@ -19,11 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas import (
-    FORMAT_VERSION,
     Layout,
     Manifest,
     ScoredSequence,
-    Segment,
     ShardPlan,
     TeacherInfo,
     TokenizerInfo,
@@ -190,9 +188,7 @@ def exact(sequence: ScoredSequence, temperatures: tuple[float, ...]) -> ScoredSe
 
 def write(url: str, sequences: list[ScoredSequence], like: Manifest | None = None) -> None:
     """Write a cache of one shard; with the layout of another cache if given."""
-    draft = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id="",
+    draft = Manifest.draft(
         teacher=TeacherInfo(
             name="generated",
             fingerprint="",
@@ -208,13 +204,6 @@ def write(url: str, sequences: list[ScoredSequence], like: Manifest | None = Non
         precision=like.precision if like else "compact",
         source={},
         sequences={},
-        num_shards=0,
-        num_sequences=0,
-        num_tokens=0,
-        num_targets=0,
-        plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
-        totals=None,
-        records=None,
     )
     plan = ShardPlan(
         shard=0,

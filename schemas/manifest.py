@@ -219,6 +219,39 @@ class Manifest:
         if self.cache_id not in ("", expected):
             raise ValueError(f"cache_id is {self.cache_id}, its fields give {expected}")
 
+    @staticmethod
+    def draft(
+        *,
+        teacher: TeacherInfo,
+        tokenizer: TokenizerInfo,
+        shared_vocab_size: int,
+        truncation: Truncation,
+        temperatures: tuple[float, ...],
+        precision: str,
+        source: dict[str, Any],
+        sequences: dict[str, Any],
+    ) -> "Manifest":
+        """A manifest without plan, counts and id, which `CacheWriter.create` fills in."""
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            cache_id="",
+            teacher=teacher,
+            tokenizer=tokenizer,
+            shared_vocab_size=shared_vocab_size,
+            truncation=truncation,
+            temperatures=temperatures,
+            precision=precision,
+            source=source,
+            sequences=sequences,
+            num_shards=0,
+            num_sequences=0,
+            num_tokens=0,
+            num_targets=0,
+            plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
+            totals=None,
+            records=None,
+        )
+
     def identity_hash(self) -> str:
         """The value `cache_id` must have."""
         fields = to_json(self)

@@ -34,8 +34,8 @@ VERIFY = """Is a cache whole? Every byte is hashed, every row group decoded, eve
   python -m storage verify caches/demo --json | jq .problems
 
 Exit code 0 only if the cache is complete and undamaged; 1 with one line per problem if it is not;
-2 if there is no such directory. While a dump is not finished, a damaged shard is filled again once
-it and its commit record (the .json beside it) are deleted; of a finished cache, restore a copy.
+2 if there is no such directory. To mend a damaged shard, delete its file and run the dump again
+with the same config: it scores that shard again and nothing else.
 """
 
 

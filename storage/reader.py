@@ -177,17 +177,15 @@ class CacheReader:
         try:
             data = self._store.read_range(name, part.offset, part.length)
         except FileNotFoundError:
-            way_out = (
-                "restore it from a copy, or dump anew"
-                if self.manifest.is_final
-                else "delete its commit record beside it and run the dump again"
-            )
-            raise FormatError(f"{where} is missing; {way_out}") from None
+            raise FormatError(
+                f"{where} is missing; run the dump again, which scores that shard again"
+            ) from None
         found = xxhash.xxh3_128(data).hexdigest()
         if len(data) != part.length or found != part.xxh3_128:
             raise FormatError(
                 f"{where} is damaged: {len(data)} of {part.length} bytes at {part.offset} with "
-                f"hash {found}, committed with {part.xxh3_128}"
+                f"hash {found}, committed with {part.xxh3_128}; delete the file and run the dump "
+                "again, which scores that shard again"
             )
         return data
 

@@ -54,7 +54,7 @@ class CacheWriter:
     ) -> "CacheWriter":
         """Start a cache: seal the plan, then publish the manifest.
 
-        `draft` carries an empty `cache_id`; its plan, counts and id are filled in here.
+        `draft` is a `Manifest.draft`; its plan, counts and id are filled in here.
         Raises FileExistsError if the directory holds a cache already.
         """
         store = Store(url)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from schemas import FORMAT_VERSION, Manifest, ScoredSequence, Segment, ShardPlan, TokenizerInfo
+from schemas import Manifest, ScoredSequence, ShardPlan, TokenizerInfo
 from storage import CacheWriter
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import open_engine
@@ -104,9 +104,7 @@ def _reservoir(
 
 def _bytes_per_target(config: DumpConfig, teacher: Teacher, scored: list[ScoredSequence]) -> float:
     """Size of the sample as a real shard."""
-    draft = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id="",
+    draft = Manifest.draft(
         teacher=teacher.info,
         tokenizer=TokenizerInfo(fingerprint="", files={}),
         shared_vocab_size=teacher.shared_vocab_size,
@@ -115,13 +113,6 @@ def _bytes_per_target(config: DumpConfig, teacher: Teacher, scored: list[ScoredS
         precision=config.precision,
         source={},
         sequences=dataclasses.asdict(config.sequences),
-        num_shards=0,
-        num_sequences=0,
-        num_tokens=0,
-        num_targets=0,
-        plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
-        totals=None,
-        records=None,
     )
     entry = ShardPlan(
         shard=0,

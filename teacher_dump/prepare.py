@@ -19,11 +19,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from schemas import (
-    FORMAT_VERSION,
     CommitRecord,
     FormatError,
     Manifest,
-    Segment,
     ShardPlan,
     tokenizer_fingerprint,
 )
@@ -138,9 +136,7 @@ def _create(
         raise SourceError(
             f"{config.source.path}: {counts.records} records give no sequence with a target"
         )
-    draft = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id="",
+    draft = Manifest.draft(
         teacher=teacher.info,
         tokenizer=save_tokenizer(store, teacher.tokenizer),
         shared_vocab_size=teacher.shared_vocab_size,
@@ -150,13 +146,6 @@ def _create(
         precision=config.precision,
         source=source,
         sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
-        num_shards=0,
-        num_sequences=0,
-        num_tokens=0,
-        num_targets=0,
-        plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
-        totals=None,
-        records=None,
     )
     return CacheWriter.create(config.output, draft, plan)
 

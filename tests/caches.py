@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas import (
-    FORMAT_VERSION,
     Manifest,
     ScoredSequence,
     Segment,
@@ -36,9 +35,7 @@ class Settings:
 
     def draft(self) -> Manifest:
         """A manifest to start a cache with."""
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            cache_id="",
+        return Manifest.draft(
             teacher=TeacherInfo(
                 name="random",
                 fingerprint="sha256:0",
@@ -54,13 +51,6 @@ class Settings:
             precision=self.precision,
             source={"path": "nowhere", "fingerprint": "0"},
             sequences={"max_length": 64},
-            num_shards=0,
-            num_sequences=0,
-            num_tokens=0,
-            num_targets=0,
-            plan=UNSEALED,
-            totals=None,
-            records=None,
         )
 
 

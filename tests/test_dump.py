@@ -414,6 +414,7 @@ def test_a_failure_while_refilling_can_be_resumed(config: DumpConfig, cache: Pat
     with failing_after(2), pytest.raises(RuntimeError):
         dump(config)
     assert not verify(output).ok
+    assert not (output / "shards" / "part-000003.json").exists()  # nothing says it is whole
     assert (output / "inputs").exists()
     dump(config)
     assert_whole(output, cache)
@@ -436,6 +437,7 @@ def test_lost_inputs_are_made_again(config: DumpConfig, cache: Path, half_done: 
         ("shards/part-000000.json", "flip", "delete it, and the same command scores its shard"),
         ("inputs/part-000005.parquet", "flip", "delete it, and the same command makes it"),
         ("inputs/part-000005.parquet", "foreign", "delete it, and the same command makes it"),
+        ("inputs/part-000005.parquet", "another", "delete it, and the same command makes it"),
     ],
 )
 def test_damage_to_a_half_done_cache_is_named_with_the_way_out(
@@ -452,6 +454,7 @@ def test_damage_to_a_half_done_cache_is_named_with_the_way_out(
             "flip": whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :],
             "empty": b"",
             "foreign": other,
+            "another": (half_done / "inputs" / "part-000004.parquet").read_bytes(),
         }[damage]
     )
     with pytest.raises(FormatError) as caught:
@@ -581,6 +584,18 @@ def test_bad_records_are_named_before_the_teacher_is_loaded(
     """File, line and what was expected; nothing is left in the output."""
     source = save_records(tmp_path / "records.jsonl", *lines)
     with failing_after(0), pytest.raises(SourceError, match=message):
+        dump(change(config, "source.path", str(source)))
+    assert list(Path(config.output).iterdir()) == []
+
+
+def test_a_bad_record_behind_many_good_ones_leaves_nothing_either(
+    config: DumpConfig, tmp_path: Path
+):
+    """What was tokenised before it is cleared away."""
+    records = [{"text": "the fox"}] * 600 + [{"text": 5}]
+    source = save_records(tmp_path / "records.jsonl", *records)
+    config = dataclasses.replace(config, shard_targets=1000)
+    with pytest.raises(SourceError, match="line 601: text is 5"):
         dump(change(config, "source.path", str(source)))
     assert list(Path(config.output).iterdir()) == []
 

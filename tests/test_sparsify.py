@@ -350,6 +350,14 @@ def test_nothing_is_drawn_from_an_empty_tail():
     assert (sparse.draws == 0).all()
 
 
+def test_a_random_number_of_0_draws_something_possible():
+    """The edge of the interval: the first id with any mass, not id 0 without."""
+    logits = np.array([[-np.inf, -np.inf, 1.0, 2.0]], np.float32)
+    edges = np.array([[0.0, np.nextafter(1, 0)]])
+    sparse = reduce(logits, Truncation(method="sample", draws=2), uniforms=edges)
+    assert sparse.token_ids.tolist() == [[3, 2]]
+
+
 @pytest.mark.parametrize("truncation", METHODS[2:], ids=lambda t: t.method)
 def test_draws_do_not_depend_on_the_batch(truncation):
     """A row alone, and the same row among others, draws the same ids; so does a second time."""
