@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from schemas import Truncation
 from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig, dump
-from teacher_dump.prepare import sequences_of
+from teacher_dump.inputs import sequences_of
 from teacher_dump.sequences import SequenceCounts, TokenSequence
 from teacher_dump.teacher import describe_teacher
 

@@ -57,6 +57,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         log_with=config.trackers or None,
         project_dir=config.output,
     )
+    available = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
+    if absent := sorted(set(config.trackers) - available):
+        raise ValueError(f"trackers {absent} are unknown or not installed; pip install them")
     set_seed(config.seed)
     output = Path(config.output)
     if (output / SUMMARY).exists():

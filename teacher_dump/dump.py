@@ -11,14 +11,8 @@ from schemas import Manifest, ShardPlan
 from storage import CacheWriter, Store, paths
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import Engine, open_engine
-from teacher_dump.prepare import (
-    is_sealed,
-    missing_shards,
-    open_or_create,
-    read_inputs,
-    refuse_misfits,
-    restore_inputs,
-)
+from teacher_dump.inputs import read_inputs, restore_inputs
+from teacher_dump.prepare import is_sealed, missing_shards, open_or_create, refuse_misfits
 from teacher_dump.sequences import SequenceCounts
 from teacher_dump.teacher import describe_teacher, hash_weights
 

@@ -11,7 +11,8 @@ from schemas import Manifest, ScoredSequence, ShardPlan, TokenizerInfo
 from storage import CacheWriter
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import open_engine
-from teacher_dump.prepare import refuse_misfits, sharded
+from teacher_dump.inputs import sharded
+from teacher_dump.prepare import refuse_misfits
 from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceCounts, TokenSequence
 from teacher_dump.teacher import Teacher, describe_teacher

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas import FormatError
@@ -245,6 +246,23 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_samples(
     with pytest.raises(NotFinite, match="samples of this process"):
         train(config(cache, tmp_path / "run", student=StudentConfig(path=str(path))))
     assert not (tmp_path / "run/student").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Silently tracking nothing would be found out after the run."""
+    with pytest.raises(ValueError, match="not installed"):
+        train(config(cache, tmp_path / "run", trackers=["comet_ml"]))
+
+
+@pytest.mark.parametrize("change", [{"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_options_that_save_memory_keep_the_loss(cache: Path, tmp_path: Path, change: dict) -> None:
+    """bf16 follows the float32 curve closely, activation checkpointing exactly."""
+    train(config(cache, tmp_path / "plain"))
+    AcceleratorState._reset_state()  # one process has one precision otherwise
+    train(config(cache, tmp_path / "changed", **change))
+    AcceleratorState._reset_state()
+    tolerance = 2e-2 if "mixed_precision" in change else 1e-6
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
 
 
 def test_bad_configs_are_refused(cache: Path, tmp_path: Path) -> None:
