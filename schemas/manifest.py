@@ -49,6 +49,8 @@ class Truncation:
         if self.sampled:
             if not 1 <= self.draws <= 65_535:
                 raise ValueError(f"truncation.draws must lie in [1, 65535], found {self.draws}")
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(f"truncation.seed must lie in [0, 2^63), found {self.seed}")
         elif self.draws or self.seed:
             raise ValueError(
                 f"truncation.draws and seed have no effect with method {self.method!r}"

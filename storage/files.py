@@ -108,6 +108,12 @@ class Store:
             temporary = Path(staging)
         try:
             yield temporary
+        except OSError as error:  # Arrow names no file, for one on a full disk
+            if error.errno is None or error.filename:
+                raise
+            message = f"{os.strerror(error.errno)} while writing"
+            raise OSError(error.errno, message, self.path(name)) from error
+        else:
             if self.is_local:
                 _sync(temporary)
                 os.replace(temporary, target)
