@@ -1,7 +1,6 @@
 # make demo        set up and run the whole loop on the embedded teacher (ENGINE=vllm: through vLLM)
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make check       format, lint, types, import contracts
-# make test-slow   the minutes-long suites
 # make demo-teacher  train the demo's teacher again (about an hour)
 
 PYTHON ?= python3
@@ -15,11 +14,11 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 PIP_QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-teacher test test-main test-vllm test-slow check format setup setup-vllm clean
+.PHONY: demo demo-teacher test test-main test-vllm check format setup setup-vllm clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -4
 
 setup: $(VENV)/.installed
 setup-vllm: $(VENV_VLLM)/.installed
@@ -55,9 +54,6 @@ else
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest -m vllm
 endif
-
-test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m slow
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -189,7 +189,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         _save(accelerator.unwrap_model(model).student, tokenizer, output)
         record = {**summary, "config": config_record(config)}
-        (output / SUMMARY).write_text(json.dumps(record, indent=2) + "\n")
+        temporary = output / f".{SUMMARY}.tmp"
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(temporary, output / SUMMARY)
     accelerator.end_training()
     return summary
 

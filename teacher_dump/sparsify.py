@@ -207,7 +207,7 @@ def _top(x: Tensor, k: int) -> Tensor:
 
 
 def _top_blocks(x: Tensor, k: int) -> Tensor:
-    """`_top` on a CPU, with numpy's vectorised selection: torch's own takes five times as long.
+    """`_top` on a CPU, with numpy's vectorised selection: torch's own takes twice as long.
 
     In a wide row the k largest entries lie in the k blocks with the largest maxima, so only those
     blocks are looked through. Block b holds the ids congruent to b, so that the maxima run along
