@@ -3,7 +3,7 @@
 Knows nothing of files, models or torch. `docs/format.md` is the normative text.
 """
 
-from schemas.arrow import PRECISIONS, Layout, shard_schema
+from schemas.arrow import PRECISIONS, CompactCode, Layout, shard_schema
 from schemas.manifest import (
     FORMAT_VERSION,
     ByteRange,
@@ -26,6 +26,7 @@ __all__ = [
     "PRECISIONS",
     "ByteRange",
     "CommitRecord",
+    "CompactCode",
     "FormatError",
     "Layout",
     "Manifest",

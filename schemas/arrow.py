@@ -3,6 +3,7 @@
 Everything that a shard's physical form depends on is a `Layout`, derived from the manifest.
 """
 
+import math
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,6 +13,28 @@ PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 
 WIDE_VOCAB = 65_536
 """Ids above this need a third byte, stored apart in `topk_hi`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompactCode:
+    """The curve of the compact precision: code q in 0..255 stands for the gap e(q) in nats.
+
+    q = round(255 ln(1 + scale min(gap, limit)) / ln(1 + scale limit)).
+    """
+
+    scale: float = 1.0
+    """Larger: finer near the most probable entry, coarser far from it."""
+    limit: float = 24.0
+    """Gaps to the most probable entry are clamped here, in nats (e^-24 = 4e-11)."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.scale < math.inf and 0 < self.limit < math.inf):
+            raise ValueError(f"compact scale and limit must be positive and finite, found {self}")
+
+    @property
+    def step(self) -> float:
+        """Width of a code on the scale ln(1 + scale gap)."""
+        return math.log1p(self.scale * self.limit) / 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +53,8 @@ class Layout:
     """Whether the number of kept entries varies per target."""
     has_draws: bool
     """Whether entries carry draw counts."""
+    code: CompactCode = CompactCode()
+    """The curve of `compact`; without effect on the other precisions."""
 
     @property
     def wide(self) -> bool:

@@ -3,14 +3,17 @@
 Every class loads strictly (`schemas.strict.from_json`) and is frozen; hashes are lower-case hex.
 """
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.arrow import PRECISIONS, Layout
+from schemas.arrow import PRECISIONS, CompactCode, Layout
 from schemas.strict import FormatError, canonical, from_json, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1, which is read too, is version 2 without the field `compact`."""
+VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
 METHODS = ("topk", "topp", "sample", "topk+sample")
 
 
@@ -194,6 +197,8 @@ class Manifest:
     truncation: Truncation
     temperatures: tuple[float, ...]
     precision: str
+    compact: CompactCode | None
+    """The curve of the codes, if `precision` is compact."""
     source: dict[str, Any]
     """Where the records came from, with content hashes."""
     sequences: dict[str, Any]
@@ -211,6 +216,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        if (self.compact is not None) != (self.precision == "compact"):
+            raise ValueError(f"precision {self.precision} with compact {self.compact}")
         check_temperatures(self.temperatures)
         if self.truncation.slots > self.shared_vocab_size:
             raise ValueError(
@@ -243,6 +250,7 @@ class Manifest:
             truncation=truncation,
             temperatures=temperatures,
             precision=precision,
+            compact=CompactCode() if precision == "compact" else None,
             source=source,
             sequences=sequences,
             num_shards=0,
@@ -256,10 +264,22 @@ class Manifest:
 
     def identity_hash(self) -> str:
         """The value `cache_id` must have."""
-        fields = to_json(self)
+        fields = self.to_json()
         for name in ("cache_id", "totals", "records"):
             del fields[name]
         return hashlib.sha256(canonical(fields)).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as this manifest's format version writes them."""
+        fields = to_json(self)
+        if self.format_version == 1:
+            del fields["compact"]
+        return fields
+
+    def upgraded(self) -> "Manifest":
+        """The same cache in the present format version; its id changes with it."""
+        newer = dataclasses.replace(self, format_version=FORMAT_VERSION, cache_id="")
+        return dataclasses.replace(newer, cache_id=newer.identity_hash())
 
     @property
     def is_final(self) -> bool:
@@ -276,17 +296,23 @@ class Manifest:
             temperatures=self.temperatures,
             has_num_kept=self.truncation.method != "topk",
             has_draws=self.truncation.sampled,
+            code=self.compact or CompactCode(),
         )
 
     @staticmethod
     def parse(data: Any, where: str) -> "Manifest":
         """Strict load; an unknown format version is named before anything else is looked at."""
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise FormatError(
-                f"{where}: format_version {version!r} cannot be read; this release reads version "
-                f"{FORMAT_VERSION}. A newer cache needs a newer release of decant."
+                f"{where}: format_version {version!r} cannot be read; this release reads versions "
+                f"1 to {FORMAT_VERSION}. A newer cache needs a newer release of decant."
             )
+        if version == 1:
+            if "compact" in data:
+                raise FormatError(f"{where}: fields of Manifest: unknown compact in version 1")
+            compact = data.get("precision") == "compact"
+            data = {**data, "compact": to_json(VERSION_1_CODE) if compact else None}
         return from_json(Manifest, data, where)
 
 

@@ -1,8 +1,10 @@
 """Moves scored sequences to and from disk; verifies and inspects what is there. No models here."""
 
-from storage.codec import Rows
+from storage.codec import Rows, StoredRows
 from storage.files import Busy, Store
-from storage.reader import CacheReader, RowGroupRef
+from storage.index import RowGroupRef
+from storage.migrate import migrate
+from storage.reader import CacheReader
 from storage.verify import VerifyReport, verify
 from storage.writer import CacheWriter, ShardWriter
 
@@ -14,6 +16,8 @@ __all__ = [
     "Rows",
     "ShardWriter",
     "Store",
+    "StoredRows",
     "VerifyReport",
+    "migrate",
     "verify",
 ]

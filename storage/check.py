@@ -147,7 +147,9 @@ def distribution_problems(
         tolerance = EPSILON if temperature == 1 else 20 * EPSILON
         off = ~(np.abs(mass - 1) <= tolerance)
         if precision != "f32" and (rows := np.flatnonzero(off)).size:
-            moved = np.expm1(logprob_bound(logprobs[rows], precision) / np.float32(temperature))
+            moved = np.expm1(
+                logprob_bound(logprobs[rows], precision, layout.code) / np.float32(temperature)
+            )
             rounding = (p[rows] * np.minimum(moved, 1)).sum(axis=1)
             off[rows] = ~(np.abs(mass[rows] - 1) <= tolerance + rounding)
         refuse(off, f"kept mass + tail at T={temperature:g} is not 1 within {tolerance:g}", mass)
@@ -158,7 +160,9 @@ def distribution_problems(
     slack = (1e-3 if precision == "f32" else 0.02) * (1 + np.abs(stored))
     differs = is_label[each, slot] & (np.abs(stored - label_logprob) > slack)
     if precision != "f32" and (rows := np.flatnonzero(differs)).size:
-        slack[rows] += logprob_bound(logprobs[rows], precision)[each[: rows.size], slot[rows]]
+        slack[rows] += logprob_bound(logprobs[rows], precision, layout.code)[
+            each[: rows.size], slot[rows]
+        ]
         differs[rows] = np.abs(stored - label_logprob)[rows] > slack[rows]
     refuse(differs, "label_logprob differs from the kept entry of the same token", label_logprob)
     if draws is not None:

@@ -3,31 +3,84 @@
 Shapes: R rows (tokens), S sequences, n targets, K slots, T temperatures.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas import Layout, ScoredSequence, shard_schema
+from schemas import CompactCode, Layout, ScoredSequence, shard_schema
 from schemas.arrow import log_tail_column, log_z_column
 
-GAP_LIMIT = 32.0
-"""Compact code: gaps to the most probable entry are clamped here, in nats (e^-32 = 1e-14)."""
-CODE_STEP = np.log1p(4 * GAP_LIMIT) / 255
-"""Compact code: ln 129 / 255, the width of a code on the scale ln(1 + 4 gap)."""
 LAST_CODE = 255
-"""Compact code: stands for every gap from about 31.7 nats on."""
-GAP_TABLE = (np.expm1(np.arange(256) * CODE_STEP) / 4).astype(np.float32)
-"""Compact code q stands for the gap (129^(q/255) - 1) / 4 nats."""
+"""Compact code: stands for every gap from nearly the limit on."""
 BLOCK_ROWS = 2048
 """Targets decoded at a time."""
-# Two neighbouring codes are looked up at once, as the little-endian uint16 that they form.
-_WEIGHTS = np.exp(-GAP_TABLE.astype(np.float64)).astype(np.float32).astype(np.float64)
-_PAIR_GAPS = np.stack([np.tile(GAP_TABLE, 256), np.repeat(GAP_TABLE, 256)], axis=1).view(np.int64)
-_PAIR_WEIGHTS = (_WEIGHTS[None, :] + _WEIGHTS[:, None]).ravel()
+CODE = CompactCode()
+STORED_LOGPROB = {"f32": "<f4", "f16": "<f2", "compact": "u1"}
+
+
+@functools.cache
+def gap_table(code: CompactCode) -> NDArray[np.float32]:
+    """[256] the gap in nats that each compact code stands for: expm1(q step) / scale."""
+    return (np.expm1(np.arange(256) * code.step) / code.scale).astype(np.float32)
+
+
+@functools.cache
+def _pair_tables(code: CompactCode) -> tuple[NDArray, NDArray[np.float64]]:
+    """[65536] gaps and summed weights of two neighbouring codes, by the uint16 they form."""
+    gaps = gap_table(code)
+    weights = np.exp(-gaps.astype(np.float64)).astype(np.float32).astype(np.float64)
+    pairs = np.stack([np.tile(gaps, 256), np.repeat(gaps, 256)], axis=1).view(np.int64)
+    return pairs, (weights[None, :] + weights[:, None]).ravel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoredRows:
+    """The columns of whole sequences as they are stored: views of Arrow's memory where possible.
+
+    Values of rows that are no target are zero.
+    """
+
+    sequence: NDArray[np.int64]
+    """[S] index of each sequence in the shard plan."""
+    sample_ids: list[str]
+    """[S]."""
+    row_starts: NDArray[np.int64]
+    """[S+1] rows of sequence s are row_starts[s]:row_starts[s+1]."""
+    target_starts: NDArray[np.int64]
+    """[S+1] targets of sequence s are target_starts[s]:target_starts[s+1]."""
+    target_rows: NDArray[np.int64]
+    """[n] the row of each target."""
+    is_target: NDArray[np.bool_]
+    """[R]."""
+    position: NDArray[np.int32]
+    """[R] as stored."""
+    token_id: NDArray[np.int32]
+    """[R]."""
+    topk_lo: NDArray[np.uint16]
+    """[R, K]."""
+    topk_hi: NDArray[np.uint8] | None
+    """[R, K] where ids need three bytes."""
+    topk_logprob: NDArray
+    """[R, K] float32, float16 or uint8: log probs or steps of compact codes."""
+    num_kept: NDArray[np.uint16] | None
+    """[R] where it varies."""
+    draws: NDArray[np.uint16] | None
+    """[R, K]."""
+    log_z: list[NDArray[np.float32] | None]
+    """T of [R], None at T=1."""
+    log_tail: list[NDArray[np.float32]]
+    """T of [R]."""
+    label_logprob: NDArray[np.float32]
+    """[R]."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -124,7 +177,7 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         "token_id": np.concatenate([s.input_ids for s in sequences]),
         "is_target": is_target,
         "topk_lo": blob((kept & 0xFFFF).astype("<u2")),
-        "topk_logprob": blob(encode_logprobs(logprobs, used, layout.precision)),
+        "topk_logprob": blob(encode_logprobs(logprobs, used, layout.precision, layout.code)),
         "label_logprob": scatter(np.concatenate([s.label_logprob for s in sequences])),
     }
     if layout.wide:
@@ -146,88 +199,113 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
 
 def decode(table: pa.Table, layout: Layout) -> Rows:
     """The inverse of `encode` for a table of whole sequences (one row group)."""
+    return decode_rows(stored_rows(table, layout), layout)
+
+
+def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
+    """The columns of a table of whole sequences, nothing decoded."""
     table = table.combine_chunks()
     sequence = _column(table, "sequence")
     num_rows = len(sequence)
     breaks = np.flatnonzero(np.diff(sequence)) + 1
     row_starts = np.concatenate([[0], breaks, [num_rows]]) if num_rows else np.zeros(1, np.int64)
     is_target = _column(table, "is_target")
-    targets = np.flatnonzero(is_target)
-    target_starts = np.searchsorted(targets, row_starts)
+    target_rows = np.flatnonzero(is_target)
     sample_column = table.column("sample_id").combine_chunks()
-    sample_ids = sample_column.take(pa.array(row_starts[:-1])).to_pylist()
 
     def blob(name: str, dtype: str) -> NDArray:
         array = table.column(name).combine_chunks()
         width = array.type.byte_width
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
-        out = empty((len(targets), width), np.uint8)
-        data.reshape(num_rows, width).take(targets, axis=0, out=out, mode="clip")
-        return out.view(dtype)
+        return data.view(dtype).reshape(num_rows, layout.slots)
 
-    token_ids = empty((len(targets), layout.slots), np.int32)
-    token_ids[:] = blob("topk_lo", "<u2")
-    if layout.wide:
+    return StoredRows(
+        sequence=sequence[row_starts[:-1]],
+        sample_ids=sample_column.take(pa.array(row_starts[:-1])).to_pylist(),
+        row_starts=row_starts,
+        target_starts=np.searchsorted(target_rows, row_starts),
+        target_rows=target_rows,
+        is_target=is_target,
+        position=_column(table, "position"),
+        token_id=_column(table, "token_id"),
+        topk_lo=blob("topk_lo", "<u2"),
+        topk_hi=blob("topk_hi", "u1") if layout.wide else None,
+        topk_logprob=blob("topk_logprob", STORED_LOGPROB[layout.precision]),
+        num_kept=_column(table, "num_kept") if layout.has_num_kept else None,
+        draws=blob("draws", "<u2") if layout.has_draws else None,
+        log_z=[None if t == 1 else _column(table, log_z_column(t)) for t in layout.temperatures],
+        log_tail=[_column(table, log_tail_column(t)) for t in layout.temperatures],
+        label_logprob=_column(table, "label_logprob"),
+    )
+
+
+def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
+    """The distributions that stored columns stand for."""
+    targets = stored.target_rows
+    n = len(targets)
+
+    def taken(values: NDArray) -> NDArray:
+        out = empty((n, values.shape[1]), values.dtype)
+        return values.take(targets, axis=0, out=out, mode="clip")
+
+    token_ids = empty((n, layout.slots), np.int32)
+    token_ids[:] = taken(stored.topk_lo)
+    if stored.topk_hi is not None:
         high = empty(token_ids.shape, np.int32)
-        high[:] = blob("topk_hi", "u1")
+        high[:] = taken(stored.topk_hi)
         high <<= 16
         token_ids |= high
-    if layout.has_num_kept:
-        num_kept = _column(table, "num_kept")[targets]
-        unused = np.arange(layout.slots) >= num_kept[:, None]
+    unused = None
+    if stored.num_kept is not None:
+        unused = np.arange(layout.slots) >= stored.num_kept[targets][:, None]
         token_ids[unused] = -1
-    else:
-        unused = None
-    log_tail = np.stack(
-        [_column(table, log_tail_column(t))[targets] for t in layout.temperatures], axis=1
+    log_tail = np.stack([values[targets] for values in stored.log_tail], axis=1)
+    log_z = np.zeros((n, len(stored.log_z)), np.float32)
+    for i, values in enumerate(stored.log_z):
+        if values is not None:
+            log_z[:, i] = values[targets]
+    logprobs = decode_logprobs(
+        taken(stored.topk_logprob), unused, log_tail[:, 0], layout.precision, layout.code
     )
-    log_z = np.stack(
-        [
-            _column(table, log_z_column(t))[targets]
-            if t != 1
-            else np.zeros(len(targets), np.float32)
-            for t in layout.temperatures
-        ],
-        axis=1,
-    )
-    stored = blob("topk_logprob", {"f32": "<f4", "f16": "<f2", "compact": "u1"}[layout.precision])
-    logprobs = decode_logprobs(stored, unused, log_tail[:, 0], layout.precision)
     return Rows(
-        sequence=sequence[row_starts[:-1]],
-        sample_ids=sample_ids,
-        row_starts=row_starts,
-        target_starts=target_starts,
-        input_ids=_column(table, "token_id"),
-        is_target=is_target,
-        positions=_column(table, "position")[targets],
+        sequence=stored.sequence,
+        sample_ids=stored.sample_ids,
+        row_starts=stored.row_starts,
+        target_starts=stored.target_starts,
+        input_ids=stored.token_id,
+        is_target=stored.is_target,
+        positions=stored.position[targets],
         token_ids=token_ids,
         logprobs=logprobs,
-        draws=blob("draws", "<u2").astype(np.int32) if layout.has_draws else None,
+        draws=None if stored.draws is None else taken(stored.draws).astype(np.int32),
         log_z=log_z,
         log_tail=log_tail,
-        label_logprob=_column(table, "label_logprob")[targets],
+        label_logprob=stored.label_logprob[targets],
     )
 
 
 def encode_logprobs(
-    logprobs: NDArray[np.float32], used: NDArray[np.bool_], precision: str
+    logprobs: NDArray[np.float32],
+    used: NDArray[np.bool_],
+    precision: str,
+    code: CompactCode = CODE,
 ) -> NDArray:
     """Stored form of kept log probs [n, K], descending, zero in unused slots.
 
-    `compact`: the gap g to the first entry, at most 32 nats, as q = round(255 ln(1+4g) / ln 129),
-    then differences of successive q. The first log prob is not stored: it follows from the tail.
+    `compact`: the gap to the first entry as a code q (`CompactCode`), then differences of
+    successive q. The first log prob is not stored: it follows from the tail.
     """
     if precision == "f32":
         return np.where(used, logprobs, 0).astype("<f4")
     if precision == "f16":
         return np.where(used, logprobs, 0).astype("<f2")
-    scale = logprobs[:, :1] - logprobs  # becomes 255 ln(1+4g) / ln 129; inf in unused slots
-    np.minimum(scale, np.float32(GAP_LIMIT), out=scale)
-    scale *= 4
-    scale += 1
-    np.log(scale, out=scale)
-    scale *= np.float32(1 / CODE_STEP)
-    codes = np.rint(scale, out=scale).astype(np.uint8)
+    curve = logprobs[:, :1] - logprobs  # becomes ln(1 + scale gap) / step; inf in unused slots
+    np.minimum(curve, np.float32(code.limit), out=curve)
+    curve *= np.float32(code.scale)
+    curve += 1
+    np.log(curve, out=curve)
+    curve *= np.float32(1 / code.step)
+    codes = np.rint(curve, out=curve).astype(np.uint8)
     steps = codes.copy()
     steps[:, 1:] -= codes[:, :-1]
     steps[~used] = 0
@@ -255,6 +333,7 @@ def decode_logprobs(
     unused: NDArray[np.bool_] | None,
     log_tail: NDArray[np.float32],
     precision: str,
+    code: CompactCode = CODE,
 ) -> NDArray[np.float32]:
     """Log probs [n, K] from their stored form; `log_tail` [n] is the tail mass at T=1."""
     n, slots = stored.shape
@@ -264,6 +343,7 @@ def decode_logprobs(
         if unused is not None:
             logprobs[unused] = -np.inf
         return logprobs
+    pair_gaps, pair_weights = _pair_tables(code)
     # The kept mass is 1 - r exactly, so the most probable entry follows from the gaps.
     with np.errstate(divide="ignore"):
         kept = np.log(-np.expm1(log_tail.astype(np.float64)))
@@ -275,10 +355,10 @@ def decode_logprobs(
         for j in range(1, slots):  # cumsum along the rows, in half its time
             codes[:, j] += codes[:, j - 1]
         if unused is not None:
-            codes[:, :slots][unused[block]] = LAST_CODE  # weighs 1e-14, the first entry 1
+            codes[:, :slots][unused[block]] = LAST_CODE  # weighs 4e-11, the first entry 1
         pairs = codes.view("<u2").astype(np.intp)
-        gaps = _PAIR_GAPS.take(pairs, mode="clip").view(np.float32)[:, :slots]
-        weights = _PAIR_WEIGHTS.take(pairs, mode="clip").sum(axis=1)
+        gaps = pair_gaps.take(pairs, mode="clip").view(np.float32)[:, :slots]
+        weights = pair_weights.take(pairs, mode="clip").sum(axis=1)
         first = (kept[block] - np.log(weights)).astype(np.float32)
         np.subtract(first[:, None], gaps, out=rows)
     if unused is not None:
@@ -286,10 +366,12 @@ def decode_logprobs(
     return logprobs
 
 
-def logprob_bound(logprobs: NDArray[np.float32], precision: str) -> NDArray[np.float32]:
+def logprob_bound(
+    logprobs: NDArray[np.float32], precision: str, code: CompactCode = CODE
+) -> NDArray[np.float32]:
     """[n, K] how far a decoded log prob can be from the scored one, in nats; 0 in unused slots.
 
-    f16: |log p| / 2^11. compact: half a code, (1+4g)(129^(1/510) - 1)/4, plus what all of them
+    f16: |log p| / 2^11. compact: half a code, (1/scale + g) expm1(step / 2), plus what all of them
     together can move the first entry; infinite for the last code, which has no far end.
     """
     used = np.isfinite(logprobs)
@@ -298,11 +380,11 @@ def logprob_bound(logprobs: NDArray[np.float32], precision: str) -> NDArray[np.f
     if precision == "f16":
         return np.where(used, np.abs(logprobs) * np.float32(2**-11) + np.float32(2**-25), 0)
     gaps = np.where(used, logprobs[:, :1] - logprobs, 0)
-    half = (1 + 4 * gaps) * np.float32(np.expm1(CODE_STEP / 2) / 4)
+    half = (1 / np.float32(code.scale) + gaps) * np.float32(np.expm1(code.step / 2))
     weights = np.where(used, np.exp(-gaps), 0)
     moved = np.log1p((weights * np.expm1(half)).sum(axis=1) / weights.sum(axis=1))
     bound = half + moved[:, None] + np.float32(1e-5)
-    bound[gaps > GAP_TABLE[LAST_CODE - 1] + 1e-3] = np.inf
+    bound[gaps > gap_table(code)[LAST_CODE - 1] + 1e-3] = np.inf
     return np.where(used, bound, 0)
 
 
@@ -319,7 +401,7 @@ def decoding_error(
     return p.sum(axis=1) - kept + decoded_kept
 
 
-def empty(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray:
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> NDArray:
     """`np.empty` from Arrow's pool, which keeps its pages: faulting in new ones costs a third."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)

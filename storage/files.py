@@ -11,8 +11,8 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import fsspec
@@ -123,34 +123,55 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def copy(self, source: "Store", name: str) -> None:
+        """Publish the file of this name of another store here; a hard link where that works."""
+        with self.staged(name) as temporary:
+            if source.is_local and self.is_local:
+                with contextlib.suppress(OSError):  # another file system, or one without links
+                    os.link(source.path(name), temporary)
+                    return
+            source._fs.get_file(source.path(name), str(temporary))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(name))
+
     def remove_folder(self, folder: str) -> None:
         """Remove a folder and what is in it, if it is there."""
-        if self._fs.exists(self.path(folder)):
+        with contextlib.suppress(FileNotFoundError):  # another worker may be at it too
             self._fs.rm(self.path(folder), recursive=True)
 
-    def remove_temporaries(self) -> None:
-        """Remove what a killed writer left behind; only for the holder of the lock."""
-        if self.is_local and Path(self._root).is_dir():
-            for leftover in Path(self._root).glob(f"*/.*{paths.TEMPORARY_SUFFIX}"):
-                leftover.unlink(missing_ok=True)
-            for leftover in Path(self._root).glob(f".*{paths.TEMPORARY_SUFFIX}"):
+    def remove_temporaries(self, folder: str, files: Iterable[str] | None = None) -> None:
+        """Remove what killed writers left in a folder: of these files, or of all.
+
+        Only for who holds the lock that keeps other writers of these files away.
+        """
+        where = Path(self.path(folder))
+        if not self.is_local or not where.is_dir():
+            return
+        stems = None if files is None else {PurePath(file).name for file in files}
+        for leftover in where.glob(f".*{paths.TEMPORARY_SUFFIX}"):
+            of = leftover.name.removeprefix(".").rsplit(".", 2)[0]
+            if stems is None or of in stems:
                 leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the directory exclusively; the kernel lets go when the process ends, however.
+    def lock(self, folder: str = "", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+        """Hold a folder, alone or `shared`; the kernel lets go when the process ends, however.
 
-        Raises Busy if another process holds it. Object stores have no lock: there, start one
-        dump per cache.
+        Raises Busy if another process holds it in a way that excludes this one, unless told to
+        `wait`. Object stores have no lock: there, nothing is held.
         """
         if not self.is_local:
             yield
             return
-        Path(self._root).mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._root, os.O_RDONLY)
+        Path(self.path(folder)).mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path(folder), os.O_RDONLY)
+        how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, how)
             except BlockingIOError:
                 raise Busy(
                     f"{self.url} is being written by another process; wait for it or stop it"
@@ -198,8 +219,8 @@ class Store:
             xxh3_128=xxhash.xxh3_128(data).hexdigest(),
         )
 
-    def read_segment(self, segment: Segment) -> Iterator[dict[str, Any]]:
-        """The entries of a sealed segment. Raises FormatError if it is not what was sealed."""
+    def read_sealed(self, segment: Segment) -> bytes:
+        """The bytes of a segment. Raises FormatError if they are not what the manifest says."""
         where = self.path(segment.name)
         try:
             data = self.read(segment.name)
@@ -210,7 +231,12 @@ class Store:
             raise FormatError(
                 f"{where} is damaged: hash {found}, the manifest says {segment.xxh3_128}"
             )
-        reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data))
+        return data
+
+    def read_segment(self, segment: Segment) -> Iterator[dict[str, Any]]:
+        """The entries of a segment of JSON lines. Raises FormatError as `read_sealed`."""
+        data = io.BytesIO(self.read_sealed(segment))
+        reader = zstandard.ZstdDecompressor().stream_reader(data)
         for line in io.TextIOWrapper(reader, encoding="utf-8"):
             yield json.loads(line)
 

@@ -7,6 +7,8 @@ PLAN = "plan"
 RECORDS = "records"
 TOKENIZER = "tokenizer"
 TEMPORARY_SUFFIX = ".tmp"
+RECORD_INDEX = "records/records-000000.parquet"
+"""The commit records of a final cache."""
 
 
 def shard(index: int) -> str:
@@ -25,5 +27,5 @@ def inputs(index: int) -> str:
 
 
 def segment(kind: str, index: int = 0) -> str:
-    """A sealed segment of the manifest: the plan or the commit records."""
+    """A segment of JSON lines: the plan, or the commit records of format version 1."""
     return f"{kind}/{kind}-{index:06d}.jsonl.zst"

@@ -1,11 +1,11 @@
 """Read a cache: by sequence, in order, or by row group; every byte used is hashed before use."""
 
-import bisect
+import functools
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -16,26 +16,22 @@ from schemas import (
     FormatError,
     ScoredSequence,
     ShardPlan,
-    from_json,
     shard_schema,
 )
 from schemas import RowGroup as RowGroupRecord
 from storage import codec, paths
 from storage.files import Store
-from storage.writer import read_manifest, read_plan, read_record
+from storage.index import RowGroupRef, RowGroups, ShardIndex
+from storage.writer import (
+    committed_shards,
+    read_manifest,
+    read_plan,
+    read_record,
+    read_records,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class RowGroupRef:
-    """One row group of a cache: where it is and what it holds. Read it with `CacheReader.read`."""
-
-    shard: int
-    index: int
-    first_sequence: int
-    """Plan index of its first sequence."""
-    sequences: int
-    rows: int
-    targets: int
+RECENT_SHARDS = 64
+"""Shards whose record and footer stay parsed: row groups of several are read in turn."""
 
 
 class CacheReader:
@@ -54,55 +50,50 @@ class CacheReader:
         self._store = Store(url)
         self.url = self._store.url
         self.manifest = read_manifest(self._store)
-        self.plan = read_plan(self._store, self.manifest)
-        self.records = self._records(allow_incomplete)
-        self._groups = [
-            RowGroupRef(
-                shard=record.shard,
-                index=i,
-                first_sequence=record.first_sequence
-                + sum(g.sequences for g in record.row_groups[:i]),
-                sequences=group.sequences,
-                rows=group.rows,
-                targets=group.targets,
-            )
-            for record in self.records
-            for i, group in enumerate(record.row_groups)
-        ]
-        self._by_shard = {record.shard: record for record in self.records}
-        self._starts = [0]
-        for group in self._groups:
-            self._starts.append(self._starts[-1] + group.sequences)
+        self.index = self._index(allow_incomplete)
+        """The commit records."""
+        self._groups = self.index.groups
+        self._ends = np.cumsum(self._groups.sequences)
         self._schema = shard_schema(self.manifest.layout)
-        self._metadata: tuple[int, pq.FileMetaData] | None = None
+        self._recent: dict[int, CommitRecord] = {}
+        self._footers: dict[int, pq.FileMetaData] = {}
         self._last: tuple[int, codec.Rows] | None = None
 
-    def _records(self, allow_incomplete: bool) -> list[CommitRecord]:
+    def _index(self, allow_incomplete: bool) -> ShardIndex:
         manifest, store = self.manifest, self._store
-        if manifest.records is not None:
-            where = store.path(manifest.records.name)
-            entries = store.read_segment(manifest.records)
-            return [from_json(CommitRecord, entry, where) for entry in entries]
-        present = set(store.names(paths.SHARDS))
-        done = [s for s in self.plan if paths.record(s.shard).rsplit("/")[-1] in present]
+        if manifest.is_final:
+            return read_records(store, manifest)
+        planned = range(manifest.num_shards)
+        done = sorted(shard for shard in committed_shards(store) if shard in planned)
         if not allow_incomplete:
             raise FormatError(
-                f"{self.url} is not complete: {len(done)} of {len(self.plan)} shards are "
+                f"{self.url} is not complete: {len(done)} of {len(planned)} shards are "
                 "committed. Run the dump again; it fills what is missing and seals the cache"
             )
-        return [read_record(store, manifest, s.shard) for s in done]
+        records = (read_record(store, manifest, shard) for shard in done)
+        return ShardIndex.of(records, manifest.cache_id)
+
+    @functools.cached_property
+    def plan(self) -> list[ShardPlan]:
+        """All shards, committed or not. Raises FormatError if the plan is damaged."""
+        return read_plan(self._store, self.manifest)
+
+    @property
+    def records(self) -> Sequence[CommitRecord]:
+        """The commit records in shard order."""
+        return self.index
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> ScoredSequence:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         index %= len(self)
-        group = bisect.bisect_right(self._starts, index) - 1
+        group = int(np.searchsorted(self._ends, index, side="right"))
         if self._last is None or self._last[0] != group:
             self._last = (group, self.read(self._groups[group]))
-        return self._last[1][index - self._starts[group]]
+        return self._last[1][index - int(self._ends[group] - self._groups.sequences[group])]
 
     def __iter__(self) -> Iterator[ScoredSequence]:
         for group in self._groups:
@@ -110,9 +101,9 @@ class CacheReader:
             for i in range(len(rows)):
                 yield rows[i]
 
-    def row_groups(self) -> list[RowGroupRef]:
+    def row_groups(self) -> RowGroups:
         """All row groups in plan order."""
-        return list(self._groups)
+        return self._groups
 
     def shard_plan(self) -> list[ShardPlan]:
         """The plan of all shards, committed or not."""
@@ -123,11 +114,15 @@ class CacheReader:
 
         Raises FormatError, naming the file, if a byte of it is not what was committed.
         """
-        return codec.decode(self.read_table(group), self.manifest.layout)
+        return codec.decode_rows(self.read_stored(group), self.manifest.layout)
+
+    def read_stored(self, group: RowGroupRef) -> codec.StoredRows:
+        """The columns of one row group, not decoded. Raises FormatError as `read`."""
+        return codec.stored_rows(self.read_table(group), self.manifest.layout)
 
     def read_table(self, group: RowGroupRef) -> pa.Table:
         """One row group as stored. Raises FormatError as `read`."""
-        record = self._by_shard[group.shard]
+        record = self._record(group.shard)
         entry = record.row_groups[group.index]
         where = self._store.path(paths.shard(group.shard))
         data = self._verified(group.shard, entry.data)
@@ -136,8 +131,7 @@ class CacheReader:
             file = pq.ParquetFile(
                 pa.PythonFile(window, mode="r"),
                 metadata=self._footer(record),
-                page_checksum_verification=True,
-                pre_buffer=False,
+                pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
             )
             table = file.read_row_group(group.index, use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -152,7 +146,7 @@ class CacheReader:
     def column_bytes(self, group: RowGroupRef) -> dict[str, int]:
         """Compressed bytes of each column of one row group, from the shard's footer."""
         try:
-            metadata = self._footer(self._by_shard[group.shard]).row_group(group.index)
+            metadata = self._footer(self._record(group.shard)).row_group(group.index)
         except (OSError, pa.ArrowException) as error:
             where = self._store.path(paths.shard(group.shard))
             raise FormatError(f"{where}: its footer cannot be read: {error}") from error
@@ -161,15 +155,26 @@ class CacheReader:
 
     def row_group_record(self, group: RowGroupRef) -> RowGroupRecord:
         """What the commit record says of a row group."""
-        return self._by_shard[group.shard].row_groups[group.index]
+        return self._record(group.shard).row_groups[group.index]
+
+    def _record(self, shard: int) -> CommitRecord:
+        kept = self._recent.get(shard)
+        if kept is None:
+            kept = self.index[self.index.position(shard)]
+            if len(self._recent) >= RECENT_SHARDS:
+                self._recent.clear()
+            self._recent[shard] = kept
+        return kept
 
     def _footer(self, record: CommitRecord) -> pq.FileMetaData:
-        kept = self._metadata  # read once: other threads may replace it
-        if kept is None or kept[0] != record.shard:
+        kept = self._footers.get(record.shard)
+        if kept is None:
             data = self._verified(record.shard, record.footer)
-            kept = (record.shard, pq.read_metadata(pa.BufferReader(b"PAR1" + data)))
-            self._metadata = kept
-        return kept[1]
+            kept = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+            if len(self._footers) >= RECENT_SHARDS:
+                self._footers.clear()
+            self._footers[record.shard] = kept
+        return kept
 
     def _verified(self, shard: int, part: ByteRange) -> bytes:
         name = paths.shard(shard)

@@ -9,7 +9,6 @@ from storage import paths
 from storage.check import check_rows
 from storage.files import Store
 from storage.reader import CacheReader
-from storage.writer import totals_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,36 +37,40 @@ def verify(
     """
     try:
         reader = CacheReader(url, allow_incomplete=True)
+        reader.plan  # noqa: B018  read here: damage to it is one problem, not an exception later
     except FormatError as error:
         return VerifyReport(str(url), 0, 0, 0, 0, (str(error),))
     store = Store(url)
     problems = list(_cache_problems(store, reader))
-    records = {record.shard: record for record in reader.records}
-    for done, plan in enumerate(reader.plan):
-        record = records.get(plan.shard)
-        if record is not None:
-            problems += _shard_problems(store, reader, plan, record)
+    plans = {plan.shard: plan for plan in reader.plan}
+    for done, record in enumerate(reader.records):
+        if record.shard in plans:
+            problems += _shard_problems(store, reader, plans[record.shard], record)
         if progress:
-            progress(done + 1, len(reader.plan))
+            progress(done + 1, len(reader.records))
+    totals = reader.index.totals()
     return VerifyReport(
         url=str(url),
-        shards=len(records),
-        sequences=sum(r.num_sequences for r in records.values()),
-        targets=sum(r.targets for r in records.values()),
-        bytes=sum(r.bytes for r in records.values()),
+        shards=totals.shards,
+        sequences=totals.sequences,
+        targets=totals.targets,
+        bytes=totals.bytes,
         problems=tuple(problems),
     )
 
 
 def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
     manifest = reader.manifest
-    committed = {record.shard for record in reader.records}
+    committed = set(reader.index.shards.tolist())
     missing = [plan.shard for plan in reader.plan if plan.shard not in committed]
     if missing:
         yield (
             f"{store.url} is not complete: {len(missing)} of {len(reader.plan)} shards missing, "
             f"first {missing[:5]}"
         )
+    planned = {plan.shard for plan in reader.plan}
+    for shard in sorted(committed - planned):
+        yield f"{store.path(paths.record(shard))} belongs to no shard of the plan"
     first = 0
     for index, plan in enumerate(reader.plan):
         if plan.shard != index or plan.first_sequence != first:
@@ -94,7 +97,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
                     yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
             except FormatError as error:
                 yield str(error)
-        if manifest.totals != totals_of(reader.records):
+        if manifest.totals != reader.index.totals():
             yield f"{where}: totals are not the sums over the records: {manifest.totals}"
     for name, expected in manifest.tokenizer.files.items():
         path = f"{paths.TOKENIZER}/{name}"
@@ -130,9 +133,7 @@ def _shard_problems(
         yield f"{where} is damaged: hash {found}, committed with {record.xxh3_128}"
         return
     sequence = record.first_sequence
-    for group in reader.row_groups():
-        if group.shard != plan.shard:
-            continue
+    for group in reader.index.groups_of(plan.shard):
         try:
             rows = reader.read(group)
         except FormatError as error:

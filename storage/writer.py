@@ -5,10 +5,10 @@ Decides nothing about what a sequence contains; refuses what `storage.check` ref
 
 import dataclasses
 import os
+import re
 import socket
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +24,7 @@ from schemas import (
     Manifest,
     RowGroup,
     ScoredSequence,
+    Segment,
     ShardPlan,
     Totals,
     from_json,
@@ -33,10 +34,12 @@ from schemas import (
 from storage import codec, paths
 from storage.check import check_sequence
 from storage.files import Store
+from storage.index import ShardIndex
 
 ROW_GROUP_ROWS = 16_384
 """A row group is closed before it would grow beyond this, but never below half of it."""
 ZSTD_LEVEL = 3
+RECORD_NAME = re.compile(r"part-\d{6,}\.json")
 
 
 class CacheWriter:
@@ -71,21 +74,22 @@ class CacheWriter:
             num_targets=sum(s.num_targets for s in shards),
         )
         manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
-        store.publish_json(paths.MANIFEST, to_json(manifest))
+        store.publish_json(paths.MANIFEST, manifest.to_json())
         return cls(url)
 
-    def committed(self) -> dict[int, CommitRecord]:
-        """The shards that are complete, by index. Raises FormatError on a damaged record."""
-        present = set(self.store.names(paths.SHARDS))
-        records = {}
+    def committed(self) -> Iterator[CommitRecord]:
+        """The records of the shards that are complete, in order, read one at a time.
+
+        Raises FormatError on a damaged record.
+        """
+        done = committed_shards(self.store)
         for shard in self.plan:
-            if Path(paths.record(shard.shard)).name in present:
-                records[shard.shard] = read_record(self.store, self.manifest, shard.shard)
-        return records
+            if shard.shard in done:
+                yield read_record(self.store, self.manifest, shard.shard)
 
     def missing(self) -> list[ShardPlan]:
-        """The shards still to be written, in order."""
-        done = self.committed()
+        """The shards without a commit record, in order."""
+        done = committed_shards(self.store)
         return [shard for shard in self.plan if shard.shard not in done]
 
     def shard(self, index: int) -> "ShardWriter":
@@ -97,21 +101,15 @@ class CacheWriter:
 
         Raises FormatError naming the missing shards if any is not committed.
         """
-        records = self.committed()
-        missing = [s.shard for s in self.plan if s.shard not in records]
+        missing = [s.shard for s in self.missing()]
         if missing:
             raise FormatError(
                 f"{self.store.url}: {len(missing)} of {len(self.plan)} shards are missing, "
                 f"first {missing[:5]}; run the dump again to fill them"
             )
-        ordered = [records[shard.shard] for shard in self.plan]
-        segment = self.store.publish_segment(
-            paths.segment(paths.RECORDS), [to_json(r) for r in ordered]
-        )
-        self.manifest = dataclasses.replace(
-            self.manifest, totals=totals_of(ordered), records=segment
-        )
-        self.store.publish_json(paths.MANIFEST, to_json(self.manifest))
+        segment, totals = publish_records(self.store, self.manifest, self.committed())
+        self.manifest = dataclasses.replace(self.manifest, totals=totals, records=segment)
+        self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
         self.store.remove_folder(paths.INPUTS)
         return self.manifest
 
@@ -244,16 +242,46 @@ def parquet_options(schema: pa.Schema) -> dict:
     }
 
 
-def totals_of(records: list[CommitRecord]) -> Totals:
-    """The sums over the commit records of a cache."""
-    return Totals(
-        shards=len(records),
-        sequences=sum(r.num_sequences for r in records),
-        tokens=sum(r.rows for r in records),
-        targets=sum(r.targets for r in records),
-        bytes=sum(r.bytes for r in records),
-        seconds=sum(r.seconds for r in records),
+def publish_records(
+    store: Store, manifest: Manifest, records: Iterable[CommitRecord]
+) -> tuple[Segment, Totals]:
+    """Publish all commit records, in shard order, as one segment; return it and their sums."""
+    if manifest.format_version == 1:
+        known = list(records)
+        segment = store.publish_segment(
+            paths.segment(paths.RECORDS), [to_json(record) for record in known]
+        )
+        return segment, ShardIndex.of(known, manifest.cache_id).totals()
+    with store.staged(paths.RECORD_INDEX) as path:
+        entries = ShardIndex.write(path, records)
+        data = path.read_bytes()
+    segment = Segment(
+        name=paths.RECORD_INDEX,
+        entries=entries,
+        bytes=len(data),
+        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
     )
+    return segment, ShardIndex.read(data, manifest.cache_id, store.url).totals()
+
+
+def read_records(store: Store, manifest: Manifest) -> ShardIndex:
+    """The sealed commit records of a final cache. Raises FormatError if they are damaged."""
+    assert manifest.records is not None
+    where = store.path(manifest.records.name)
+    if manifest.format_version == 1:
+        entries = store.read_segment(manifest.records)
+        records = [from_json(CommitRecord, entry, where) for entry in entries]
+        return ShardIndex.of(records, manifest.cache_id)
+    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where)
+
+
+def committed_shards(store: Store) -> set[int]:
+    """The shards that have a commit record; one listing, nothing is opened."""
+    return {
+        int(name.removeprefix("part-").removesuffix(".json"))
+        for name in store.names(paths.SHARDS)
+        if RECORD_NAME.fullmatch(name)
+    }
 
 
 def read_manifest(store: Store) -> Manifest:

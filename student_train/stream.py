@@ -1,13 +1,12 @@
 """Stream a cache as training batches: deterministic, bounded in memory, resumable anywhere.
 
 The order of sequences is an endless run of epochs, each a pure function of (seed, epoch): row
-groups permuted, then sequences shuffled inside a window of row groups. The only state is how many
-sequences have been consumed by all ranks together, so a run can go on with another world size.
-
-Shapes: B sequences, L padded length, N targets of a batch, K slots.
+groups are permuted and dealt to `lanes`, the sequences of each group are shuffled, and the lanes
+give one sequence in turn. So neighbours in the order come from different groups, and a rank that
+takes every W-th sequence reads only its own lanes where W divides their number. The only state is
+how many sequences all ranks together have consumed, so a run can go on with another world size.
 """
 
-import dataclasses
 import os
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -15,58 +14,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from schemas import ScoredSequence
-from storage import CacheReader, Rows
-from student_train.losses import SparseTargets
+from storage import CacheReader, StoredRows
+from student_train.batch import Batch, collate
 
 PARTS = ("all", "train", "heldout")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """B sequences, right-padded, with the targets of all of them in one flat run."""
-
-    input_ids: Tensor
-    """[B, L] int64, 0 where padded."""
-    attention_mask: Tensor
-    """[B, L] int64."""
-    predictors: Tensor
-    """[N] int64: index into the flattened [B * L] of the position that predicts each target."""
-    labels: Tensor
-    """[N] int64: the actual tokens."""
-    targets: SparseTargets
-    """The teacher's distributions at the stream's temperature."""
-    teacher_logprob: Tensor
-    """[N] float32: the teacher's log prob of the actual token at T=1."""
-    sample_ids: list[str]
-    """[B]."""
-
-    @property
-    def num_targets(self) -> int:
-        """N."""
-        return len(self.labels)
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | SparseTargets)
-        }
-        return dataclasses.replace(self, **moved)
+BATCHES_AHEAD = 2
+SEQUENCES_AT_ONCE = 1 << 22
+Visit = tuple[int, int]
+"""(epoch, row group): one pass over a row group."""
 
 
 class CacheStream(IterableDataset[Batch]):
     """Endless batches of one rank from a cache.
 
-    Every global step takes `batch_size * world_size` consecutive sequences of the global order;
-    rank r takes the r-th run of `batch_size` of them, so no two ranks see the same sample and
-    every rank always has a full batch. Iterate it directly: it reads ahead in its own threads.
+    Every global step takes `batch_size * world_size` consecutive sequences of the global order, of
+    which rank r takes every `world_size`-th from the r-th on: no two ranks see the same sample and
+    every rank always has a full batch. Iterate it directly: it reads ahead in its own threads. In
+    the workers of a `DataLoader(stream, batch_size=None)` each gives its share of the steps, in
+    the same order; its main process then keeps `consumed` itself, as steps * sequences_per_step.
     """
 
     def __init__(
@@ -80,38 +48,44 @@ class CacheStream(IterableDataset[Batch]):
         world_size: int = 1,
         part: str = "all",
         heldout_fraction: float = 0.0,
-        window: int = 8,
+        lanes: int = 16,
         threads: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         """Open the cache.
 
         `part` with `heldout_fraction` splits one cache by sequence, the same way whatever the
-        seed. `window` is how many row groups are shuffled together and held in memory.
-        Raises FormatError if the cache is not whole, ValueError if `temperature` is not stored or
-        the part is empty.
+        seed. `lanes` is how many row groups are read from in turn; a rank holds at most about
+        2 * lanes / world_size of them, undecoded (3 MB each at k=64). `pin_memory` puts batches
+        into page-locked memory. Raises FormatError if the cache is not whole, ValueError if
+        `temperature` is not stored or the part is empty.
         """
         super().__init__()
         if part not in PARTS:
             raise ValueError(f"part {part!r} is not one of {PARTS}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        if batch_size < 1 or window < 1 or threads < 1:
-            raise ValueError("batch_size, window and threads must be at least 1")
+        if batch_size < 1 or lanes < 1 or threads < 1:
+            raise ValueError("batch_size, lanes and threads must be at least 1")
         self.reader = CacheReader(url)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.temperature, self.seed, self.window, self.threads = temperature, seed, window, threads
+        self.temperature, self.seed, self.lanes, self.threads = temperature, seed, lanes, threads
+        self.pin_memory = pin_memory
         self._temperature_index = temperature_index(self.reader, temperature)
-        self._groups = self.reader.row_groups()
-        self._members = [
-            select_part(g.first_sequence, g.sequences, part, heldout_fraction) for g in self._groups
-        ]
-        self.num_sequences = sum(len(members) for members in self._members)
+        self._part, self._heldout_fraction = part, heldout_fraction
+        self._sizes = self._part_sizes()
+        self.num_sequences = int(self._sizes.sum())
         if not self.num_sequences:
             raise ValueError(
                 f"{self.reader.url}: part {part!r} with heldout_fraction {heldout_fraction} "
                 f"holds none of its {len(self.reader)} sequences"
             )
         self.consumed = 0
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that all ranks together take at a time."""
+        return self.batch_size * self.world_size
 
     @property
     def epoch(self) -> float:
@@ -124,77 +98,160 @@ class CacheStream(IterableDataset[Batch]):
             "cache_id": self.reader.manifest.cache_id,
             "seed": self.seed,
             "num_sequences": self.num_sequences,
+            "lanes": self.lanes,
             "consumed": self.consumed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises ValueError if it is of another cache, seed or part."""
+        """Go on from a state. Raises ValueError if it is of another cache, order or part."""
         ours = self.state_dict()
-        for name in ("cache_id", "seed", "num_sequences"):
-            if state[name] != ours[name]:
+        for name in ("cache_id", "seed", "num_sequences", "lanes"):
+            if state.get(name) != ours[name]:
                 raise ValueError(
-                    f"cannot resume the stream of {self.reader.url}: {name} was {state[name]}, "
+                    f"cannot resume the stream of {self.reader.url}: {name} was {state.get(name)}, "
                     f"is {ours[name]}"
                 )
         self.consumed = int(state["consumed"])
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        step = self.batch_size * self.world_size
-        with ThreadPoolExecutor(self.threads) as pool:
-            order = self._order(pool, self.consumed)
+        worker = get_worker_info()
+        stride, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        step, start = self.sequences_per_step, self.consumed
+        with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as collator:
+            sequences = self._read(readers, start, stride, first)
+            ahead: deque[Future[Batch]] = deque()
             try:
                 while True:
-                    run = [next(order) for _ in range(step)]
-                    mine = run[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                    self.consumed += step
-                    yield self._collate([rows[i] for rows, i in mine])
+                    while len(ahead) <= BATCHES_AHEAD:
+                        batch = [next(sequences) for _ in range(self.batch_size)]
+                        ahead.append(collator.submit(self.collate, batch))
+                    batch_ready = ahead.popleft().result()
+                    self.consumed += step * stride
+                    yield batch_ready
             finally:
-                order.close()
+                for future in ahead:
+                    future.cancel()
+                sequences.close()
 
-    def _order(
-        self, pool: ThreadPoolExecutor, consumed: int
-    ) -> Generator[tuple[Rows, int], None, None]:
-        """Rows and index of each sequence of the global order behind `consumed`, for ever."""
-        ahead: deque[tuple[NDArray[np.int64], list[Future[Rows]]]] = deque()
-        blocks = self._blocks(consumed)
+    def collate(self, sequences: list[tuple[StoredRows, int]]) -> Batch:
+        """Join sequences, each a row group's columns and a place in it, into one batch."""
+        batch = collate(sequences, self.reader.manifest.layout, self._temperature_index)
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def _read(
+        self, readers: ThreadPoolExecutor, consumed: int, stride: int, first: int
+    ) -> Generator[tuple[StoredRows, int], None, None]:
+        """This rank's sequences behind `consumed`: of every `stride`-th step, from `first` on.
+
+        Row groups are read ahead in the order in which they are first needed, about as many as
+        there are lanes, and are let go when their lane moves on.
+        """
+        mine = self._mine(consumed, stride, first)
+        upcoming: deque[tuple[int, Visit, int]] = deque()
+        reads: dict[Visit, Future[StoredRows]] = {}
+        current: dict[int, Visit] = {}
+        limit = -(-self.lanes // self.world_size) + self.threads
         try:
             while True:
-                while len(ahead) < 2:
-                    groups, entries = next(blocks)
-                    reads = [pool.submit(self.reader.read, self._groups[g]) for g in groups]
-                    ahead.append((entries, reads))
-                entries, reads = ahead.popleft()
-                rows = [read.result() for read in reads]
-                for slot, index in entries:
-                    yield rows[slot], index
+                while not upcoming or len(reads) - len(current) < limit:
+                    lane, visit, member = next(mine)
+                    if visit not in reads:
+                        group = self.reader.row_groups()[visit[1]]
+                        reads[visit] = readers.submit(self.reader.read_stored, group)
+                    upcoming.append((lane, visit, member))
+                lane, visit, member = upcoming.popleft()
+                left = current.get(lane, visit)
+                if left != visit:
+                    del reads[left]
+                current[lane] = visit
+                yield reads[visit].result(), member
         finally:
-            for _, reads in ahead:
-                for read in reads:
-                    read.cancel()
+            for read in reads.values():
+                read.cancel()
 
-    def _blocks(self, consumed: int) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-        """Row groups to read together, and [M, 2] (which of them, which sequence) in order."""
+    def _mine(self, consumed: int, stride: int, first: int) -> Iterator[tuple[int, Visit, int]]:
+        """Lane, visit and member of this rank's sequences of its steps."""
         epoch, skip = divmod(consumed, self.num_sequences)
+        position = 0
         while True:
-            groups = _permutation(len(self._groups), self.seed, epoch, 0)
-            for block, start in enumerate(range(0, len(groups), self.window)):
-                chosen = [int(g) for g in groups[start : start + self.window]]
-                total = sum(len(self._members[g]) for g in chosen)
-                if skip >= total:
-                    skip -= total
-                    continue
-                entries = np.concatenate(
-                    [
-                        np.stack([np.full(len(self._members[g]), slot), self._members[g]], axis=1)
-                        for slot, g in enumerate(chosen)
-                    ]
-                )
-                yield chosen, entries[_permutation(total, self.seed, epoch, block + 1)][skip:]
-                skip = 0
-            epoch += 1
+            for entry in self._epoch(epoch, skip):
+                step, slot = divmod(position, self.sequences_per_step)
+                if step % stride == first and slot % self.world_size == self.rank:
+                    yield entry
+                position += 1
+            epoch, skip = epoch + 1, 0
 
-    def _collate(self, sequences: list[ScoredSequence]) -> Batch:
-        return collate(sequences, self._temperature_index, self.temperature, self.reader)
+    def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Visit, int]]:
+        """The order of one epoch, behind its first `skip` sequences."""
+        order = _permutation(len(self._sizes), self.seed, epoch, 0)
+        order = order[self._sizes[order] > 0]
+        dealt = [order[lane :: self.lanes] for lane in range(min(self.lanes, len(order)))]
+        ends = [np.cumsum(self._sizes[groups]) for groups in dealt]
+        totals = np.array([lane_ends[-1] for lane_ends in ends])
+        taken = _taken(totals, skip)
+        lanes = [
+            self._lane(epoch, groups, lane_ends, int(n))
+            for groups, lane_ends, n in zip(dealt, ends, taken, strict=True)
+        ]
+        # Whose turn comes first: the lanes that have not yet given in the round that was cut.
+        turns = deque(sorted(np.flatnonzero(taken < totals).tolist(), key=lambda i: (taken[i], i)))
+        while turns:
+            lane = turns.popleft()
+            visit, member = next(lanes[lane])
+            yield lane, visit, member
+            taken[lane] += 1
+            if taken[lane] < totals[lane]:
+                turns.append(lane)
+
+    def _lane(
+        self, epoch: int, groups: NDArray[np.int64], ends: NDArray[np.int64], taken: int
+    ) -> Iterator[tuple[Visit, int]]:
+        """The sequences of one lane behind the first `taken`."""
+        start = int(np.searchsorted(ends, taken, side="right"))
+        skip = taken - (int(ends[start - 1]) if start else 0)
+        for group in groups[start:].tolist():
+            members = self.members(group)
+            shuffled = members[_permutation(len(members), self.seed, epoch, 1 + group)]
+            for member in shuffled[skip:].tolist():
+                yield (epoch, group), member
+            skip = 0
+
+    def members(self, group: int) -> NDArray[np.int64]:
+        """Which sequences of a row group belong to the part, in stored order."""
+        groups = self.reader.row_groups()
+        first, size = int(groups.first_sequence[group]), int(groups.sequences[group])
+        return select_part(first, size, self._part, self._heldout_fraction)
+
+    def _part_sizes(self) -> NDArray[np.int64]:
+        """How many sequences of each row group belong to the part."""
+        sizes = self.reader.row_groups().sequences
+        if self._part == "all":
+            return sizes
+        ends, counts, start = np.cumsum(sizes), [], 0
+        while start < len(sizes):  # in pieces: a cache may hold billions of sequences
+            first = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, first + SEQUENCES_AT_ONCE)))
+            size = int(ends[stop - 1]) - first
+            chosen = select_part(first, size, self._part, self._heldout_fraction)
+            below = np.searchsorted(chosen, ends[start:stop] - first)
+            counts.append(np.diff(below, prepend=0))
+            start = stop
+        return np.concatenate(counts) if counts else sizes
+
+
+def _taken(totals: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """How many each lane has given after `count` turns, lanes that are empty being passed over."""
+    low, high = 0, int(totals.max(initial=0))
+    while low < high:  # the last round that is complete
+        middle = (low + high + 1) // 2
+        if int(np.minimum(totals, middle).sum()) <= count:
+            low = middle
+        else:
+            high = middle - 1
+    taken = np.minimum(totals, low)
+    more = np.flatnonzero(totals > low)[: count - int(taken.sum())]
+    taken[more] += 1
+    return taken
 
 
 def heldout_batches(
@@ -207,69 +264,33 @@ def heldout_batches(
     """
     share = -(-stream.num_sequences // (stream.batch_size * stream.world_size))
     given = 0
-    pending: list[ScoredSequence] = []
+    pending: list[tuple[StoredRows, int]] = []
     batch: Batch | None = None
     position = 0
-    for group, members in zip(stream._groups, stream._members, strict=True):
+    for group, where in enumerate(stream.reader.row_groups()):
+        members = stream.members(group)
         if not len(members):
             continue
-        rows = stream.reader.read(group)
-        for index in members:
+        rows = stream.reader.read_stored(where)
+        for index in members.tolist():
             if position // stream.batch_size % stream.world_size == stream.rank:
-                pending.append(rows[int(index)])
+                pending.append((rows, index))
             elif batch is None:  # a rank without a share still needs something to repeat
-                batch = stream._collate([rows[int(index)]])
+                batch = stream.collate([(rows, index)])
             position += 1
             if len(pending) == stream.batch_size:
-                batch = stream._collate(pending)
+                batch = stream.collate(pending)
                 pending = []
                 given += 1
                 yield batch, True
     if pending:
-        batch = stream._collate(pending)
+        batch = stream.collate(pending)
         given += 1
         yield batch, True
     while given < share:
         assert batch is not None
         given += 1
         yield batch, False
-
-
-def collate(
-    sequences: list[ScoredSequence], temperature_index: int, temperature: float, reader: CacheReader
-) -> Batch:
-    """Join sequences into one batch; their targets become one flat run in sequence order."""
-    length = max(len(s.input_ids) for s in sequences)
-    ids = np.zeros((len(sequences), length), np.int64)
-    mask = np.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.input_ids)] = sequence.input_ids
-        mask[row, : len(sequence.input_ids)] = 1
-    predictors = [s.positions.astype(np.int64) - 1 + i * length for i, s in enumerate(sequences)]
-
-    def joined(name: str, dtype: type | None = None) -> Tensor:
-        values = np.concatenate([getattr(s, name) for s in sequences])
-        return torch.from_numpy(values if dtype is None else values.astype(dtype))
-
-    layout = reader.manifest.layout
-    targets = SparseTargets(
-        token_ids=joined("token_ids", np.int64),
-        logprobs=joined("logprobs"),
-        log_z=joined("log_z")[:, temperature_index].contiguous(),
-        log_tail=joined("log_tail")[:, temperature_index].contiguous(),
-        draws=joined("draws") if layout.has_draws else None,
-        # Every value was checked when it was written, and its bytes when they were read.
-        checked_for=(layout.vocab_size, float(temperature)),
-    )
-    return Batch(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
-        predictors=torch.from_numpy(np.concatenate(predictors)),
-        labels=joined("labels", np.int64),
-        targets=targets,
-        teacher_logprob=joined("label_logprob"),
-        sample_ids=[s.sample_id for s in sequences],
-    )
 
 
 def temperature_index(reader: CacheReader, temperature: float) -> int:

@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         world_size=accelerator.num_processes,
         part="train" if config.eval.heldout_fraction else "all",
         heldout_fraction=config.eval.heldout_fraction,
+        pin_memory=accelerator.device.type == "cuda",
     )
     heldout = _heldout(config, reader, accelerator)
     student, tokenizer = load_student(config.student, reader, config.seed)

@@ -13,6 +13,7 @@ DESCRIPTION = """Score a text source with a teacher once, into a cache that stud
   python -m teacher_dump plan --config dump.yaml   what it will cost, from a scored sample
   python -m teacher_dump run --config dump.yaml    the job; run it again to resume
   python -m teacher_dump run --config dump.yaml --truncation.k 32 --output caches/k32
+  python -m teacher_dump run --config dump.yaml --worker-index 3 --num-workers 16   one of many
 
 `run --help` lists every key; `run --config dump.yaml --print_config` writes the resolved YAML.
 """
@@ -37,6 +38,16 @@ def parser() -> ArgumentParser:
         if name == "plan":
             command.add_argument(
                 "--sample", type=int, default=64, help="sequences to score for the prediction"
+            )
+        else:
+            command.add_argument(
+                "--worker-index", type=int, default=0, help="which of the workers this is, from 0"
+            )
+            command.add_argument(
+                "--num-workers",
+                type=int,
+                default=1,
+                help="processes that fill this cache together, each its share of the shards",
             )
         commands.add_subcommand(name, command, help=text)
         command.prog = f"python -m teacher_dump {name}"
@@ -69,10 +80,11 @@ def main(arguments: list[str]) -> int:
 
         print(plan(config, sample=values["sample"]))
         return cli.DONE
-    from teacher_dump.dump import dump
+    from teacher_dump.dump import Worker, dump
 
-    manifest = dump(config)
-    print(f"{config.output}: {manifest.num_targets} targets in {manifest.num_shards} shards")
+    manifest = dump(config, Worker(values["worker_index"], values["num_workers"]))
+    state = "" if manifest.is_final else ", not all of them committed yet"
+    print(f"{config.output}: {manifest.num_targets} targets in {manifest.num_shards} shards{state}")
     return cli.DONE
 
 

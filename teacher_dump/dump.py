@@ -4,6 +4,8 @@ import collections
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -14,44 +16,63 @@ from teacher_dump.engines import Engine, open_engine
 from teacher_dump.inputs import read_inputs, restore_inputs
 from teacher_dump.prepare import is_sealed, missing_shards, open_or_create, refuse_misfits
 from teacher_dump.sequences import SequenceCounts
-from teacher_dump.teacher import describe_teacher, hash_weights
+from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
 
+SHARD_FILES = (paths.shard, paths.record)
 WRITES_AHEAD = 256
 """Scored sequences that may wait for the writing thread."""
+POLL_S = 2.0
+"""How often a worker looks whether worker 0 has started the cache, where no lock says so."""
 
 
-def dump(config: DumpConfig) -> Manifest:
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Which of several processes that fill one cache this is; alone by default."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"worker-index {self.index} of num-workers {self.count}: must lie in "
+                f"[0, {self.count})"
+            )
+
+    def fills(self, shard: int) -> bool:
+        """Whether this worker scores a shard: every `count`-th one, from `index` on."""
+        return shard % self.count == self.index
+
+
+def dump(config: DumpConfig, worker: Worker = Worker()) -> Manifest:
     """Fill the cache at `config.output`; shards that are committed already are left alone.
 
-    Raises ValueError (or a subclass) if the user must change something, storage.Busy if another
-    process writes this cache. An interruption or error loses the shard in progress, no other.
+    Several workers of one `count` share the shards of the same plan; the last one to end makes the
+    cache final. Raises ValueError (or a subclass) if the user must change something, storage.Busy
+    if another process writes this cache. An interruption or error loses the shard in progress, no
+    other.
     """
     store = Store(config.output)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
-    with store.lock():
+    with store.lock(shared=worker.count > 1):
         teacher = hash_weights(teacher, progress=log.info)
-        with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
-
-            def tokenised(counts: SequenceCounts) -> None:
-                bar.update(counts.sequences - bar.n)
-
-            writer = open_or_create(config, store, teacher, tokenised)
-            store.remove_temporaries()
-            missing, records = missing_shards(writer)
-            if not missing and is_sealed(writer, records):
+        _await_start(store, worker)
+        with _alone(store, worker):
+            writer, missing = _set_up(config, store, teacher, worker)
+            if not missing and is_sealed(writer):
                 log.info("%s is complete already", config.output)
                 store.remove_folder(paths.INPUTS)
                 return writer.manifest
-            restore_inputs(config, writer, teacher, missing, tokenised)
         log.info(
-            "%d sequences, %d targets in %d shards, %d shards to score",
+            "%d sequences, %d targets in %d shards, %d shards to score%s",
             writer.manifest.num_sequences,
             writer.manifest.num_targets,
             writer.manifest.num_shards,
             len(missing),
+            f" by worker {worker.index} of {worker.count}" if worker.count > 1 else "",
         )
         if missing:
             engine = open_engine(
@@ -63,10 +84,20 @@ def dump(config: DumpConfig) -> Manifest:
                 max_length=config.sequences.max_length,
             )
             try:
-                _fill(writer, engine, missing)
+                _fill(writer, engine, missing, worker)
             finally:
                 engine.close()
-        manifest = writer.finalize()
+        with _alone(store, worker):
+            left = writer.missing()
+            if left and worker.count > 1:
+                log.info(
+                    "worker %d has done its part; %d of %d shards are other workers'",
+                    worker.index,
+                    len(left),
+                    writer.manifest.num_shards,
+                )
+                return writer.manifest
+            manifest = writer.finalize()
         assert manifest.totals is not None
         log.info(
             "%s is complete: %d targets, %.1f MB, %.1f bytes per target",
@@ -78,12 +109,47 @@ def dump(config: DumpConfig) -> Manifest:
         return manifest
 
 
-def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan]) -> None:
-    committed = sum(s.num_targets for s in writer.plan) - sum(s.num_targets for s in missing)
+def _alone(store: Store, worker: Worker) -> AbstractContextManager[None]:
+    """One worker at a time; a single one is alone anyway."""
+    return store.lock(paths.SHARDS, wait=True) if worker.count > 1 else nullcontext()
+
+
+def _await_start(store: Store, worker: Worker) -> None:
+    """Where nothing can be locked, worker 0 alone starts the cache; the others wait for it."""
+    if store.is_local or worker.index == 0:
+        return
+    if not store.exists(paths.MANIFEST):
+        log.info("waiting for worker 0 to start %s", store.url)
+    while not store.exists(paths.MANIFEST):
+        time.sleep(POLL_S)
+
+
+def _set_up(
+    config: DumpConfig, store: Store, teacher: Teacher, worker: Worker
+) -> tuple[CacheWriter, list[ShardPlan]]:
+    """The started cache and the shards that this worker must score, with their inputs in place."""
+    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+
+        def tokenised(counts: SequenceCounts) -> None:
+            bar.update(counts.sequences - bar.n)
+
+        writer = open_or_create(config, store, teacher, tokenised)
+        mine = [name(s.shard) for s in writer.plan if worker.fills(s.shard) for name in SHARD_FILES]
+        store.remove_temporaries(paths.SHARDS, mine)
+        for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
+            store.remove_temporaries(folder)
+        missing = missing_shards(writer, worker.fills)
+        restore_inputs(config, writer, teacher, missing, tokenised)
+    return writer, missing
+
+
+def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan], worker: Worker) -> None:
+    mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
+    committed = mine - sum(s.num_targets for s in missing)
     start, scored_targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
     with tqdm(
         desc="score",
-        total=writer.manifest.num_targets,
+        total=mine,
         initial=committed,
         unit=" targets",
         unit_scale=True,

@@ -15,15 +15,10 @@ from typing import Any
 
 import xxhash
 
-from schemas import (
-    CommitRecord,
-    FormatError,
-    Manifest,
-    ShardPlan,
-    tokenizer_fingerprint,
-)
-from schemas.strict import canonical, to_json
+from schemas import FormatError, Manifest, ShardPlan, tokenizer_fingerprint
+from schemas.strict import canonical
 from storage import CacheWriter, Store, paths
+from storage.writer import read_records
 from teacher_dump.config import DumpConfig
 from teacher_dump.inputs import sharded, write_input
 from teacher_dump.records import SourceError
@@ -150,6 +145,8 @@ def _create(
 def _foreign(store: Store) -> list[str]:
     """What lies in the output that no start of a dump can have left there."""
     top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
+    if not store.names(paths.SHARDS):  # made to be locked
+        top = [name for name in top if name != paths.SHARDS]
     foreign = [name for name in top if name not in STARTED]
     for folder, pattern in (
         (paths.INPUTS, PART),
@@ -174,45 +171,45 @@ def _clear(store: Store) -> None:
         store.remove_folder(folder)
 
 
-def missing_shards(
-    writer: CacheWriter,
-) -> tuple[list[ShardPlan], list[CommitRecord]]:
-    """The shards to score, and the records of the others.
+def missing_shards(writer: CacheWriter, mine: Callable[[int], bool]) -> list[ShardPlan]:
+    """The shards to score: those without a commit record, or whose file is gone or cut short.
 
-    To score are those without a commit record, and those whose file is gone or cut short since;
-    of these the record is removed first, so that no state in between says they are whole.
+    Of the latter the record is removed first, so that no state in between says they are whole;
+    shards that are not `mine` are left to the worker whose they are.
     """
     store = writer.store
+    whole = set()
     try:
-        records = writer.committed()
+        for record in writer.committed():
+            name = paths.shard(record.shard)
+            try:
+                size = store.size(name)
+            except FileNotFoundError:
+                size = -1
+            if size == record.bytes or not mine(record.shard):
+                whole.add(record.shard)
+                continue
+            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
+            log.warning("%s %s: scoring it again", store.path(name), found)
+            store.remove(paths.record(record.shard))
     except FormatError as error:
         raise FormatError(
             f"{error}; delete it, and the same command scores its shard again"
         ) from error
-    for shard, record in list(records.items()):
-        name = paths.shard(shard)
-        try:
-            size = store.size(name)
-        except FileNotFoundError:
-            size = -1
-        if size != record.bytes:
-            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
-            log.warning("%s %s: scoring it again", store.path(name), found)
-            store.remove_folder(paths.record(shard))
-            del records[shard]
-    missing = [shard for shard in writer.plan if shard.shard not in records]
-    return missing, [records[shard] for shard in sorted(records)]
+    return [s for s in writer.plan if s.shard not in whole and mine(s.shard)]
 
 
-def is_sealed(writer: CacheWriter, records: list[CommitRecord]) -> bool:
-    """Whether the manifest is final and its sealed records are these."""
-    segment = writer.manifest.records
-    if segment is None:
+def is_sealed(writer: CacheWriter) -> bool:
+    """Whether the manifest is final and its sealed records are those beside the shards."""
+    if not writer.manifest.is_final or writer.missing():
         return False
     try:
-        return list(writer.store.read_segment(segment)) == [to_json(record) for record in records]
+        sealed = read_records(writer.store, writer.manifest)
     except FormatError:
         return False
+    return len(sealed) == len(writer.plan) and all(
+        ours == theirs for ours, theirs in zip(sealed, writer.committed(), strict=True)
+    )
 
 
 def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, A
 
 
 def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
-    stored = to_json(writer.manifest)
+    stored = writer.manifest.to_json()
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
     differing = []
     for name, value in ours.items():

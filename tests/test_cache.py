@@ -251,9 +251,9 @@ def test_a_killed_writer_publishes_nothing_and_a_rerun_completes(tmp_path: Path)
     process.wait()
     (leftover,) = (path / paths.SHARDS).iterdir()
     assert leftover.name.endswith(paths.TEMPORARY_SUFFIX) and leftover.stat().st_size > 4
-    assert not CacheWriter(path).committed()
+    assert not list(CacheWriter(path).committed())
     with store.lock():
-        store.remove_temporaries()
+        store.remove_temporaries(paths.SHARDS)
         writer = CacheWriter(path)
         assert [s.shard for s in writer.missing()] == [0]
         caches.write_shard(writer, 0, kill_shard())
@@ -282,6 +282,10 @@ def damage(path: Path, offset: int, bit: int) -> Callable[[], None]:
     return flip
 
 
+UNREAD = (paths.segment(paths.PLAN), paths.record(0), paths.record(1))
+"""Files of a final cache that reading all its rows does not touch."""
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -289,7 +293,7 @@ def damage(path: Path, offset: int, bit: int) -> Callable[[], None]:
         (paths.record(1), 40),
         (paths.MANIFEST, 60),
         (paths.segment(paths.PLAN), 40),
-        (paths.segment(paths.RECORDS), 40),
+        (paths.RECORD_INDEX, 40),
     ],
 )
 def test_every_flipped_bit_is_found(name: str, count: int, copy: Path) -> None:
@@ -299,8 +303,8 @@ def test_every_flipped_bit_is_found(name: str, count: int, copy: Path) -> None:
         restore = damage(path, offset, bit)
         problems = verify(copy).problems
         assert problems and any(name in problem for problem in problems), (offset, bit)
-        # Reading a whole cache touches neither its commit records nor a shard's leading magic.
-        if name != paths.record(1) and not (name == paths.shard(1) and offset < 4):
+        # Reading rows touches neither plan nor commit records nor a shard's leading magic.
+        if name not in UNREAD and not (name == paths.shard(1) and offset < 4):
             with pytest.raises(FormatError, match=path.name):
                 read_all(copy)
         restore()
@@ -315,7 +319,7 @@ def test_a_flipped_bit_of_a_commit_record_stops_an_incomplete_cache(tmp_path: Pa
     path = tmp_path / "cache" / paths.record(0)
     for offset, bit in flips(path.stat().st_size, 40):
         restore = damage(path, offset, bit)
-        for touch in (lambda: read_all(tmp_path / "cache"), writer.committed):
+        for touch in (lambda: read_all(tmp_path / "cache"), lambda: list(writer.committed())):
             with pytest.raises(FormatError, match=path.name):
                 touch()
         assert any(path.name in problem for problem in verify(tmp_path / "cache").problems)
@@ -329,7 +333,7 @@ def test_a_flipped_bit_of_a_commit_record_stops_an_incomplete_cache(tmp_path: Pa
         paths.record(0),
         paths.MANIFEST,
         paths.segment(paths.PLAN),
-        paths.segment(paths.RECORDS),
+        paths.RECORD_INDEX,
     ],
 )
 def test_truncated_and_deleted_files_are_found(name: str, copy: Path) -> None:
@@ -344,7 +348,7 @@ def test_truncated_and_deleted_files_are_found(name: str, copy: Path) -> None:
         problems = verify(copy).problems
         assert any(name in problem for problem in problems), problems
         # A reader asks for byte ranges: what grew behind them does not change what it reads.
-        if name != paths.record(0) and not (name == paths.shard(0) and data == whole + b"\0"):
+        if name not in UNREAD and not (name == paths.shard(0) and data == whole + b"\0"):
             with pytest.raises(FormatError, match=path.name):
                 read_all(copy)
     path.write_bytes(whole)
@@ -385,7 +389,7 @@ def test_a_shard_of_another_cache_is_found(copy: Path, tmp_path: Path) -> None:
     assert any(paths.shard(0) in problem for problem in verify(copy).problems)
     with pytest.raises(FormatError, match=r"part-000000\.parquet"):
         read_all(copy)
-    for touch in (writer.committed, lambda: read_all(tmp_path / "started")):
+    for touch in (lambda: list(writer.committed()), lambda: read_all(tmp_path / "started")):
         with pytest.raises(FormatError, match=r"shard 0 of cache .* expected shard 0 of cache"):
             touch()
 

@@ -375,7 +375,7 @@ def test_two_dumps_do_not_share_a_directory(config: DumpConfig, cache: Path, tmp
         ["shards/part-000001.parquet"],
         ["shards/part-000002.json"],
         ["shards/part-000000.parquet", "shards/part-000000.json", "shards/part-000002.parquet"],
-        ["records/records-000000.jsonl.zst"],
+        ["records/records-000000.parquet"],
         ["tokenizer/tokenizer.json"],
     ],
     ids=lambda names: names[0].split("/")[1],

@@ -34,7 +34,7 @@ def all_ids(cache: Path) -> list[str]:
     other_world=st.integers(1, 4),
     other_batch=st.integers(1, 5),
     steps=st.integers(0, 12),
-    window=st.integers(1, 4),
+    lanes=st.integers(1, 5),
     seed=st.integers(0, 3),
 )
 def test_an_epoch_holds_every_sample_once_across_a_change_of_world_size(
@@ -44,7 +44,7 @@ def test_an_epoch_holds_every_sample_once_across_a_change_of_world_size(
     other_world: int,
     other_batch: int,
     steps: int,
-    window: int,
+    lanes: int,
     seed: int,
 ) -> None:
     """Consume some of an epoch with one world size, the rest with another: each sample once."""
@@ -54,7 +54,7 @@ def test_an_epoch_holds_every_sample_once_across_a_change_of_world_size(
     state = None
     for rank in range(world):
         stream = CacheStream(
-            cache, batch_size=batch, rank=rank, world_size=world, seed=seed, window=window
+            cache, batch_size=batch, rank=rank, world_size=world, seed=seed, lanes=lanes
         )
         seen += ids_of(stream, steps)
         state = stream.state_dict()
@@ -68,12 +68,12 @@ def test_an_epoch_holds_every_sample_once_across_a_change_of_world_size(
             rank=rank,
             world_size=other_world,
             seed=seed,
-            window=window,
+            lanes=lanes,
         )
         stream.load_state_dict(state)
         ids = ids_of(stream, more)
         rest += [
-            (step, rank, slot, sample)
+            (step, slot, rank, sample)
             for index, sample in enumerate(ids)
             for step, slot in [divmod(index, other_batch)]
         ]
@@ -109,7 +109,9 @@ def test_a_batch_carries_what_the_reader_gives(cache: Path) -> None:
         assert flat[batch.predictors[part] + 1].tolist() == sequence.labels.tolist()
         assert batch.labels[part].tolist() == sequence.labels.tolist()
         assert torch.equal(batch.targets.token_ids[part].int(), torch.tensor(sequence.token_ids))
-        assert torch.equal(batch.targets.logprobs[part], torch.tensor(sequence.logprobs))
+        torch.testing.assert_close(
+            batch.targets.logprobs[part], torch.tensor(sequence.logprobs), rtol=0, atol=2e-6
+        )
         assert torch.equal(batch.targets.log_z[part], torch.tensor(sequence.log_z[:, 1]))
         assert torch.equal(batch.targets.log_tail[part], torch.tensor(sequence.log_tail[:, 1]))
         start += n

@@ -1,0 +1,201 @@
+"""Training batches: sequences and the teacher's targets for them, as stored until they are needed.
+
+Ids and codes travel in their stored widths, 3 bytes an entry in place of 12, and are decoded where
+the batch lies: on the GPU if it was moved there.
+
+Shapes: B sequences, L padded length, N targets of a batch, K slots.
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from schemas import Layout
+from storage import StoredRows
+from storage.codec import LAST_CODE, gap_table
+from student_train.losses import SparseTargets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedTargets:
+    """The distributions of N targets in their stored form; `decode` gives what losses take."""
+
+    topk_lo: Tensor
+    """[N, K] int16 holding the bits of uint16: low part of the kept ids."""
+    topk_hi: Tensor | None
+    """[N, K] uint8: high part, where ids need three bytes."""
+    topk_logprob: Tensor
+    """[N, K] float32, float16, or uint8 steps of compact codes."""
+    num_kept: Tensor | None
+    """[N] int32: slots in use, where it varies."""
+    draws: Tensor | None
+    """[N, K] int16 holding the bits of uint16."""
+    log_tail_t1: Tensor
+    """[N] float32: the tail at T=1, from which compact codes are rebuilt."""
+    log_z: Tensor
+    """[N] float32 at the temperature of the batch."""
+    log_tail: Tensor
+    """[N] float32 at the temperature of the batch."""
+    gaps: Tensor | None
+    """[256] float32: nats that each compact code stands for; None for other precisions."""
+
+    def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
+        """What the stored form stands for (docs/format.md), on the device where it lies."""
+        token_ids = self.topk_lo.to(torch.int64) & 0xFFFF
+        if self.topk_hi is not None:
+            token_ids |= self.topk_hi.to(torch.int64) << 16
+        unused = None
+        if self.num_kept is not None:
+            slots = torch.arange(token_ids.shape[1], device=token_ids.device)
+            unused = slots >= self.num_kept[:, None]
+            token_ids.masked_fill_(unused, -1)
+        if self.gaps is None:
+            logprobs = self.topk_logprob.to(torch.float32, copy=True)
+        else:
+            codes = self.topk_logprob.cumsum(1, dtype=torch.uint8)  # modulo 256, as written
+            if unused is not None:
+                codes.masked_fill_(unused, LAST_CODE)
+            gaps = self.gaps.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+            weight = torch.exp(-gaps).sum(1, dtype=torch.float64)
+            kept = -torch.expm1(self.log_tail_t1.to(torch.float64))
+            logprobs = (torch.log(kept) - torch.log(weight)).to(torch.float32)[:, None] - gaps
+        if unused is not None:
+            logprobs.masked_fill_(unused, -torch.inf)
+        return SparseTargets(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            log_z=self.log_z,
+            log_tail=self.log_tail,
+            draws=None if self.draws is None else self.draws.to(torch.int32) & 0xFFFF,
+            checked_for=checked_for,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B sequences, right-padded, with the targets of all of them in one flat run."""
+
+    input_ids: Tensor
+    """[B, L] int64, 0 where padded."""
+    attention_mask: Tensor
+    """[B, L] int64."""
+    predictors: Tensor
+    """[N] int64: index into the flattened [B * L] of the position that predicts each target."""
+    labels: Tensor
+    """[N] int64: the actual tokens."""
+    packed: PackedTargets
+    """The teacher's distributions at the stream's temperature, as stored."""
+    teacher_logprob: Tensor
+    """[N] float32: the teacher's log prob of the actual token at T=1."""
+    sample_ids: list[str]
+    """[B]."""
+    checked_for: tuple[int, float]
+    """Vocabulary and temperature that every value was checked for when it was written."""
+
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @cached_property
+    def targets(self) -> SparseTargets:
+        """The teacher's distributions, decoded on the batch's device the first time."""
+        return self.packed.decode(self.checked_for)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
+        """The same batch on `device`, still packed."""
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU run on their own."""
+        return _map(self, Tensor.pin_memory)
+
+
+def _map(value: Any, function: Any) -> Any:
+    changed = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            changed[field.name] = function(item)
+        elif isinstance(item, PackedTargets):
+            changed[field.name] = _map(item, function)
+    return dataclasses.replace(value, **changed)
+
+
+def collate(
+    sequences: list[tuple[StoredRows, int]], layout: Layout, temperature_index: int
+) -> Batch:
+    """Join sequences, each given by its row group's columns and its place there, into a batch."""
+    spans = [_Span(rows, index) for rows, index in sequences]
+    length = max(span.length for span in spans)
+    ids = np.zeros((len(spans), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, span in enumerate(spans):
+        ids[row, : span.length] = span.rows.token_id[span.start : span.start + span.length]
+        mask[row, : span.length] = 1
+    predictors = np.concatenate(
+        [span.positions + (row * length - 1) for row, span in enumerate(spans)]
+    )
+
+    def joined(column: Any) -> Any:
+        parts = [column(span.rows) for span in spans]
+        if parts[0] is None:
+            return None
+        return np.concatenate([p[span.targets] for p, span in zip(parts, spans, strict=True)])
+
+    def tensor(values: NDArray | None, view: str | None = None) -> Any:
+        if values is None:
+            return None
+        return torch.from_numpy(values if view is None else values.view(view))
+
+    log_tail_t1 = tensor(joined(lambda rows: rows.log_tail[0]))
+    log_z = joined(lambda rows: rows.log_z[temperature_index])
+    num_kept = joined(lambda rows: rows.num_kept)
+    packed = PackedTargets(
+        topk_lo=tensor(joined(lambda rows: rows.topk_lo), "i2"),
+        topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
+        topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
+        num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
+        draws=tensor(joined(lambda rows: rows.draws), "i2"),
+        log_tail_t1=log_tail_t1,
+        log_z=torch.zeros_like(log_tail_t1) if log_z is None else tensor(log_z),
+        log_tail=(
+            tensor(joined(lambda rows: rows.log_tail[temperature_index]))
+            if temperature_index
+            else log_tail_t1
+        ),
+        gaps=torch.from_numpy(gap_table(layout.code).copy())
+        if layout.precision == "compact"
+        else None,
+    )
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        predictors=torch.from_numpy(predictors),
+        labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
+        packed=packed,
+        teacher_logprob=tensor(joined(lambda rows: rows.label_logprob)),
+        sample_ids=[span.sample_id for span in spans],
+        checked_for=(layout.vocab_size, float(layout.temperatures[temperature_index])),
+    )
+
+
+class _Span:
+    """Where one sequence lies in the columns of its row group."""
+
+    def __init__(self, rows: StoredRows, index: int) -> None:
+        self.rows = rows
+        self.start = int(rows.row_starts[index])
+        self.length = int(rows.row_starts[index + 1]) - self.start
+        self.sample_id = rows.sample_ids[index]
+        target_rows = rows.target_rows[rows.target_starts[index] : rows.target_starts[index + 1]]
+        self.positions = target_rows - self.start
+        self.targets: slice | NDArray[np.int64] = target_rows
+        if len(target_rows) and target_rows[-1] - target_rows[0] < len(target_rows):
+            first = int(target_rows[0])  # one run, which is copied and not gathered
+            self.targets = slice(first, first + len(target_rows))
