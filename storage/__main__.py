@@ -1,24 +1,28 @@
-"""`python -m storage inspect|verify DIR [--json]`."""
+"""`python -m storage inspect|verify|export|import|migrate`: see `--help` of each."""
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from schemas import to_json
+from schemas import PRECISIONS, to_json
 from storage import cli
 from storage.files import Store
 from storage.verify import verify
 
-DESCRIPTION = """Look at a cache of teacher distributions; nothing here writes to it.
+DESCRIPTION = """Look at caches of teacher distributions, and exchange them with other tools.
 
   python -m storage inspect caches/demo              size, retained mass, teacher quality
   python -m storage inspect caches/demo --json | jq .bytes_per_target
   python -m storage verify caches/demo && echo whole
   python -m storage verify s3://bucket/caches/demo   any fsspec URL works
+  python -m storage export caches/demo exported      plain lists, as Parquet
+  python -m storage import dump.parquet caches/new --format distillkit --teacher NAME ...
 
---debug, anywhere, shows the traceback of an error.
+Nothing here writes to a cache that exists. --debug, anywhere, shows the traceback of an error.
 """
 INSPECT = """What a cache holds and how good it is, from one pass over all of it.
 
@@ -37,54 +41,80 @@ Exit code 0 only if the cache is complete and undamaged; 1 with one line per pro
 2 if there is no such directory. To mend a damaged shard, delete its file and run the dump again
 with the same config: it scores that shard again and nothing else.
 """
+EXPORT = """Write a cache as plain lists that other tools read without our code.
+
+  python -m storage export caches/demo exported
+  python -m storage export caches/demo exported --rows targets
+  python -m storage export caches/demo dataset --format hf
+
+--rows sequences   a row per sequence: input_ids, is_target, positions of its n targets, and for
+                   each of them a list of token_ids and one of logprobs (float32, natural log)
+--rows targets     a row per target: position, label, token_ids, logprobs; the form for SQL
+--format parquet   OUT is a directory with a Parquet file per shard
+--format hf        OUT opens with datasets.load_from_disk("OUT")
+
+Lists hold the entries in use. Scalars are named as in the shards: log_tail_t1, label_logprob, ...
+Position t is about token t, never about the next. OUT appears when it is complete; what exists is
+never overwritten. docs/exchange.md has every column. Exit code 0, or 2 with one line of why not.
+"""
+IMPORT = """Make a cache from a top-k dump of another tool.
+
+  python -m storage import dump.parquet caches/new --format distillkit \\
+      --teacher Qwen/Qwen3-8B --tokenizer models/qwen3-8b
+  python -m storage import last_run_prepared/0a1b caches/new --format axolotl \\
+      --teacher Qwen/Qwen3-8B --tokenizer models/qwen3-8b --renormalised
+
+SRC is a .parquet, .jsonl or .arrow file, a directory of them, or a saved Hugging Face dataset.
+
+--format distillkit   input_ids, token_ids, top_values; list j is about token j + 1
+--format axolotl      input_ids, target_token_ids, target_logprobs, target_mask as prepared for
+                      training (list j is about token j + 1, renormalised); or as collected:
+                      input_ids, logprobs and target_token_ids (the last list is about the last
+                      token)
+Both honour labels (-100 is no target) and attention_mask.
+
+Values must be natural log probs at temperature 1 over the whole vocabulary; the mass that is not
+kept is what they leave of 1. A dump that is renormalised, shifted by a token or of logits is
+refused with the option that imports it all the same; the manifest records that option. OUT appears
+when it is complete. docs/exchange.md has the details. Exit code 0, or 2 with one line of why not.
+"""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of both subcommands."""
-    root = argparse.ArgumentParser(
-        prog="python -m storage",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = root.add_subparsers(dest="command", required=True, metavar="inspect|verify")
-    for name, text in (("inspect", INSPECT), ("verify", VERIFY)):
-        command = commands.add_parser(
-            name,
-            help=text.split("\n")[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-    return root
+MIGRATE = """Make an older cache again in the present version of the format.
+
+  python -m storage migrate caches/old caches/new
+
+The shards are the same, byte for byte (hard links within one file system); records and manifest
+are written new, and OLD is only read. Older caches need not be migrated: they are read for ever.
+Run it again to complete what was interrupted. Exit code 0, or 2 with one line of why not.
+"""
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and run; returns the exit code."""
-    options = parser().parse_args(arguments)
-    if not Store(options.url).exists(""):
-        raise FileNotFoundError(f"{options.url}: no such directory")
-    return (_inspect if options.command == "inspect" else _verify)(options.url, options.json)
+def _inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _inspect(url: str, as_json: bool) -> int:
+def _inspect(options: argparse.Namespace) -> int:
     from storage.inspect import inspect, report_text
 
-    with tqdm(desc="inspect", unit=" row groups", disable=None, leave=False) as bar:
-        report = inspect(url, _to(bar))
-    print(_json(to_json(report)) if as_json else report_text(report))
+    _refuse_missing(options.url)
+    with _bar("inspect", "row groups") as progress:
+        report = inspect(options.url, progress)
+    print(_json(to_json(report)) if options.json else report_text(report))
     return cli.DONE
 
 
-def _verify(url: str, as_json: bool) -> int:
-    with tqdm(desc="verify", unit=" shards", disable=None, leave=False) as bar:
-        report = verify(url, _to(bar))
+def _verify(options: argparse.Namespace) -> int:
+    _refuse_missing(options.url)
+    with _bar("verify", "shards") as progress:
+        report = verify(options.url, progress)
     problems = [" ".join(problem.split()) for problem in report.problems]
-    if as_json:
+    if options.json:
         print(_json({"ok": report.ok, **to_json(report), "problems": problems}))
     elif report.ok:
         print(
-            f"{url} is whole: {report.targets} targets in {report.sequences} sequences, "
+            f"{options.url} is whole: {report.targets} targets in {report.sequences} sequences, "
             f"{report.shards} shards, {report.bytes} bytes"
         )
     else:
@@ -92,12 +122,173 @@ def _verify(url: str, as_json: bool) -> int:
     return cli.DONE if report.ok else cli.BAD_DATA
 
 
-def _to(bar: tqdm) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url", metavar="CACHE", help="the cache: a directory or an fsspec URL")
+    command.add_argument("out", metavar="OUT", help="a local directory that does not exist yet")
+    command.add_argument(
+        "--format", default="parquet", choices=["parquet", "hf"], help="default: parquet"
+    )
+    command.add_argument(
+        "--rows", default="sequences", choices=["sequences", "targets"], help="default: sequences"
+    )
 
-    return progress
+
+def _export(options: argparse.Namespace) -> int:
+    from storage.export import export
+
+    _refuse_missing(options.url)
+    with _bar("export", "row groups") as progress:
+        report = export(
+            options.url,
+            options.out,
+            file_format=options.format,
+            rows=options.rows,
+            progress=progress,
+        )
+    print(
+        f"{options.out}: {report.targets} targets in {report.sequences} sequences, "
+        f"{report.bytes} bytes"
+    )
+    return cli.DONE
+
+
+def _import_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SRC", help="the dump")
+    add("out", metavar="OUT", help="the cache: a local directory that does not exist yet")
+    add("--format", required=True, choices=["distillkit", "axolotl"], help="which tool's columns")
+    add("--teacher", required=True, help="whose distributions these are: a name for the manifest")
+    add("--tokenizer", default="", metavar="DIR", help="of the ids; kept in the cache")
+    add(
+        "--vocab-size",
+        type=int,
+        default=0,
+        metavar="V",
+        help="rows of the teacher's output layer (default: the tokenizer's largest id plus 1)",
+    )
+    add("--k", type=int, default=0, help="entries to keep (default: all that every target has)")
+    add("--renormalised", action="store_true", help="values add up to 1 over k, or are logits")
+    add(
+        "--unknown-label",
+        default="refuse",
+        choices=["refuse", "bound", "skip"],
+        help="when the actual token is not among the entries: refuse the dump (default), store an "
+        "upper bound of its log prob, or leave the target out",
+    )
+    add("--shift", type=int, default=0, metavar="N", help="move every list by N tokens")
+    add(
+        "--logprobs-field",
+        default="logprobs",
+        metavar="NAME",
+        help="axolotl: the column of log probs (default: logprobs)",
+    )
+    add("--precision", default="f32", choices=list(PRECISIONS), help="default: f32, lossless")
+    add("--shard-targets", type=int, default=2_000_000, metavar="N", help="targets per shard")
+
+
+def _import(options: argparse.Namespace) -> int:
+    from storage.import_cache import import_cache
+    from storage.import_survey import ImportConfig
+
+    config = ImportConfig(
+        path=options.source,
+        file_format=options.format,
+        teacher=options.teacher,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        k=options.k,
+        renormalised=options.renormalised,
+        unknown_label=options.unknown_label,
+        shift=options.shift,
+        logprobs_field=options.logprobs_field,
+        precision=options.precision,
+        shard_targets=options.shard_targets,
+    )
+    with _bar("import", "records") as progress:
+        manifest = import_cache(config, options.out, progress)
+    print(
+        f"{options.out}: {manifest.num_targets} targets in {manifest.num_sequences} sequences, "
+        f"{manifest.num_shards} shards, k={manifest.truncation.k}"
+    )
+    return cli.DONE
+
+
+def _migrate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url", metavar="OLD", help="the cache: a directory or an fsspec URL")
+    command.add_argument("out", metavar="NEW", help="a directory or URL that holds nothing yet")
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from storage.migrate import migrate
+
+    _refuse_missing(options.url)
+    with _bar("migrate", "shards") as progress:
+        manifest = migrate(options.url, options.out, progress)
+    print(
+        f"{options.out}: format version {manifest.format_version}, {manifest.num_targets} targets "
+        f"in {manifest.num_shards} shards"
+    )
+    return cli.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A subcommand."""
+
+    text: str
+    """Its help page; the first line stands in the list of commands."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "inspect": _Command(INSPECT, _inspect_arguments, _inspect),
+    "verify": _Command(VERIFY, _inspect_arguments, _verify),
+    "export": _Command(EXPORT, _export_arguments, _export),
+    "import": _Command(IMPORT, _import_arguments, _import),
+    "migrate": _Command(MIGRATE, _migrate_arguments, _migrate),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of all subcommands."""
+    root = argparse.ArgumentParser(
+        prog="python -m storage",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.text.split("\n")[0],
+            description=command.text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+    return root
+
+
+def main(arguments: list[str]) -> int:
+    """Parse and run; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return COMMANDS[options.command].run(options)
+
+
+def _refuse_missing(url: str) -> None:
+    if not Store(url).exists(""):
+        raise FileNotFoundError(f"{url}: no such directory")
+
+
+@contextmanager
+def _bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc=name, unit=f" {unit}", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _json(value: object) -> str:

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas import Layout
+from schemas import CompactCode, Layout
 from storage import StoredRows
-from storage.codec import LAST_CODE, gap_table
+from storage.codec import LAST_CODE, decode_logprobs, empty, gap_table
 from student_train.losses import SparseTargets
 
 
@@ -41,8 +41,8 @@ class PackedTargets:
     """[N] float32 at the temperature of the batch."""
     log_tail: Tensor
     """[N] float32 at the temperature of the batch."""
-    gaps: Tensor | None
-    """[256] float32: nats that each compact code stands for; None for other precisions."""
+    code: CompactCode | None
+    """The curve of compact codes; None for other precisions."""
 
     def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
         """What the stored form stands for (docs/format.md), on the device where it lies."""
@@ -54,16 +54,16 @@ class PackedTargets:
             slots = torch.arange(token_ids.shape[1], device=token_ids.device)
             unused = slots >= self.num_kept[:, None]
             token_ids.masked_fill_(unused, -1)
-        if self.gaps is None:
+        if self.code is None:
             logprobs = self.topk_logprob.to(torch.float32, copy=True)
+        elif self.topk_logprob.device.type == "cpu":
+            hidden = None if unused is None else unused.numpy()
+            steps, log_tail = self.topk_logprob.numpy(), self.log_tail_t1.numpy()
+            logprobs = torch.from_numpy(
+                decode_logprobs(steps, hidden, log_tail, "compact", self.code)
+            )
         else:
-            codes = self.topk_logprob.cumsum(1, dtype=torch.uint8)  # modulo 256, as written
-            if unused is not None:
-                codes.masked_fill_(unused, LAST_CODE)
-            gaps = self.gaps.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
-            weight = torch.exp(-gaps).sum(1, dtype=torch.float64)
-            kept = -torch.expm1(self.log_tail_t1.to(torch.float64))
-            logprobs = (torch.log(kept) - torch.log(weight)).to(torch.float32)[:, None] - gaps
+            logprobs = decode_compact(self.topk_logprob, unused, self.log_tail_t1, self.code)
         if unused is not None:
             logprobs.masked_fill_(unused, -torch.inf)
         return SparseTargets(
@@ -74,6 +74,20 @@ class PackedTargets:
             draws=None if self.draws is None else self.draws.to(torch.int32) & 0xFFFF,
             checked_for=checked_for,
         )
+
+
+def decode_compact(
+    steps: Tensor, unused: Tensor | None, log_tail: Tensor, code: CompactCode
+) -> Tensor:
+    """`storage.codec.decode_logprobs` of compact steps [N, K] on any device."""
+    codes = steps.cumsum(1, dtype=torch.uint8)  # modulo 256, as they were written
+    if unused is not None:
+        codes.masked_fill_(unused, LAST_CODE)
+    table = torch.from_numpy(gap_table(code).copy()).to(steps.device)
+    gaps = table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+    weight = torch.exp(-gaps).sum(1, dtype=torch.float64)
+    kept = -torch.expm1(log_tail.to(torch.float64))
+    return (torch.log(kept) - torch.log(weight)).to(torch.float32)[:, None] - gaps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,11 +156,15 @@ def collate(
         [span.positions + (row * length - 1) for row, span in enumerate(spans)]
     )
 
+    num_targets = len(predictors)
+
     def joined(column: Any) -> Any:
         parts = [column(span.rows) for span in spans]
         if parts[0] is None:
             return None
-        return np.concatenate([p[span.targets] for p, span in zip(parts, spans, strict=True)])
+        taken = [part[span.targets] for part, span in zip(parts, spans, strict=True)]
+        out = empty((num_targets, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(taken, out=out)
 
     def tensor(values: NDArray | None, view: str | None = None) -> Any:
         if values is None:
@@ -169,9 +187,7 @@ def collate(
             if temperature_index
             else log_tail_t1
         ),
-        gaps=torch.from_numpy(gap_table(layout.code).copy())
-        if layout.precision == "compact"
-        else None,
+        code=layout.code if layout.precision == "compact" else None,
     )
     return Batch(
         input_ids=torch.from_numpy(ids),
