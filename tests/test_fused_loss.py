@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from student_train.distiller import Distiller, LossConfig, UnusualHead, linear_head
 from student_train.losses import (
     DIVERGENCES,
     TAIL_MODES,
@@ -48,6 +54,7 @@ class Problem:
         teacher = normal(num_targets, vocab_size) * 2
         self.temperature = temperature
         self.vocab_size = vocab_size
+        self.chunk_size = 3
         self.targets = reference.targets_of(
             teacher, reference.top_kept(teacher, num_kept), temperature, num_slots=max(num_kept) + 1
         )
@@ -94,7 +101,7 @@ class Problem:
     def fused_loss(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, kind: str, **arguments: Any
     ) -> Any:
-        """Return the FusedLoss in chunks of three rows."""
+        """Return the FusedLoss, in chunks of three rows unless said otherwise."""
         return fused_linear_divergence(
             hidden,
             weight,
@@ -103,7 +110,7 @@ class Problem:
             kind,
             temperature=self.temperature,
             bias=bias,
-            chunk_size=arguments.pop("chunk_size", 3),
+            chunk_size=arguments.pop("chunk_size", self.chunk_size),
             vocab_size=self.vocab_size,
             **arguments,
         )
@@ -167,7 +174,7 @@ def test_every_argument_means_the_same(arguments: dict[str, Any], temperature: f
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_fused_equals_unfused_in_any_shape(data: st.DataObject) -> None:
-    """Ragged rows, k = V, padding rows of the head and any chunk size change nothing."""
+    """Ragged rows, k = V, padding rows of the head, masked labels and any chunk change nothing."""
     vocab_size = data.draw(st.integers(2, 12))
     num_kept = data.draw(st.lists(st.integers(1, vocab_size), min_size=2, max_size=6))
     problem = Problem(
@@ -178,6 +185,9 @@ def test_fused_equals_unfused_in_any_shape(data: st.DataObject) -> None:
         temperature=data.draw(st.sampled_from([1.0, 1.7])),
         padding=data.draw(st.integers(0, 3)),
     )
+    labels = st.one_of(st.just(-100), st.integers(0, vocab_size - 1))
+    problem.labels = torch.tensor([data.draw(labels) for _ in num_kept])
+    problem.chunk_size = data.draw(st.integers(1, len(num_kept) + 1))
     kind = data.draw(st.sampled_from([k for k in DIVERGENCES if k != "akl"]))
     assert_fused_is_plain(problem, kind, tail=data.draw(st.sampled_from(TAIL_MODES)), ce_weight=0.5)
 
@@ -196,7 +206,7 @@ def test_peaked_logits_stay_finite(kind: str, temperature: float) -> None:
             assert all(leaf.grad.isfinite().all() for leaf in leaves if leaf.grad is not None)
 
 
-@pytest.mark.parametrize("kind", ["fkl", "akl", "jsd"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_bf16_is_no_worse_than_dense_bf16(kind: str) -> None:
     """Against float64 truth, fused bf16 errs no more than the plain way on the same bf16 inputs."""
     problem = Problem(
@@ -257,6 +267,38 @@ def test_tied_embeddings_get_both_gradients() -> None:
     problem.plain_loss(theirs(tokens), theirs.embedding.weight, None, "fkl")[0].backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("inside", ["body", "body and loss"])
+def test_gradient_checkpointing_changes_nothing(inside: str, use_reentrant: bool) -> None:
+    """Recomputing what comes before the loss, or the loss with it, gives the same gradients."""
+    problem = Problem()
+    tokens = torch.randint(0, 23, (7,)).float()  # reentrant checkpoints want an input with gradient
+    ours, theirs = Tied(), Tied()
+    theirs.load_state_dict(ours.state_dict())
+
+    def body(model: Tied, tokens: Tensor) -> Tensor:
+        return model(tokens.long())
+
+    def loss(model: Tied, tokens: Tensor) -> Tensor:
+        return problem.fused_loss(
+            body(model, tokens), model.embedding.weight, None, "akl", ce_weight=0.5
+        ).loss
+
+    recomputed = functools.partial(checkpoint, use_reentrant=use_reentrant)
+    wanted = tokens.clone().requires_grad_()
+    if inside == "body":
+        hidden = recomputed(body, ours, wanted)
+        value = problem.fused_loss(hidden, ours.embedding.weight, None, "akl", ce_weight=0.5).loss
+    else:
+        value = recomputed(loss, ours, wanted)
+    value.backward()
+    plain = loss(theirs, tokens)
+    plain.backward()
+    torch.testing.assert_close(value, plain)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
@@ -420,3 +462,142 @@ def test_without_labels_the_loss_is_the_divergence_alone() -> None:
     fused = problem.fused_loss(*problem.leaves(), "fkl", labels=None)
     assert fused.ce == 0
     assert torch.equal(fused.loss.detach(), fused.kd)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def student_of(model_type: str, **options: Any) -> PreTrainedModel:
+    """A tiny random student of a model family."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def batch_for(vocab_size: int) -> Any:
+    """Two sequences with a target at every second token."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, vocab_size, (2, 9), generator=generator)
+    predictors = torch.arange(0, 18, 2)[:8]
+    teacher = 2 * torch.randn(8, vocab_size, generator=generator)
+    return SimpleNamespace(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        predictors=predictors,
+        labels=torch.randint(0, vocab_size, (8,), generator=generator),
+        targets=reference.targets_of(teacher, reference.top_kept(teacher, [5] * 8)),
+        num_targets=8,
+    )
+
+
+def loss_and_gradients(model: Distiller) -> tuple[float, Tensor]:
+    """What a step of the model gives."""
+    model.zero_grad()
+    out = model(batch_for(model.vocab_size))
+    out.loss.backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return out.loss.item(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "expected"),
+    [
+        ("llama", {}, {"logit_scale": 1.0, "softcap": None}),
+        ("llama", {"tie_word_embeddings": True}, {"logit_scale": 1.0, "softcap": None}),
+        ("gemma2", {"final_logit_softcapping": 2.0}, {"logit_scale": 1.0, "softcap": 2.0}),
+        ("cohere", {"logit_scale": 0.0625}, {"logit_scale": 0.0625, "softcap": None}),
+        ("granite", {"logits_scaling": 8.0}, {"logit_scale": 0.125, "softcap": None}),
+        ("hyperclovax", {"logits_scaling": 0.5}, {"logit_scale": 0.5, "softcap": None}),
+    ],
+)
+def test_scaled_and_capped_heads_are_found_and_fused(
+    model_type: str,
+    options: dict[str, Any],
+    expected: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Scale and softcap are told from the model, and the fused loss is that on its own logits."""
+    student = student_of(model_type, **options)
+    caplog.set_level(logging.INFO)
+    model = Distiller(student, LossConfig(kind="akl", ce_weight=0.5), 37)
+    assert model._head == expected
+    assert "head fused with the loss" in caplog.text
+    fused, fused_gradients = loss_and_gradients(model)
+    model._head = None
+    plain, plain_gradients = loss_and_gradients(model)
+    assert fused == pytest.approx(plain, rel=1e-5)
+    torch.testing.assert_close(fused_gradients, plain_gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_16_bit_head_is_fused() -> None:
+    """The check leaves room for the rounding of 16-bit weights."""
+    student = student_of("gemma2", final_logit_softcapping=30.0).bfloat16()
+    assert linear_head(student) == {"logit_scale": 1.0, "softcap": 30.0}
+
+
+class ScaledHead(nn.Linear):
+    """A head that does more than its product."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the product, doubled."""
+        return 2 * super().forward(hidden)
+
+
+def unusual_students() -> dict[str, PreTrainedModel]:
+    """Students whose head is not what the fused loss computes, by what the log says of them."""
+    deep = student_of("llama")
+    deep.lm_head = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 40))
+    deep.lm_head.weight = deep.lm_head[1].weight
+    doubled = student_of("llama")
+    doubled.lm_head = ScaledHead(16, 40)
+    hidden_cap = student_of("gemma2", final_logit_softcapping=30.0)
+    own_forward = hidden_cap.forward
+
+    def forward(**inputs: Any) -> Any:
+        out = own_forward(**inputs)
+        out.logits = 50 * torch.tanh(out.logits / 50)
+        return out
+
+    hidden_cap.forward = forward  # type: ignore[method-assign]
+    projected = student_of("llama")
+    projected.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    return {
+        "its head is a Sequential": deep,
+        "its head is not the product with its weight": doubled,
+        "its logits are no scaled and capped output of its head": hidden_cap,
+        "its head does not read the last hidden state": projected,
+    }
+
+
+@pytest.mark.parametrize("reason", unusual_students())
+def test_unusual_heads_go_through_the_models_own_logits(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A head that the check does not recognise is not fused; the log says why, and training works.
+
+    The capped one has logits so small that its cap shows in none of them.
+    """
+    student = unusual_students()[reason]
+    with pytest.raises(UnusualHead, match=reason):
+        linear_head(student)
+    caplog.set_level(logging.INFO)
+    model = Distiller(student, LossConfig(kind="fkl", ce_weight=0.5), 37)
+    assert f"loss on the model's own logits, because {reason}" in caplog.text
+    batch = batch_for(37)
+    logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits.flatten(0, 1)[batch.predictors][:, :37]
+    kd = sparse_divergence(logits, batch.targets, "fkl").mean()
+    truth = kd + 0.5 * F.cross_entropy(logits, batch.labels)
+    assert loss_and_gradients(model)[0] == pytest.approx(truth.item(), rel=1e-5)

@@ -1,0 +1,130 @@
+"""FKL, RKL and AKL in the long run, and their order at 5 epochs.
+
+arXiv 2404.02657 argues that all of them end at the teacher, since each is 0 there alone, and differ
+only on the way. True of a student that can be the teacher. So: a two-layer teacher, and two
+students of its form, one as wide as the teacher and one too narrow to represent it. Distances in
+total variation, ½ Σ|p - q|, mean over the training inputs.
+
+Shape letters: N inputs, H features, V classes.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+from examples.reproduce.common import COLORS, LABELS, arguments, dense_targets, save, table
+from student_train.losses import sparse_divergence
+
+NUM_INPUTS, NUM_FEATURES, NUM_CLASSES, TEACHER_WIDTH, BATCH = 1024, 16, 64, 32, 64
+WIDTHS = {"as wide as the teacher": 32, "too narrow": 3}
+SHOWN = (1, 5, 20, 100, 400)
+PAIRS = (("fkl", "rkl"), ("fkl", "akl"), ("rkl", "akl"))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The student's distributions after each epoch of SHOWN, and its distance by epoch."""
+
+    q: dict[int, Tensor]
+    distances: list[float]
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    return 0.5 * (p - q).abs().sum(1).mean().item()
+
+
+def network(width: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(NUM_FEATURES, width), nn.Tanh(), nn.Linear(width, NUM_CLASSES))
+
+
+def task() -> tuple[Tensor, Tensor]:
+    """Inputs [N, H] and the teacher's log p [N, V], logits three nats wide."""
+    teacher = network(TEACHER_WIDTH, seed=1000)
+    x_NH = torch.randn(NUM_INPUTS, NUM_FEATURES)
+    with torch.no_grad():
+        logits_NV = teacher(2 * x_NH)
+    return x_NH, (3 * logits_NV / logits_NV.std()).log_softmax(1)
+
+
+def fit(kind: str, width: int, seed: int = 0, epochs: int = SHOWN[-1]) -> Fit:
+    """Train one student with Adam, its learning rate falling to 0 by a cosine."""
+    x_NH, log_p_NV = task()
+    p_NV = log_p_NV.exp()
+    student = network(width, seed)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SHOWN[-1])
+    order = torch.Generator().manual_seed(seed)
+    result = Fit({}, [])
+    for epoch in range(1, epochs + 1):
+        shuffle = torch.randperm(NUM_INPUTS, generator=order)
+        x, shuffled = x_NH[shuffle], dense_targets(log_p_NV[shuffle])
+        for start in range(0, NUM_INPUTS, BATCH):
+            rows = slice(start, start + BATCH)
+            loss = sparse_divergence(student(x[rows]), shuffled[rows], kind=kind).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            q_NV = student(x_NH).softmax(1)
+        result.distances.append(total_variation(p_NV, q_NV))
+        if epoch in SHOWN:
+            result.q[epoch] = q_NV
+    return result
+
+
+def plot(fits: dict[str, dict[str, Fit]], args: argparse.Namespace) -> None:
+    figure, panels = plt.subplots(1, len(fits), figsize=(11, 4))
+    for panel, (name, by_kind) in zip(panels, fits.items(), strict=True):
+        for kind, result in by_kind.items():
+            epochs = range(1, len(result.distances) + 1)
+            label = f"{LABELS[kind]} to teacher"
+            panel.loglog(epochs, result.distances, color=COLORS[kind], label=label)
+        for (a, b), style in zip(PAIRS, ("--", ":", "-."), strict=True):
+            apart = [total_variation(by_kind[a].q[e], q) for e, q in by_kind[b].q.items()]
+            label = f"{LABELS[a]} to {LABELS[b]}"
+            panel.plot(list(by_kind[a].q), apart, "k" + style, linewidth=1, label=label)
+        panel.set_title(f"student {name}")
+        panel.set_xlabel("epoch")
+        panel.set_ylabel("total variation")
+        panel.legend(fontsize=8)
+    save(figure, args)
+
+
+def main() -> None:
+    args = arguments(__doc__, "convergence").parse_args()
+    epochs = SHOWN[1] if args.fast else SHOWN[-1]
+    seeds = range(1 if args.fast else 5)
+    fits = {
+        name: {kind: fit(kind, width, epochs=epochs) for kind in COLORS}
+        for name, width in WIDTHS.items()
+    }
+    rows: list[list[object]] = []
+    for name, by_kind in fits.items():
+        at = [e for e in SHOWN if e <= epochs]
+        for kind, result in by_kind.items():
+            cells = [f"{result.distances[e - 1]:.3f}" for e in at]
+            rows.append([name, f"{LABELS[kind]} to teacher", *cells])
+        for a, b in PAIRS:
+            cells = [f"{total_variation(by_kind[a].q[e], by_kind[b].q[e]):.3f}" for e in at]
+            rows.append([name, f"{LABELS[a]} to {LABELS[b]}", *cells])
+    header = ("student", "total variation", *[f"epoch {e}" for e in SHOWN if e <= epochs])
+    print(table(header, rows), "\n")
+    early = {
+        kind: [fit(kind, TEACHER_WIDTH, seed, SHOWN[1]).distances[-1] for seed in seeds]
+        for kind in COLORS
+    }
+    rows = [
+        [LABELS[kind], f"{sum(values) / len(values):.3f}", *[f"{v:.3f}" for v in values]]
+        for kind, values in early.items()
+    ]
+    print(table(("epoch 5, to teacher", "mean", *[f"seed {s}" for s in seeds]), rows))
+    plot(fits, args)
+
+
+if __name__ == "__main__":
+    main()

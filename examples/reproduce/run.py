@@ -1,0 +1,30 @@
+"""All experiments of docs/reproduction.md, one after the other.
+
+`python -m examples.reproduce.run --out build/reproduce`; the study of the language model, which
+takes most of the time, is left out with --without-study and has options of its own.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ("akl_toy", "gaussians", "softmax_layer", "convergence", "calibration_toy", "study")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/reproduce"), help="for the plots")
+    parser.add_argument("--fast", action="store_true", help="seconds each; other figures")
+    parser.add_argument("--without-study", action="store_true")
+    args = parser.parse_args()
+    for name in EXPERIMENTS[: -1 if args.without_study else None]:
+        command = [sys.executable, "-m", f"examples.reproduce.{name}", "--out", str(args.out)]
+        command += ["--fast"] if args.fast else []
+        print(f"\n## {name}\n", flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
