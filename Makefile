@@ -1,5 +1,6 @@
 # make demo        set up and run the whole loop on the embedded teacher (ENGINE=vllm: through vLLM)
 # make test        set up and pass the tests, vLLM's in an environment of its own
+# make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make check       format, lint, types, import contracts
 # make demo-teacher  train the demo's teacher again (about an hour)
 
@@ -14,11 +15,11 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 PIP_QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-teacher test test-main test-vllm check format setup setup-vllm clean
+.PHONY: demo demo-teacher test test-main test-slow test-vllm check format setup setup-vllm clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 setup: $(VENV)/.installed
 setup-vllm: $(VENV_VLLM)/.installed
@@ -47,12 +48,15 @@ test: test-main test-vllm
 test-main: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS)
 
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -m slow
+
 ifeq ($(and $(PYTHON_VLLM),$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))),)
 test-vllm:
 	@echo "no python3.11 on Linux x86-64 here: the vLLM tests are left out"
 else
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -m vllm
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py
 endif
 
 check: $(VENV)/.installed

@@ -47,7 +47,8 @@ def run(main: Callable[[list[str]], int]) -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "botocore", "aiobotocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     with _exit_codes(debug):
         code = main(arguments)
         sys.stdout.flush()  # here, where a closed pipe is still handled

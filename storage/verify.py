@@ -68,6 +68,11 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
             f"{store.url} is not complete: {len(missing)} of {len(reader.plan)} shards missing, "
             f"first {missing[:5]}"
         )
+    elif not manifest.is_final:
+        yield (
+            f"{store.path(paths.MANIFEST)} is not final, though every shard is committed: run the "
+            "dump again, which seals the cache"
+        )
     planned = {plan.shard for plan in reader.plan}
     for shard in sorted(committed - planned):
         yield f"{store.path(paths.record(shard))} belongs to no shard of the plan"
@@ -121,10 +126,11 @@ def _shard_problems(
     planned = (plan.first_sequence, plan.num_sequences, plan.num_tokens, plan.num_targets)
     if stated != planned:
         yield f"{where}: committed (first, sequences, tokens, targets) {stated}, planned {planned}"
-    if not store.exists(name):
+    try:
+        size = store.size(name)
+    except FileNotFoundError:
         yield f"{where} is missing"
         return
-    size = store.size(name)
     if size != record.bytes:
         yield f"{where} is damaged: {size} bytes, committed with {record.bytes}"
         return

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -38,7 +39,11 @@ from storage.index import ShardIndex
 
 ROW_GROUP_ROWS = 16_384
 """A row group is closed before it would grow beyond this, but never below half of it."""
+ROW_GROUP_BYTES = 1 << 24
+"""The same in bytes of ids and log probs before compression: fewer rows where K is large."""
 ZSTD_LEVEL = 3
+RECORDS_AT_ONCE = 16
+"""Commit records that are fetched together: on an object store each one is a round trip."""
 RECORD_NAME = re.compile(r"part-\d{6,}\.json")
 
 
@@ -58,13 +63,15 @@ class CacheWriter:
         """Start a cache: seal the plan, then publish the manifest.
 
         `draft` is a `Manifest.draft`; its plan, counts and id are filled in here.
-        Raises FileExistsError if the directory holds a cache already.
+        Raises FileExistsError if the directory holds a cache already, or if another process starts
+        a different one there at the same time.
         """
         store = Store(url)
         if store.exists(paths.MANIFEST):
             raise FileExistsError(f"{store.url} already holds a cache")
         shards = list(plan)
-        segment = store.publish_segment(paths.segment(paths.PLAN), [to_json(s) for s in shards])
+        entries = [to_json(s) for s in shards]
+        segment = store.publish_segment(paths.segment(paths.PLAN), entries, new=True)
         manifest = dataclasses.replace(
             draft,
             plan=segment,
@@ -74,18 +81,22 @@ class CacheWriter:
             num_targets=sum(s.num_targets for s in shards),
         )
         manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
-        store.publish_json(paths.MANIFEST, manifest.to_json())
+        store.publish_json(paths.MANIFEST, manifest.to_json(), new=True)
         return cls(url)
 
     def committed(self) -> Iterator[CommitRecord]:
-        """The records of the shards that are complete, in order, read one at a time.
+        """The records of the shards that are complete, in order, read a few at a time.
 
         Raises FormatError on a damaged record.
         """
         done = committed_shards(self.store)
-        for shard in self.plan:
-            if shard.shard in done:
-                yield read_record(self.store, self.manifest, shard.shard)
+        known = [shard.shard for shard in self.plan if shard.shard in done]
+        with ThreadPoolExecutor(RECORDS_AT_ONCE) as readers:
+            for start in range(0, len(known), RECORDS_AT_ONCE):
+                yield from readers.map(
+                    lambda shard: read_record(self.store, self.manifest, shard),
+                    known[start : start + RECORDS_AT_ONCE],
+                )
 
     def missing(self) -> list[ShardPlan]:
         """The shards without a commit record, in order."""
@@ -121,6 +132,8 @@ class ShardWriter:
         """Prepare; nothing is touched before the context is entered."""
         self._store, self._manifest, self._plan = store, manifest, plan
         self._layout = manifest.layout
+        row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
+        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
@@ -145,8 +158,8 @@ class ShardWriter:
         check_sequence(sequence, self._layout)
         length = len(sequence.input_ids)
         if (
-            self._buffered_rows + length > ROW_GROUP_ROWS
-            and self._buffered_rows >= ROW_GROUP_ROWS // 2
+            self._buffered_rows + length > self._group_rows
+            and self._buffered_rows >= self._group_rows // 2
         ):
             self._flush()
         self._buffer.append(sequence)
@@ -171,7 +184,10 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Commit, unless an exception passes or the counts differ from the plan."""
+        """Commit, unless an exception passes or the counts differ from the plan.
+
+        A shard that has a commit record by now is another process's: ours is dropped.
+        """
         try:
             if error is None and self._buffer:
                 self._flush()
@@ -181,6 +197,10 @@ class ShardWriter:
         except BaseException as failure:
             self._staging.__exit__(type(failure), failure, failure.__traceback__)
             raise
+        if error is None and self._store.exists(paths.record(self._plan.shard)):
+            theirs = FileExistsError("another process has committed this shard meanwhile")
+            self._staging.__exit__(FileExistsError, theirs, None)  # removes ours
+            return
         self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
         if error is None:
             self._store.publish_json(paths.record(self._plan.shard), to_json(record))
@@ -287,9 +307,13 @@ def committed_shards(store: Store) -> set[int]:
 def read_manifest(store: Store) -> Manifest:
     """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
     where = store.path(paths.MANIFEST)
-    if not store.exists(paths.MANIFEST):
-        raise FormatError(f"{where} is missing: {store.url} holds no cache")
-    return Manifest.parse(store.read_json(paths.MANIFEST), where)
+    try:
+        value = store.read_json(paths.MANIFEST)
+    except FormatError:
+        if store.exists(paths.MANIFEST):
+            raise
+        raise FormatError(f"{where} is missing: {store.url} holds no cache") from None
+    return Manifest.parse(value, where)
 
 
 def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:

@@ -20,7 +20,6 @@ from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
 
-SHARD_FILES = (paths.shard, paths.record)
 WRITES_AHEAD = 256
 """Scored sequences that may wait for the writing thread."""
 POLL_S = 2.0
@@ -134,16 +133,17 @@ def _set_up(
             bar.update(counts.sequences - bar.n)
 
         writer = open_or_create(config, store, teacher, tokenised)
-        mine = [name(s.shard) for s in writer.plan if worker.fills(s.shard) for name in SHARD_FILES]
-        store.remove_temporaries(paths.SHARDS, mine)
         for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
             store.remove_temporaries(folder)
+        if worker.count == 1:
+            store.remove_temporaries(paths.SHARDS)
         missing = missing_shards(writer, worker.fills)
         restore_inputs(config, writer, teacher, missing, tokenised)
     return writer, missing
 
 
 def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan], worker: Worker) -> None:
+    num_shards = writer.manifest.num_shards
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
     start, scored_targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
@@ -156,27 +156,33 @@ def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan], worker:
         disable=None,
     ) as bar:
         for plan in missing:
-            inputs = read_inputs(writer.store, plan)
-            pending: collections.deque[Future[None]] = collections.deque()
-            with writer.shard(plan.shard) as shard, ThreadPoolExecutor(1) as pool:
-                for scored in engine.score(inputs, plan.first_sequence):
-                    if len(pending) >= WRITES_AHEAD:
+            files = (paths.shard(plan.shard), paths.record(plan.shard))
+            with writer.store.claim(paths.inputs(plan.shard)) as ours:
+                if not ours or writer.store.exists(files[1]):
+                    log.info("shard %d of %d is another process's", plan.shard + 1, num_shards)
+                    continue
+                writer.store.remove_temporaries(paths.SHARDS, files)
+                inputs = read_inputs(writer.store, plan)
+                pending: collections.deque[Future[None]] = collections.deque()
+                with writer.shard(plan.shard) as shard, ThreadPoolExecutor(1) as pool:
+                    for scored in engine.score(inputs, plan.first_sequence):
+                        if len(pending) >= WRITES_AHEAD:
+                            pending.popleft().result()
+                        pending.append(pool.submit(shard.write, scored))
+                        sequences += 1
+                        scored_targets += scored.num_targets
+                        bar.update(scored.num_targets)
+                        bar.set_postfix_str(
+                            f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
+                        )
+                    while pending:
                         pending.popleft().result()
-                    pending.append(pool.submit(shard.write, scored))
-                    sequences += 1
-                    scored_targets += scored.num_targets
-                    bar.update(scored.num_targets)
-                    bar.set_postfix_str(
-                        f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
-                    )
-                while pending:
-                    pending.popleft().result()
             written_bytes += shard.bytes_written
             seconds = time.monotonic() - start
             log.info(
                 "shard %d of %d committed: %.1f MB, %.0f targets/s",
                 plan.shard + 1,
-                writer.manifest.num_shards,
+                num_shards,
                 shard.bytes_written / 1e6,
                 scored_targets / seconds,
             )

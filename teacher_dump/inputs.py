@@ -113,28 +113,32 @@ def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
         table = pq.read_table(
             pa.BufferReader(store.read(name)), page_checksum_verification=True
         ).combine_chunks()
-        ids = table.column("input_ids").combine_chunks()
-        mask = table.column("is_target").combine_chunks()
+        sequences = _sequences(table)
+        _, digest = _input_table(sequences)
     except FileNotFoundError:
         raise FormatError(f"{where} is missing; the same command makes it again") from None
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except Exception as error:  # whatever a damaged file may raise
         raise FormatError(f"{where} is damaged: {error}; {MADE_AGAIN}") from error
-    flat_ids = ids.values.to_numpy()
-    flat_mask = mask.values.to_numpy(zero_copy_only=False)
-    offsets = ids.offsets.to_numpy()
-    sequences = [
-        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop])
-        for sample_id, start, stop in zip(
-            table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], strict=True
-        )
-    ]
-    _, digest = _input_table(sequences)
     if digest != plan.input_xxh3_128:
         raise FormatError(
             f"{where} is damaged: content hash {digest}, planned {plan.input_xxh3_128}; "
             f"{MADE_AGAIN}"
         )
     return sequences
+
+
+def _sequences(table: pa.Table) -> list[TokenSequence]:
+    ids = table.column("input_ids").combine_chunks()
+    mask = table.column("is_target").combine_chunks()
+    flat_ids = ids.values.to_numpy()
+    flat_mask = mask.values.to_numpy(zero_copy_only=False)
+    offsets = ids.offsets.to_numpy()
+    return [
+        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop])
+        for sample_id, start, stop in zip(
+            table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], strict=True
+        )
+    ]
 
 
 def _input_table(sequences: list[TokenSequence]) -> tuple[pa.Table, str]:

@@ -56,6 +56,7 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
         )
     store = Store(config.output)
     if not store.is_local:
+        store.exists(paths.MANIFEST)  # raises OSError if the store cannot be asked
         return
     output = Path(store.path(""))
     if os.path.lexists(output) and not output.is_dir():
@@ -107,8 +108,14 @@ def open_or_create(
     _clear(store)
     try:
         return _create(config, store, teacher, source, progress)
+    except FileExistsError as error:  # what lies there is another process's start
+        raise FileExistsError(
+            f"another process is starting a different cache in {store.url}: choose another output "
+            f"({error})"
+        ) from error
     except BaseException:
-        _clear(store)
+        if not store.exists(paths.MANIFEST):  # else it is a cache, which a rerun completes
+            _clear(store)
         raise
 
 
@@ -130,7 +137,7 @@ def _create(
         )
     draft = Manifest.draft(
         teacher=teacher.info,
-        tokenizer=save_tokenizer(store, teacher.tokenizer),
+        tokenizer=save_tokenizer(store, teacher.tokenizer, new=True),
         shared_vocab_size=teacher.shared_vocab_size,
         # A manifest read back holds floats, whatever was given: 1 and 1.0 are written differently.
         truncation=dataclasses.replace(config.truncation, p=float(config.truncation.p)),
@@ -179,13 +186,11 @@ def missing_shards(writer: CacheWriter, mine: Callable[[int], bool]) -> list[Sha
     """
     store = writer.store
     whole = set()
+    sizes = store.sizes(paths.SHARDS)
     try:
         for record in writer.committed():
             name = paths.shard(record.shard)
-            try:
-                size = store.size(name)
-            except FileNotFoundError:
-                size = -1
+            size = sizes.get(PurePath(name).name, -1)
             if size == record.bytes or not mine(record.shard):
                 whole.add(record.shard)
                 continue

@@ -106,8 +106,11 @@ def engine_label(config: TeacherConfig) -> str:
     )
 
 
-def save_tokenizer(store: Store, tokenizer: Any | None) -> TokenizerInfo:
-    """Keep the tokenizer's files in the cache, so that a student needs no other copy."""
+def save_tokenizer(store: Store, tokenizer: Any | None, *, new: bool = False) -> TokenizerInfo:
+    """Keep the tokenizer's files in the cache, so that a student needs no other copy.
+
+    Raises FileExistsError if it must be `new` and other files are there.
+    """
     if tokenizer is None:
         return TokenizerInfo(fingerprint="", files={})
     files = {}
@@ -117,7 +120,7 @@ def save_tokenizer(store: Store, tokenizer: Any | None) -> TokenizerInfo:
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
                 data = path.read_bytes()
-                store.publish(f"{paths.TOKENIZER}/{name}", data)
+                store.publish(f"{paths.TOKENIZER}/{name}", data, new=new)
                 files[name] = xxhash.xxh3_128(data).hexdigest()
     return TokenizerInfo(fingerprint=tokenizer_fingerprint(tokenizer), files=files)
 

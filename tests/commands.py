@@ -4,6 +4,8 @@ A fork server imports the heavy packages once; every command is forked from it, 
 runs, and executes its module as `python -m` would.
 """
 
+import functools
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -15,11 +17,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PRELOAD = ["teacher_dump.dump", "teacher_dump.plan", "teacher_dump.engines.transformers_engine"]
-DEADLINE_SECONDS = 120
+PRELOAD += ["s3fs"]  # imports what each command with an s3:// URL would wait for
+DEADLINE_SECONDS = 300
+STEPS = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+"""Audit events of what changes names, or opens a file."""
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(PRELOAD)
@@ -38,13 +44,24 @@ class Result:
 class Command:
     """A command that runs: `python -m MODULE ARGUMENTS`."""
 
-    def __init__(self, module: str, *arguments: str, folder: Path | None = None) -> None:
-        """Start it, in `folder` if given."""
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        folder: Path | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> None:
+        """Start it, in `folder` if given; `first` is called in its process before the module."""
         self._output = Path(tempfile.mkdtemp())
         self._process = _server.Process(
-            target=_execute, args=(module, arguments, folder, self._output)
+            target=_execute, args=(module, arguments, folder, self._output, first)
         )
         self._process.start()
+
+    def kill_after(self, seconds: float) -> None:
+        """SIGKILL at this time from now, or let it end before."""
+        self._process.join(seconds)
+        self._process.kill()
 
     def signal_when(self, ready: Callable[[], bool], number: signal.Signals) -> None:
         """Send a signal once `ready` holds; it is asked while the process stands still."""
@@ -75,12 +92,56 @@ class Command:
         return Result(self._process.exitcode, *texts)
 
 
-def command(module: str, *arguments: str, folder: Path | None = None) -> Result:
+def command(
+    module: str,
+    *arguments: str,
+    folder: Path | None = None,
+    first: Callable[[], None] | None = None,
+) -> Result:
     """Run `python -m MODULE ARGUMENTS` to its end."""
-    return Command(module, *arguments, folder=folder).result()
+    return Command(module, *arguments, folder=folder, first=first).result()
 
 
-def _execute(module: str, arguments: tuple[str, ...], folder: Path | None, output: Path) -> None:
+def setting(environment: dict[str, str]) -> Callable[[], None]:
+    """What to do `first` in a command that is to have these environment variables."""
+    return functools.partial(_set, environment)
+
+
+def _set(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def end_before(number: int, prefix: str, how: signal.Signals = signal.SIGKILL) -> None:
+    """Signal this process before its `number`-th step on the names that start with `prefix`.
+
+    A step makes, renames or removes a file or folder, or opens one to write or to sync it; what
+    Arrow does in C++ is not seen. Made for `Command(first=...)`.
+    """
+    left = itertools.count(number - 1, -1)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in STEPS:
+            return
+        path = os.fspath(arguments[0]) if isinstance(arguments[0], str | Path) else ""
+        if event == "open":
+            is_step = "r" not in (arguments[1] or "")
+        else:
+            is_step = True
+            if arguments[-1] >= 0:  # relative to a folder that shutil.rmtree holds open
+                path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), path)
+        if is_step and path.startswith(prefix) and next(left) == 0:
+            os.kill(os.getpid(), how)
+
+    sys.addaudithook(watch)
+
+
+def _execute(
+    module: str,
+    arguments: tuple[str, ...],
+    folder: Path | None,
+    output: Path,
+    first: Callable[[], None] | None,
+) -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         file = os.open(output / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
@@ -90,4 +151,6 @@ def _execute(module: str, arguments: tuple[str, ...], folder: Path | None, outpu
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal
     torch.set_num_threads(1)
     sys.argv = [module, *arguments]
+    if first is not None:
+        first()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,7 +1,6 @@
-"""A cache is finished or absent, whole or refused: writer, reader, verify and damage."""
+"""A cache is finished or absent, whole or refused: writer, reader and verify."""
 
 import dataclasses
-import random
 import shutil
 import signal
 import subprocess
@@ -261,137 +260,7 @@ def test_a_killed_writer_publishes_nothing_and_a_rerun_completes(tmp_path: Path)
     assert verify(path).ok and not leftover.exists()
 
 
-# Damage
-
-
-def flips(size: int, count: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Random (offset, bit) of a file."""
-    generator = random.Random(seed)
-    return [(generator.randrange(size), generator.randrange(8)) for _ in range(count)]
-
-
-def damage(path: Path, offset: int, bit: int) -> Callable[[], None]:
-    """Flip one bit; returns what flips it back."""
-
-    def flip() -> None:
-        data = bytearray(path.read_bytes())
-        data[offset] ^= 1 << bit
-        path.write_bytes(data)
-
-    flip()
-    return flip
-
-
-UNREAD = (paths.segment(paths.PLAN), paths.record(0), paths.record(1))
-"""Files of a final cache that reading all its rows does not touch."""
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        (paths.shard(1), 60),
-        (paths.record(1), 40),
-        (paths.MANIFEST, 60),
-        (paths.segment(paths.PLAN), 40),
-        (paths.RECORD_INDEX, 40),
-    ],
-)
-def test_every_flipped_bit_is_found(name: str, count: int, copy: Path) -> None:
-    """Verify names the file of each; the reader never returns a number that it touched."""
-    path = copy / name
-    for offset, bit in flips(path.stat().st_size, count):
-        restore = damage(path, offset, bit)
-        problems = verify(copy).problems
-        assert problems and any(name in problem for problem in problems), (offset, bit)
-        # Reading rows touches neither plan nor commit records nor a shard's leading magic.
-        if name not in UNREAD and not (name == paths.shard(1) and offset < 4):
-            with pytest.raises(FormatError, match=path.name):
-                read_all(copy)
-        restore()
-    assert verify(copy).ok
-
-
-def test_a_flipped_bit_of_a_commit_record_stops_an_incomplete_cache(tmp_path: Path) -> None:
-    """Before the seal, the records beside the shards are what is read."""
-    shards = caches.random_shards(SETTINGS)
-    writer = caches.start_cache(tmp_path / "cache", SETTINGS, shards)
-    caches.write_shard(writer, 0, shards[0])
-    path = tmp_path / "cache" / paths.record(0)
-    for offset, bit in flips(path.stat().st_size, 40):
-        restore = damage(path, offset, bit)
-        for touch in (lambda: read_all(tmp_path / "cache"), lambda: list(writer.committed())):
-            with pytest.raises(FormatError, match=path.name):
-                touch()
-        assert any(path.name in problem for problem in verify(tmp_path / "cache").problems)
-        restore()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        paths.shard(0),
-        paths.record(0),
-        paths.MANIFEST,
-        paths.segment(paths.PLAN),
-        paths.RECORD_INDEX,
-    ],
-)
-def test_truncated_and_deleted_files_are_found(name: str, copy: Path) -> None:
-    """Cut at any place, emptied, grown or gone."""
-    path = copy / name
-    whole = path.read_bytes()
-    for data in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0", None):
-        if data is None:
-            path.unlink()
-        else:
-            path.write_bytes(data)
-        problems = verify(copy).problems
-        assert any(name in problem for problem in problems), problems
-        # A reader asks for byte ranges: what grew behind them does not change what it reads.
-        if name not in UNREAD and not (name == paths.shard(0) and data == whole + b"\0"):
-            with pytest.raises(FormatError, match=path.name):
-                read_all(copy)
-    path.write_bytes(whole)
-    assert verify(copy).ok
-
-
-def swap(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
-    other.write_bytes(first)
-
-
-def test_swapped_shards_are_found(copy: Path) -> None:
-    """With or without their records."""
-    swap(copy / paths.shard(0), copy / paths.shard(1))
-    assert {Path(p.split()[0]).name for p in verify(copy).problems} == {
-        "part-000000.parquet",
-        "part-000001.parquet",
-    }
-    with pytest.raises(FormatError, match=r"part-000000\.parquet is damaged"):
-        read_all(copy)
-    swap(copy / paths.record(0), copy / paths.record(1))
-    assert any("part-000000.json differs from the sealed" in p for p in verify(copy).problems)
-    with pytest.raises(FormatError, match="is damaged"):
-        read_all(copy)
-
-
-def test_a_shard_of_another_cache_is_found(copy: Path, tmp_path: Path) -> None:
-    """Same plan, same shapes, other numbers: sealed or not, it does not belong."""
-    other = dataclasses.replace(SETTINGS, precision="f16")
-    caches.write_cache(tmp_path / "other", other, caches.random_shards(other))
-    shards = caches.random_shards(SETTINGS)
-    writer = caches.start_cache(tmp_path / "started", SETTINGS, shards)
-    (tmp_path / "started" / paths.SHARDS).mkdir()
-    for name in (paths.shard(0), paths.record(0)):
-        shutil.copy(tmp_path / "other" / name, copy / name)
-        shutil.copy(tmp_path / "other" / name, tmp_path / "started" / name)
-    assert any(paths.shard(0) in problem for problem in verify(copy).problems)
-    with pytest.raises(FormatError, match=r"part-000000\.parquet"):
-        read_all(copy)
-    for touch in (lambda: list(writer.committed()), lambda: read_all(tmp_path / "started")):
-        with pytest.raises(FormatError, match=r"shard 0 of cache .* expected shard 0 of cache"):
-            touch()
+# What verify names; damage to every file is in test_corruption.py
 
 
 def test_a_missing_or_damaged_tokenizer_file_is_found(tmp_path: Path) -> None:
@@ -411,19 +280,6 @@ def test_a_missing_or_damaged_tokenizer_file_is_found(tmp_path: Path) -> None:
     assert "tokenizer/vocab.json is damaged" in verify(tmp_path).problems[0]
     (tmp_path / "tokenizer/vocab.json").unlink()
     assert "tokenizer/vocab.json is missing" in verify(tmp_path).problems[0]
-
-
-def test_totals_are_checked_against_the_records(copy: Path) -> None:
-    """Every sum in the manifest, behind a good checksum."""
-    store = Store(copy)
-    manifest = store.read_json(paths.MANIFEST)
-    for name, value in manifest["totals"].items():
-        store.publish_json(
-            paths.MANIFEST, {**manifest, "totals": {**manifest["totals"], name: value + 1}}
-        )
-        assert [p.split(": ")[1] for p in verify(copy).problems] == [
-            "totals are not the sums over the records"
-        ], name
 
 
 def test_files_that_belong_to_nothing_are_named(copy: Path) -> None:
