@@ -2,6 +2,7 @@
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make check       format, lint, types, import contracts
+# make bench-peers install the loaders that benchmarks/bench_stream.py compares with
 # make demo-teacher  train the demo's teacher again (about an hour)
 
 PYTHON ?= python3
@@ -15,11 +16,11 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 PIP_QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-teacher test test-main test-slow test-vllm check format setup setup-vllm clean
+.PHONY: demo demo-teacher test test-main test-slow test-vllm check format bench-peers setup setup-vllm clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 setup: $(VENV)/.installed
 setup-vllm: $(VENV_VLLM)/.installed
@@ -64,6 +65,9 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+bench-peers: $(VENV)/.installed
+	$(VENV)/bin/pip install $(PIP_QUIET) --no-deps --upgrade --target build/bench-peers --requirement requirements/bench-peers.txt
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
