@@ -2,6 +2,7 @@
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make check       format, lint, types, import contracts
+# make docs        build the documentation into site/, warnings are errors
 # make bench-peers install the loaders that benchmarks/bench_stream.py compares with
 # make demo-teacher  train the demo's teacher again (about an hour)
 
@@ -16,11 +17,11 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 PIP_QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-teacher test test-main test-slow test-vllm check format bench-peers setup setup-vllm clean
+.PHONY: demo demo-teacher test test-main test-slow test-vllm check docs format bench-peers setup setup-vllm setup-browser clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 setup: $(VENV)/.installed
 setup-vllm: $(VENV_VLLM)/.installed
@@ -68,6 +69,19 @@ check: $(VENV)/.installed
 
 bench-peers: $(VENV)/.installed
 	$(VENV)/bin/pip install $(PIP_QUIET) --no-deps --upgrade --target build/bench-peers --requirement requirements/bench-peers.txt
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/pip install $(PIP_QUIET) --constraint requirements/constraints.txt --editable '.[docs]'
+	@touch $@
+
+# The page of `inspect --html` is rendered in a test where a Chromium is found.
+setup-browser:
+	@command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core; } >/dev/null || \
+	  echo "no Chromium here: its test is left out"
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .

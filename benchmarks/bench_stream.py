@@ -222,7 +222,7 @@ def collate(batch: list[dict[str, Any]]) -> int:
         ids[row, : len(sequence)] = sequence
     mask = np.arange(ids.shape[1]) < np.array([[len(sequence)] for sequence in tokens])
     tensors = [torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))]
-    for name, dtype in (("lo", "<i2"), ("codes", "u1"), ("scalars", "<f4")):
+    for name, dtype in (("lo", "u1"), ("codes", "u1"), ("scalars", "<f4")):
         parts = [np.frombuffer(sample[name], dtype) for sample in batch]
         tensors.append(torch.from_numpy(np.concatenate(parts)))
     return len(tensors[-1]) // 2
@@ -296,7 +296,7 @@ def stored(reader: CacheReader) -> Iterator[Sample]:
             scalars = np.stack([rows.log_tail[0][targets], rows.label_logprob[targets]])
             yield {
                 "tokens": tokens.tobytes(),
-                "lo": rows.topk_lo[targets].tobytes(),
+                "lo": rows.topk_lo[targets].tobytes() + rows.topk_mid[targets].tobytes(),
                 "codes": rows.topk_logprob[targets].tobytes(),
                 "scalars": scalars.tobytes(),
             }
@@ -306,7 +306,7 @@ def write_arrays(folder: Path, reader: CacheReader) -> None:
     width = reader.manifest.layout.slots
     columns: dict[str, list[np.ndarray]] = {"lo": [], "codes": [], "scalars": []}
     for sample in stored(reader):
-        columns["lo"].append(np.frombuffer(sample["lo"], "<i2").reshape(-1, width))
+        columns["lo"].append(np.frombuffer(sample["lo"], "u1").reshape(-1, 2 * width))
         columns["codes"].append(np.frombuffer(sample["codes"], "u1").reshape(-1, width))
         columns["scalars"].append(np.frombuffer(sample["scalars"], "<f4").reshape(2, -1).T)
     for name, parts in columns.items():

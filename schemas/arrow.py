@@ -11,8 +11,10 @@ import pyarrow as pa
 PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 """Bytes per kept log prob before compression."""
 
+ID_FORMS = ("planes", "lo16")
+"""planes: a column of K bytes for each byte of an id. lo16: the low two of them interleaved."""
 WIDE_VOCAB = 65_536
-"""Ids above this need a third byte, stored apart in `topk_hi`."""
+"""Ids from here on need a third byte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class Layout:
     """Whether the number of kept entries varies per target."""
     has_draws: bool
     """Whether entries carry draw counts."""
+    ids: str = "planes"
+    """How ids are stored: one of ID_FORMS."""
     code: CompactCode = CompactCode()
     """The curve of `compact`; without effect on the other precisions."""
 
@@ -85,8 +89,11 @@ def shard_schema(layout: Layout) -> pa.Schema:
         ("position", pa.int32()),
         ("token_id", pa.int32()),
         ("is_target", pa.bool_()),
-        ("topk_lo", pa.binary(2 * layout.slots)),
     ]
+    if layout.ids == "lo16":
+        columns.append(("topk_lo", pa.binary(2 * layout.slots)))
+    else:
+        columns += [(name, pa.binary(layout.slots)) for name in ("topk_lo", "topk_mid")]
     if layout.wide:
         columns.append(("topk_hi", pa.binary(layout.slots)))
     columns.append(("topk_logprob", pa.binary(layout.logprob_bytes)))

@@ -8,11 +8,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.arrow import PRECISIONS, CompactCode, Layout
+from schemas.arrow import ID_FORMS, PRECISIONS, CompactCode, Layout
 from schemas.strict import FormatError, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
-"""What is written. Version 1, which is read too, is version 2 without the field `compact`."""
+"""What is written. Version 1, which is read too, is version 2 without `ids` and `compact`."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
 METHODS = ("topk", "topp", "sample", "topk+sample")
 
@@ -199,6 +199,8 @@ class Manifest:
     precision: str
     compact: CompactCode | None
     """The curve of the codes, if `precision` is compact."""
+    ids: str
+    """planes | lo16: how kept ids are stored."""
     source: dict[str, Any]
     """Where the records came from, with content hashes."""
     sequences: dict[str, Any]
@@ -216,6 +218,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        if self.ids not in ID_FORMS:
+            raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
         if (self.compact is not None) != (self.precision == "compact"):
             raise ValueError(f"precision {self.precision} with compact {self.compact}")
         check_temperatures(self.temperatures)
@@ -251,6 +255,7 @@ class Manifest:
             temperatures=temperatures,
             precision=precision,
             compact=CompactCode() if precision == "compact" else None,
+            ids="planes",
             source=source,
             sequences=sequences,
             num_shards=0,
@@ -273,7 +278,7 @@ class Manifest:
         """The fields as this manifest's format version writes them."""
         fields = to_json(self)
         if self.format_version == 1:
-            del fields["compact"]
+            del fields["compact"], fields["ids"]
         return fields
 
     def upgraded(self) -> "Manifest":
@@ -296,6 +301,7 @@ class Manifest:
             temperatures=self.temperatures,
             has_num_kept=self.truncation.method != "topk",
             has_draws=self.truncation.sampled,
+            ids=self.ids,
             code=self.compact or CompactCode(),
         )
 
@@ -309,10 +315,14 @@ class Manifest:
                 f"1 to {FORMAT_VERSION}. A newer cache needs a newer release of decant."
             )
         if version == 1:
-            if "compact" in data:
-                raise FormatError(f"{where}: fields of Manifest: unknown compact in version 1")
+            later = sorted({"compact", "ids"} & set(data))
+            if later:
+                raise FormatError(
+                    f"{where}: fields of Manifest: unknown {', '.join(later)} in version 1"
+                )
             compact = data.get("precision") == "compact"
-            data = {**data, "compact": to_json(VERSION_1_CODE) if compact else None}
+            code = to_json(VERSION_1_CODE) if compact else None
+            data = {**data, "compact": code, "ids": "lo16"}
         return from_json(Manifest, data, where)
 
 

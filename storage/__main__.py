@@ -1,10 +1,11 @@
-"""`python -m storage inspect|verify|export|import|migrate`: see `--help` of each."""
+"""`python -m storage inspect|head|diff|verify|export|import|migrate`: see `--help` of each."""
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,20 +18,47 @@ DESCRIPTION = """Look at caches of teacher distributions, and exchange them with
 
   python -m storage inspect caches/demo              size, retained mass, teacher quality
   python -m storage inspect caches/demo --json | jq .bytes_per_target
+  python -m storage head caches/demo                 the first targets in context
+  python -m storage diff caches/demo caches/other    two teachers, two k, two precisions
   python -m storage verify caches/demo && echo whole
   python -m storage verify s3://bucket/caches/demo   any fsspec URL works
   python -m storage export caches/demo exported      plain lists, as Parquet
   python -m storage import dump.parquet caches/new --format distillkit --teacher NAME ...
 
-Nothing here writes to a cache that exists. --debug, anywhere, shows the traceback of an error.
+Nothing here changes a cache that exists; inspect keeps its figures beside it, in stats/.
+--debug, anywhere, shows the traceback of an error.
 """
 INSPECT = """What a cache holds and how good it is, from one pass over all of it.
 
   python -m storage inspect caches/demo
+  python -m storage inspect caches/demo --html demo.html       one page that opens from disk
   python -m storage inspect caches/demo --json > demo.json
+  python -m storage inspect caches/large --sample 0.05         a twentieth of it: estimates
+  python -m storage inspect caches/large --sample 20 --seed 1  20 row groups
 
 Works while a dump is still running: then it reports the shards committed so far and says so.
-The keys of --json are listed in docs/format.md. Exit code 0, or 2 if there is no readable cache.
+The figures of a complete cache in a directory are kept in its stats/ and shown at once the next
+time; they count only as long as the cache is the same. The keys of --json are listed in
+docs/format.md. Exit code 0, or 2 if there is no readable cache.
+"""
+HEAD = """The first targets of a sequence: context, actual token, the teacher's top entries, tail.
+
+  python -m storage head caches/demo
+  python -m storage head caches/demo --sequence 17 --targets 30
+  python -m storage head caches/demo --sample doc-000123
+
+Texts come from the tokenizer in the cache; without one, ids are shown as #123. The table is as wide
+as a terminal of 100 columns; --json has every entry that --entries asks for. Exit code 0, or 2 with
+one line of why not.
+"""
+DIFF = """How far apart two caches of the same sequences are: two teachers, two k, two precisions.
+
+  python -m storage diff caches/teacher-a caches/teacher-b
+  python -m storage diff caches/f32 caches/compact --json | jq .temperatures[0].kl_ab.mean
+
+Both must be complete and hold the same tokens in the same order. KL is over the ids that both keep
+and one bucket for all others, so it is at most the KL over the vocabulary. Exit code 0 however much
+they differ, or 2 with one line of why they cannot be compared.
 """
 VERIFY = """Is a cache whole? Every byte is hashed, every row group decoded, every value checked.
 
@@ -91,18 +119,85 @@ Run it again to complete what was interrupted. Exit code 0, or 2 with one line o
 
 
 def _inspect_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
+    _verify_arguments(command)
+    command.add_argument("--html", metavar="FILE", help="write one self-contained page as well")
+    command.add_argument(
+        "--sample",
+        type=_sample,
+        metavar="FRACTION_OR_N",
+        help="look at this share of the row groups, or this many, chosen at random",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+
+
+def _sample(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1 and not (value >= 1 and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1 nor a whole number")
+    return value
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from storage.inspect import inspect, report_text
 
     _refuse_missing(options.url)
+    if options.seed and options.sample is None:
+        raise ValueError("--seed has no effect without --sample")
     with _bar("inspect", "row groups") as progress:
-        report = inspect(options.url, progress)
+        report = inspect(options.url, progress, sample=options.sample, seed=options.seed, keep=True)
+    if options.html:
+        from storage.report_html import report_html
+
+        file = Path(options.html)
+        Store(file.parent).publish(file.name, report_html(report).encode())
     print(_json(to_json(report)) if options.json else report_text(report))
     return cli.DONE
+
+
+def _head_arguments(command: argparse.ArgumentParser) -> None:
+    _verify_arguments(command)
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--sequence", type=int, metavar="N", help="by its index in the plan")
+    which.add_argument("--sample", metavar="ID", help="the first sequence of this sample id")
+    command.add_argument("--targets", type=int, default=10, metavar="M", help="default: 10")
+    command.add_argument("--entries", type=int, default=8, metavar="M", help="default: 8")
+
+
+def _head(options: argparse.Namespace) -> int:
+    from storage.head import head, head_text
+
+    _refuse_missing(options.url)
+    targets = head(
+        options.url,
+        sequence=options.sequence,
+        sample=options.sample,
+        targets=options.targets,
+        entries=options.entries,
+    )
+    print(_json(to_json(targets)) if options.json else head_text(targets))
+    return cli.DONE
+
+
+def _diff_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url_a", metavar="A", help="a cache: a directory or an fsspec URL")
+    command.add_argument("url_b", metavar="B", help="another cache of the same sequences")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from storage.diff import diff, diff_text
+
+    _refuse_missing(options.url_a)
+    _refuse_missing(options.url_b)
+    with _bar("diff", "sequences") as progress:
+        found = diff(options.url_a, options.url_b, progress)
+    print(_json(to_json(found)) if options.json else diff_text(found))
+    return cli.DONE
+
+
+def _verify_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -243,7 +338,9 @@ class _Command:
 
 COMMANDS = {
     "inspect": _Command(INSPECT, _inspect_arguments, _inspect),
-    "verify": _Command(VERIFY, _inspect_arguments, _verify),
+    "head": _Command(HEAD, _head_arguments, _head),
+    "diff": _Command(DIFF, _diff_arguments, _diff),
+    "verify": _Command(VERIFY, _verify_arguments, _verify),
     "export": _Command(EXPORT, _export_arguments, _export),
     "import": _Command(IMPORT, _import_arguments, _import),
     "migrate": _Command(MIGRATE, _migrate_arguments, _migrate),

@@ -62,10 +62,12 @@ class StoredRows:
     """[R] as stored."""
     token_id: NDArray[np.int32]
     """[R]."""
-    topk_lo: NDArray[np.uint16]
-    """[R, K]."""
+    topk_lo: NDArray[np.uint8]
+    """[R, K] lowest byte of the kept ids."""
+    topk_mid: NDArray[np.uint8]
+    """[R, K] second byte."""
     topk_hi: NDArray[np.uint8] | None
-    """[R, K] where ids need three bytes."""
+    """[R, K] third byte, where ids need it."""
     topk_logprob: NDArray
     """[R, K] float32, float16 or uint8: log probs or steps of compact codes."""
     num_kept: NDArray[np.uint16] | None
@@ -176,10 +178,14 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         "token_id": np.concatenate([s.input_ids for s in sequences]),
         "is_target": is_target,
-        "topk_lo": blob((kept & 0xFFFF).astype("<u2")),
         "topk_logprob": blob(encode_logprobs(logprobs, used, layout.precision, layout.code)),
         "label_logprob": scatter(np.concatenate([s.label_logprob for s in sequences])),
     }
+    if layout.ids == "lo16":
+        columns["topk_lo"] = blob((kept & 0xFFFF).astype("<u2"))
+    else:
+        columns["topk_lo"] = blob(kept.astype(np.uint8))  # the low byte of each
+        columns["topk_mid"] = blob((kept >> 8).astype(np.uint8))
     if layout.wide:
         columns["topk_hi"] = blob((kept >> 16).astype(np.uint8))
     if layout.has_num_kept:
@@ -217,8 +223,13 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         array = table.column(name).combine_chunks()
         width = array.type.byte_width
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
-        return data.view(dtype).reshape(num_rows, layout.slots)
+        return data.view(dtype).reshape(num_rows, -1)
 
+    if layout.ids == "lo16":
+        both = blob("topk_lo", "u1")
+        topk_lo, topk_mid = both[:, 0::2], both[:, 1::2]
+    else:
+        topk_lo, topk_mid = blob("topk_lo", "u1"), blob("topk_mid", "u1")
     return StoredRows(
         sequence=sequence[row_starts[:-1]],
         sample_ids=sample_column.take(pa.array(row_starts[:-1])).to_pylist(),
@@ -228,7 +239,8 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         is_target=is_target,
         position=_column(table, "position"),
         token_id=_column(table, "token_id"),
-        topk_lo=blob("topk_lo", "<u2"),
+        topk_lo=topk_lo,
+        topk_mid=topk_mid,
         topk_hi=blob("topk_hi", "u1") if layout.wide else None,
         topk_logprob=blob("topk_logprob", STORED_LOGPROB[layout.precision]),
         num_kept=_column(table, "num_kept") if layout.has_num_kept else None,
@@ -248,8 +260,10 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         out = empty((n, values.shape[1]), values.dtype)
         return values.take(targets, axis=0, out=out, mode="clip")
 
+    pairs = empty((n, layout.slots, 2), np.uint8)
+    pairs[:, :, 0], pairs[:, :, 1] = taken(stored.topk_lo), taken(stored.topk_mid)
     token_ids = empty((n, layout.slots), np.int32)
-    token_ids[:] = taken(stored.topk_lo)
+    token_ids[:] = pairs.view("<u2")[:, :, 0]
     if stored.topk_hi is not None:
         high = empty(token_ids.shape, np.int32)
         high[:] = taken(stored.topk_hi)

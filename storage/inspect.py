@@ -1,141 +1,129 @@
 """What a cache holds and how good it is: one pass over the row groups, in bounded memory.
 
-Knows nothing of models: everything is computed from what is stored. Quantiles come from KLL
-sketches (exact up to 2,000 values, then within 0.2% of the rank); means are exact.
-`docs/format.md` lists the keys of the JSON form.
+Knows nothing of models: everything is computed from what is stored. Row groups are read by threads
+(numpy and Arrow let go of the interpreter) and their statistics merged in plan order. The figures
+of a final cache can be kept beside its manifest, under a key that its content decides.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from datasketches import kll_floats_sketch
 from numpy.typing import NDArray
 
-from schemas import TeacherInfo, Truncation
-from storage.codec import Rows, empty
+from schemas import FormatError, Manifest, from_json, to_json
+from storage import paths
+from storage.files import Store
+from storage.index import RowGroupRef, ShardIndex
 from storage.reader import CacheReader
+from storage.report import (
+    RANKS,
+    AtTemperature,
+    DumpSpeed,
+    Report,
+    Sample,
+    Spread,
+    WorkerSpeed,
+)
+from storage.report_text import report_text
+from storage.statistics import Statistics, bucket_entropy
+from storage.targets import read_tokenizer, with_texts
+from storage.truncation_cost import TOLERANCE
 
-SKETCH_SIZE = 2000
-"""Of a KLL sketch: a rank error of 0.14%."""
-FLOOR = np.float32(-1e4)
-"""Log probs below it count as this, so that 0 log 0 is 0."""
-RANKS = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
+__all__ = [
+    "RANKS",
+    "AtTemperature",
+    "Report",
+    "Spread",
+    "bucket_entropy",
+    "inspect",
+    "report_text",
+]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """The distribution of one quantity: extremes, quantiles (smallest value at a rank), mean."""
-
-    min: float
-    p01: float
-    p05: float
-    p25: float
-    p50: float
-    p75: float
-    p95: float
-    p99: float
-    max: float
-    mean: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AtTemperature:
-    """What is kept of the teacher's distributions at one stored temperature."""
-
-    temperature: float
-    retained_mass: Spread
-    """1 - exp(log tail) of each target."""
-    teacher_entropy: Spread
-    """Nats, over the kept entries and the tail as one bucket: at most the full entropy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What `inspect` found; everything but the plan's numbers counts committed shards only."""
-
-    url: str
-    complete: bool
-    """Whether every planned shard is committed and the cache is sealed."""
-    cache_id: str
-    format_version: int
-    teacher: TeacherInfo
-    tokenizer_fingerprint: str
-    """Empty when the source was ready ids without a tokenizer."""
-    shared_vocab_size: int
-    truncation: Truncation
-    precision: str
-    source: dict[str, Any]
-    planned_shards: int
-    planned_targets: int
-    shards: int
-    sequences: int
-    tokens: int
-    targets: int
-    sequence_length: Spread | None
-    """Tokens per sequence; this and all below is None without targets."""
-    bytes: int
-    """Of the shard files."""
-    bytes_per_target: float | None
-    column_bytes: dict[str, int]
-    """Compressed bytes of each column; what `bytes` has beyond their sum are the footers."""
-    dense_fp16_bytes: int
-    """2 V bytes per target: what fp16 logits would take."""
-    times_smaller: float | None
-    """`dense_fp16_bytes / bytes`."""
-    num_kept: Spread | None
-    """Entries per target."""
-    temperatures: tuple[AtTemperature, ...]
-    """One for each stored temperature, in the manifest's order; empty without targets."""
-    teacher_ce: float | None
-    """Cross-entropy of the teacher on the data's own next tokens: mean of -label_logprob, nats."""
-    teacher_perplexity: float | None
-    """exp(teacher_ce)."""
-    top1_agreement: float | None
-    """Share of targets whose most probable kept entry is the actual token."""
-    label_kept: float | None
-    """Share of targets whose actual token is among the kept entries."""
-    kl_error_mean: float | None
-    """KL(scored || decoded) as measured while writing, nats; mean over targets."""
-    kl_error_max: float | None
-    dump_seconds: float
-    """Wall time summed over shards."""
-    targets_per_second: float | None
-    """`targets / dump_seconds`: the rate of one worker."""
-    workers: int
-    """Processes that committed shards."""
+VERSION = 1
+"""Of the figures: one more whenever a value or key changes, so that kept ones are not used."""
+MAX_RATES, MAX_WORKERS = 60, 32
 
 
 def inspect(
-    url: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    url: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    sample: float | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    keep: bool = False,
 ) -> Report:
-    """Look at every committed row group of a cache, complete or not.
+    """Look at the committed row groups of a cache, complete or not.
 
-    `progress` is called with (row groups done, row groups in all). Raises FormatError if the
-    cache is absent or damaged.
+    `progress` is called with (row groups done, row groups in all). `sample` looks at some row
+    groups only, chosen by `seed`: a number of them, or a share if below 1. `workers` threads read,
+    by default one for each core. With `keep`, a complete report of a final cache is taken from the
+    cache or put there, if it is a directory that can be written to. Raises FormatError if the cache
+    is absent or damaged, ValueError for a sample that is none.
     """
     reader = CacheReader(url, allow_incomplete=True)
-    manifest, records = reader.manifest, reader.records
-    totals = _Totals(manifest.temperatures)
+    key = _key(reader.manifest) if keep and sample is None else None
+    if key and (kept := _read_kept(Store(url), key, str(url))):
+        return kept
+    chosen = _chosen(len(reader.row_groups()), sample, seed)
+    report = _report(str(url), reader, chosen, seed, progress, workers or os.cpu_count() or 1)
+    if key:
+        _keep(Store(url), key, report)
+    return report
+
+
+def _chosen(count: int, sample: float | None, seed: int) -> NDArray[np.intp] | None:
+    """The row groups to look at, ascending; None for all."""
+    if sample is None:
+        return None
+    if sample <= 0 or (sample > 1 and sample != int(sample)):
+        raise ValueError(
+            f"sample {sample:g} is neither a share between 0 and 1 nor a number of row groups"
+        )
+    size = math.ceil(sample * count) if sample < 1 else int(sample)
+    if size >= count:
+        return None
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
+
+
+def _report(
+    url: str,
+    reader: CacheReader,
+    chosen: NDArray[np.intp] | None,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+    workers: int,
+) -> Report:
+    manifest, totals, groups = reader.manifest, reader.index.totals(), reader.row_groups()
+    order = range(len(groups)) if chosen is None else chosen.tolist()
+    statistics = Statistics(manifest)
     column_bytes: dict[str, int] = {}
-    groups = reader.row_groups()
-    for done, group in enumerate(groups):
-        for name, size in reader.column_bytes(group).items():
+    refs = (groups[i] for i in order)
+    for done, (part, sizes) in enumerate(_parts(reader, refs, workers)):
+        statistics.merge(part)
+        for name, size in sizes.items():
             column_bytes[name] = column_bytes.get(name, 0) + size
-        totals.add(reader.read(group))
         if progress:
-            progress(done + 1, len(groups))
-    targets = sum(r.targets for r in records)
-    size = sum(r.bytes for r in records)
-    seconds = sum(r.seconds for r in records)
+            progress(done + 1, len(order))
+    if chosen is not None:  # the records know the bytes of every row group
+        scale = _data_bytes(reader.index) / max(sum(column_bytes.values()), 1)
+        column_bytes = {name: round(scale * size) for name, size in column_bytes.items()}
+    tokenizer = read_tokenizer(Store(url)) if statistics.worst else None
+    worst = with_texts(statistics.worst, tokenizer) if tokenizer else statistics.worst
+    duplicates, duplicates_exact = statistics.hashes.duplicates()
+    curve = statistics.truncation_curve()
+    records, targets, seen = reader.index.table, totals.targets, statistics.targets
     dense = 2 * manifest.shared_vocab_size * targets
-    teacher_ce = _ratio(totals.label_nats, targets)
-    kl_error = sum(r.kl_error_mean * r.targets for r in records)
+    teacher_ce = _ratio(statistics.label_nats, seen)
+    kl_error = _column(reader.index, "kl_error_mean") @ _column(reader.index, "targets")
     return Report(
-        url=str(url),
+        url=url,
         complete=manifest.is_final,
         cache_id=manifest.cache_id,
         format_version=manifest.format_version,
@@ -147,206 +135,135 @@ def inspect(
         source=manifest.source,
         planned_shards=manifest.num_shards,
         planned_targets=manifest.num_targets,
-        shards=len(records),
-        sequences=sum(r.num_sequences for r in records),
-        tokens=sum(r.rows for r in records),
+        shards=totals.shards,
+        sequences=totals.sequences,
+        tokens=totals.tokens,
         targets=targets,
-        sequence_length=totals.length.result(),
-        bytes=size,
-        bytes_per_target=_ratio(size, targets),
+        sample=None
+        if chosen is None
+        else Sample(row_groups=len(chosen), of_row_groups=len(groups), targets=seen, seed=seed),
+        sequence_length=statistics.length.result(),
+        sequence_length_histogram=statistics.length.histogram() if targets else None,
+        duplicate_sequences=duplicates if chosen is None else None,
+        duplicates_exact=chosen is None and duplicates_exact,
+        bytes=totals.bytes,
+        bytes_per_target=_ratio(totals.bytes, targets),
         column_bytes=column_bytes,
         dense_fp16_bytes=dense,
-        times_smaller=_ratio(dense, size),
-        num_kept=totals.num_kept.result(),
-        temperatures=totals.at_temperatures(),
+        times_smaller=_ratio(dense, totals.bytes),
+        num_kept=statistics.num_kept.result(),
+        ids_kept=int(statistics.is_kept.sum()),
+        ids_in_data=int(statistics.is_in_data.sum()),
+        temperatures=statistics.at_temperatures(),
+        worst_targets=tuple(worst),
         teacher_ce=teacher_ce,
         teacher_perplexity=None if teacher_ce is None or teacher_ce > 700 else math.exp(teacher_ce),
-        top1_agreement=_ratio(totals.top1, targets),
-        label_kept=_ratio(totals.label_kept, targets),
-        kl_error_mean=_ratio(kl_error, targets),
-        kl_error_max=max((r.kl_error_max for r in records), default=None),
-        dump_seconds=seconds,
-        targets_per_second=_ratio(targets, seconds),
-        workers=len({r.worker for r in records}),
+        top1_agreement=_ratio(statistics.top1, seen),
+        label_kept=_ratio(statistics.label_kept, seen),
+        top1_probability=statistics.top1_probability.result(),
+        calibration_error=statistics.calibration_error(),
+        reliability=statistics.reliability_bins(),
+        truncation_curve=curve,
+        recommended_k=next((at.k for at in curve if at.fkl <= TOLERANCE), None),
+        beyond_k=_ratio(statistics.curve.beyond, seen) if curve else None,
+        akl_head_size=statistics.akl_head.result(),
+        akl_inexact=_ratio(statistics.akl_inexact, seen),
+        kl_error_mean=_ratio(float(kl_error), targets),
+        kl_error_max=float(_column(reader.index, "kl_error_max").max()) if len(records) else None,
+        dump_seconds=totals.seconds,
+        targets_per_second=_ratio(targets, totals.seconds),
+        workers=len(records.column("worker").unique()),
+        dump_speed=_dump_speed(reader.index),
     )
 
 
-def bucket_entropy(
-    logprobs: NDArray[np.float32],
-    log_z: NDArray[np.float32],
-    log_tail: NDArray[np.float32],
-    temperature: float,
-) -> NDArray[np.float32]:
-    """[n] entropy of p_T in nats with everything that is not kept as one class.
+def _parts(
+    reader: CacheReader, refs: Iterator[RowGroupRef], workers: int
+) -> Iterator[tuple[Statistics, dict[str, int]]]:
+    """The statistics and column bytes of each row group, in order, a few ahead of the caller."""
 
-    -sum_kept p_T log p_T - r log r, where log p_T = logprobs / T - log_z and r = exp(log_tail);
-    the entropy over the vocabulary is larger by r times the entropy inside the tail.
-    """
-    shape = logprobs.shape
-    log_p = np.divide(logprobs, np.float32(temperature), out=empty(shape, np.float32))
-    log_p -= log_z[:, None]
-    p = np.exp(log_p, out=empty(shape, np.float32))
-    kept = np.einsum("nk,nk->n", p, np.maximum(log_p, FLOOR, out=log_p))
-    return -(kept + np.exp(log_tail) * np.maximum(log_tail, FLOOR))
+    def part(ref: RowGroupRef) -> tuple[Statistics, dict[str, int]]:
+        statistics = Statistics(reader.manifest)
+        statistics.add(reader.read(ref))
+        return statistics, reader.column_bytes(ref)
 
-
-class _Quantity:
-    """A stream of values of one quantity: a sketch of their ranks and their exact sum."""
-
-    def __init__(self) -> None:
-        self._sketch, self._sum = kll_floats_sketch(SKETCH_SIZE), 0.0
-
-    def add(self, values: NDArray) -> None:
-        self._sketch.update(np.ascontiguousarray(values, np.float32))
-        self._sum += float(values.sum(dtype=np.float64))
-
-    def result(self) -> Spread | None:
-        sketch = self._sketch
-        if sketch.is_empty():
-            return None
-        quantiles = sketch.get_quantiles(list(RANKS.values()), True)
-        return Spread(
-            min=sketch.get_min_value(),
-            max=sketch.get_max_value(),
-            mean=self._sum / sketch.n,
-            **dict(zip(RANKS, quantiles, strict=True)),
-        )
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[tuple[Statistics, dict[str, int]]]] = deque()
+        try:
+            for ref in refs:
+                ahead.append(pool.submit(part, ref))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
-class _Totals:
-    """Everything that is summed or sketched over the rows."""
+def _dump_speed(index: ShardIndex) -> DumpSpeed:
+    """From the commit records, which are in shard order."""
+    targets, seconds = _column(index, "targets"), _column(index, "seconds")
+    runs = np.array_split(np.arange(len(index)), min(MAX_RATES, len(index)) or 1)
+    rates = [_ratio(float(targets[run].sum()), float(seconds[run].sum())) for run in runs]
+    names, worker = np.unique(index.table.column("worker").to_pylist(), return_inverse=True)
+    shards = np.bincount(worker, minlength=len(names))
+    worker_targets = np.bincount(worker, targets, len(names))
+    worker_seconds = np.bincount(worker, seconds, len(names))
+    return DumpSpeed(
+        shard_rates=tuple(rate or 0.0 for rate in rates) if len(index) else (),
+        by_worker=tuple(
+            WorkerSpeed(
+                worker=str(names[i]),
+                shards=int(shards[i]),
+                targets=int(worker_targets[i]),
+                seconds=float(worker_seconds[i]),
+                targets_per_second=_ratio(float(worker_targets[i]), float(worker_seconds[i])),
+            )
+            for i in np.argsort(-worker_targets, kind="stable")[:MAX_WORKERS]
+        ),
+    )
 
-    def __init__(self, temperatures: tuple[float, ...]) -> None:
-        self._temperatures = temperatures
-        self._mass = [_Quantity() for _ in temperatures]
-        self._entropy = [_Quantity() for _ in temperatures]
-        self.length, self.num_kept = _Quantity(), _Quantity()
-        self.label_nats = 0.0
-        self.top1 = self.label_kept = 0
 
-    def add(self, rows: Rows) -> None:
-        self.length.add(np.diff(rows.row_starts))
-        self.num_kept.add((rows.token_ids >= 0).sum(axis=1))
-        for i, temperature in enumerate(self._temperatures):
-            log_z, log_tail = rows.log_z[:, i], rows.log_tail[:, i]
-            self._mass[i].add(-np.expm1(np.minimum(log_tail, 0)))
-            self._entropy[i].add(bucket_entropy(rows.logprobs, log_z, log_tail, temperature))
-        self.label_nats -= float(rows.label_logprob.sum(dtype=np.float64))
-        labels = rows.labels
-        self.top1 += int((rows.token_ids[:, 0] == labels).sum())
-        self.label_kept += int((rows.token_ids == labels[:, None]).sum())
+# Figures kept in the cache
 
-    def at_temperatures(self) -> tuple[AtTemperature, ...]:
-        found = []
-        for i, temperature in enumerate(self._temperatures):
-            mass, entropy = self._mass[i].result(), self._entropy[i].result()
-            if mass is not None and entropy is not None:
-                found.append(
-                    AtTemperature(
-                        temperature=temperature, retained_mass=mass, teacher_entropy=entropy
-                    )
-                )
-        return tuple(found)
+
+def _key(manifest: Manifest) -> dict[str, Any] | None:
+    """What decides every figure; None while the cache is not final."""
+    if manifest.records is None:
+        return None
+    return {
+        "version": VERSION,
+        "cache_id": manifest.cache_id,
+        "records": manifest.records.xxh3_128,
+    }
+
+
+def _read_kept(store: Store, key: dict[str, Any], url: str) -> Report | None:
+    try:
+        value = store.read_json(paths.KEPT_REPORT)
+        if value.get("key") == key:
+            return from_json(Report, {**value["report"], "url": url}, store.path(paths.KEPT_REPORT))
+    except (FormatError, KeyError, OSError):  # absent, of another version, or damaged
+        pass
+    return None
+
+
+def _keep(store: Store, key: dict[str, Any], report: Report) -> None:
+    if store.is_local:
+        with contextlib.suppress(OSError):  # read-only, or full: nothing depends on it
+            store.publish_json(paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
+
+
+def _data_bytes(index: ShardIndex) -> int:
+    """Of all row groups, which is what their columns take."""
+    groups = index.table.column("row_groups").combine_chunks().flatten()
+    return int(groups.field("data").field("length").to_numpy().sum())
+
+
+def _column(index: ShardIndex, name: str) -> NDArray:
+    return index.table.column(name).to_numpy()
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def report_text(report: Report) -> str:
-    """The report for a terminal, at most 100 columns wide."""
-    lines = [_clip(report.url)]
-    add = lines.append
-    if report.complete:
-        add("complete")
-    else:
-        add(
-            f"NOT COMPLETE: {report.shards} of {report.planned_shards} shards committed; "
-            "all figures are of these"
-        )
-    teacher, truncation = report.teacher, report.truncation
-    kept = {
-        "topk": f"top {truncation.k}",
-        "topp": f"top-p {truncation.p:g}, {truncation.min_k} to {truncation.k} entries",
-        "sample": f"{truncation.draws} draws",
-        "topk+sample": f"top {truncation.k} + {truncation.draws} draws from the tail",
-    }[truncation.method]
-    temperatures = ", ".join(f"{at.temperature:g}" for at in report.temperatures)
-    for name, value in (
-        ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
-        ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
-        ("source", report.source.get("path", "") or "not recorded"),
-        ("kept", f"{kept} of {report.shared_vocab_size:,}, stored as {report.precision}"),
-        ("temperatures", temperatures),
-        (
-            "holds",
-            f"{report.targets:,} targets in {report.tokens:,} tokens, {report.sequences:,} "
-            f"sequences, {report.shards:,} shards",
-        ),
-        ("dump", _dump_line(report)),
-    ):
-        add(f"  {name:<13}{_clip(str(value), 85)}")
-    if report.bytes_per_target is None:
-        return "\n".join(lines)
-    add("")
-    add(
-        f"Size: {_megabytes(report.bytes)}, {report.bytes_per_target:.1f} bytes per target, "
-        f"{report.times_smaller:.1f} times smaller than fp16 logits"
-    )
-    rest = report.bytes - sum(report.column_bytes.values())
-    for name, size in sorted(
-        [*report.column_bytes.items(), ("(footers)", rest)], key=lambda item: -item[1]
-    ):
-        share = size / report.bytes
-        add(
-            f"  {name:<16}{size / report.targets:>9.2f} bytes per target {share:>7.1%}  "
-            f"{'#' * round(40 * share)}".rstrip()
-        )
-    add("")
-    add(f"  {'':<24}{'mean':>8}" + "".join(f"{name:>7}" for name in ("min", *RANKS, "max")))
-    if report.sequence_length is not None:
-        add(_spread_line("tokens per sequence", report.sequence_length, 0))
-    if report.num_kept is not None:
-        add(_spread_line("entries per target", report.num_kept, 0))
-    for at in report.temperatures:
-        label = f"T={at.temperature:g}"
-        add(_spread_line(f"retained mass {label}", at.retained_mass, 3))
-        add(_spread_line(f"teacher entropy* {label}", at.teacher_entropy, 2))
-    add("  * nats; kept entries and the tail as one bucket: a lower bound of the full entropy")
-    add("")
-    add("The teacher on the data's own next tokens")
-    perplexity = (
-        "" if report.teacher_perplexity is None else f", perplexity {report.teacher_perplexity:.4g}"
-    )
-    add(f"  cross-entropy {report.teacher_ce:.4f} nats{perplexity}")
-    add(f"  most probable kept entry is the token: {report.top1_agreement:.2%} of targets")
-    add(f"  the token is among the kept entries:   {report.label_kept:.2%} of targets")
-    add(
-        f"Decoding error, KL(scored || decoded): mean {report.kl_error_mean:.2g}, "
-        f"max {report.kl_error_max:.2g} nats"
-    )
-    return "\n".join(lines)
-
-
-def _spread_line(name: str, spread: Spread, digits: int) -> str:
-    values = [getattr(spread, rank) for rank in ("min", *RANKS, "max")]
-    mean = f"{spread.mean:.{max(digits, 1)}f}"
-    return f"  {name:<24}{mean:>8}" + "".join(f"{value:>7.{digits}f}" for value in values)
-
-
-def _dump_line(report: Report) -> str:
-    if report.targets_per_second is None:
-        return f"{report.dump_seconds:.0f} s"
-    return (
-        f"{report.dump_seconds:,.0f} s of {report.workers} worker process"
-        f"{'es' if report.workers != 1 else ''}, {report.targets_per_second:,.0f} targets/s each"
-    )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
-
-
-def _clip(text: str, width: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -41,7 +41,7 @@ ROW_GROUP_ROWS = 16_384
 """A row group is closed before it would grow beyond this, but never below half of it."""
 ROW_GROUP_BYTES = 1 << 24
 """The same in bytes of ids and log probs before compression: fewer rows where K is large."""
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 1
 RECORDS_AT_ONCE = 16
 """Commit records that are fetched together: on an object store each one is a round trip."""
 RECORD_NAME = re.compile(r"part-\d{6,}\.json")
@@ -248,7 +248,9 @@ def parquet_options(schema: pa.Schema) -> dict:
     """The physical choices of a shard; `docs/measurements.md` says what each one is worth."""
     blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
     floats = [f.name for f in schema if f.type == pa.float32()]
-    split = [name for name in blobs if name != "topk_hi"] + floats
+    split = floats
+    if "num_kept" not in schema.names:  # where slots are left empty, rows compress better
+        split = ["topk_logprob", *floats]
     return {
         "compression": "zstd",
         "compression_level": ZSTD_LEVEL,

@@ -26,9 +26,11 @@ class PackedTargets:
     """The distributions of N targets in their stored form; `decode` gives what losses take."""
 
     topk_lo: Tensor
-    """[N, K] int16 holding the bits of uint16: low part of the kept ids."""
+    """[N, K] uint8: lowest byte of the kept ids."""
+    topk_mid: Tensor
+    """[N, K] uint8: second byte."""
     topk_hi: Tensor | None
-    """[N, K] uint8: high part, where ids need three bytes."""
+    """[N, K] uint8: third byte, where ids need it."""
     topk_logprob: Tensor
     """[N, K] float32, float16, or uint8 steps of compact codes."""
     num_kept: Tensor | None
@@ -46,7 +48,8 @@ class PackedTargets:
 
     def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
         """What the stored form stands for (docs/format.md), on the device where it lies."""
-        token_ids = self.topk_lo.to(torch.int64) & 0xFFFF
+        token_ids = self.topk_lo.to(torch.int64)
+        token_ids |= self.topk_mid.to(torch.int64) << 8
         if self.topk_hi is not None:
             token_ids |= self.topk_hi.to(torch.int64) << 16
         unused = None
@@ -175,7 +178,8 @@ def collate(
     log_z = joined(lambda rows: rows.log_z[temperature_index])
     num_kept = joined(lambda rows: rows.num_kept)
     packed = PackedTargets(
-        topk_lo=tensor(joined(lambda rows: rows.topk_lo), "i2"),
+        topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
+        topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
         topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
         topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),

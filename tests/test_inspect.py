@@ -1,6 +1,7 @@
 """What inspect and verify say equals what the dense distributions give; their commands behave."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -30,11 +31,16 @@ from schemas import (
     shard_schema,
     to_json,
 )
-from storage import CacheReader, VerifyReport, cli, paths
+from storage import CacheReader, VerifyReport, cli, paths, statistics, verify
 from storage.__main__ import main
+from storage.diff import AtTemperatureDiff, Difference, DifferingTarget
 from storage.inspect import RANKS, AtTemperature, Report, Spread, inspect, report_text
+from storage.report import AtK, DumpSpeed, Histogram, ReliabilityBin, Sample, WorkerSpeed
+from storage.statistics import SequenceHashes, Statistics
+from storage.targets import Entry, Target
 from tests import caches
 
+inspect_module = importlib.import_module("storage.inspect")
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs/format.md").read_text()
 SETTINGS = caches.Settings(temperatures=(1.0, 2.0, 0.5))
@@ -107,6 +113,268 @@ def test_the_numbers_equal_a_dense_computation(known: Known) -> None:
     in_top = (order[:, :k] == labels[:, None]).any(axis=1)
     assert 0 < in_top.mean() < 1 and report.label_kept == pytest.approx(in_top.mean())
     assert report.kl_error_mean == report.kl_error_max == 0
+
+
+def assert_histogram(found: Histogram | None, values: NDArray) -> None:
+    assert found is not None and sum(found.counts) == len(values)
+    edges = np.array(found.edges)
+    expected, _ = np.histogram(values, np.append(edges[:-1], np.inf))
+    np.testing.assert_array_equal(found.counts, expected)
+    assert found.counts[0] and found.counts[-1] and values.max() <= edges[-1] + 1e-6
+
+
+def test_histograms_hold_every_value(known: Known) -> None:
+    """Counts by numpy over the dense distributions, in the same bins."""
+    report = inspect(known.path)
+    lengths = np.array([len(s.input_ids) for s in known.sequences])
+    assert_histogram(report.sequence_length_histogram, lengths)
+    mass = np.exp(-np.sort(-known.dense, axis=1)[:, : SETTINGS.truncation.k]).sum(axis=1)
+    assert_histogram(report.temperatures[0].retained_mass_histogram, mass)
+    kept = np.concatenate([s.token_ids for s in known.sequences])
+    assert report.ids_kept == len(np.unique(kept)) <= 50
+    data = np.concatenate([s.input_ids for s in known.sequences])
+    assert report.ids_in_data == len(np.unique(data)) < 50
+
+
+def test_calibration_is_that_of_the_dense_teacher(known: Known) -> None:
+    """15 equal bins of the top-1 probability against how often its id is the token."""
+    report = inspect(known.path)
+    confidence = np.exp(known.dense.max(axis=1))
+    labels = np.concatenate([s.labels for s in known.sequences])
+    correct = known.dense.argmax(axis=1) == labels
+    assert_spread(report.top1_probability, confidence)
+    error, bins = 0.0, np.floor(confidence * 15)
+    for number, at in enumerate(report.reliability):
+        inside = bins == number
+        assert at.targets == inside.sum()
+        if at.targets:
+            assert at.confidence == pytest.approx(confidence[inside].mean(), abs=1e-6)
+            assert at.accuracy == pytest.approx(correct[inside].mean())
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+        else:
+            assert at.confidence is at.accuracy is None
+    assert len(report.reliability) == 15 and report.calibration_error == pytest.approx(error)
+
+
+def kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n] KL(p || q) over the last axis."""
+    return (p * np.log(p / q)).sum(axis=1)
+
+
+def even_tail(p: NDArray[np.float64], kept: NDArray[np.integer]) -> NDArray[np.float64]:
+    """[n, V] descending p with all but the first kept [n] entries made even."""
+    is_tail = np.arange(p.shape[1]) >= kept[:, None]
+    even = (p * is_tail).sum(axis=1, keepdims=True) / is_tail.sum(axis=1, keepdims=True)
+    return np.where(is_tail, even, p)
+
+
+@pytest.mark.parametrize("method", ["topk", "topp"])
+def test_the_cost_of_fewer_entries_is_that_over_the_vocabulary(method: str, tmp_path: Path) -> None:
+    """fkl(k) = KL(p || u_k) - KL(p || u_n) and rkl(k) over n + 1 classes, by dense float64."""
+    truncation = Truncation(k=8) if method == "topk" else Truncation(method="topp", k=12, p=0.8)
+    known = known_cache(tmp_path / "cache", dataclasses.replace(SETTINGS, truncation=truncation))
+    report = inspect(known.path)
+    p = -np.sort(-np.exp(known.dense), axis=1)
+    n, slots = (
+        np.concatenate([(s.token_ids >= 0).sum(axis=1) for s in known.sequences]),
+        truncation.k,
+    )
+    is_tail = np.arange(p.shape[1]) >= n[:, None]
+
+    def classes(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[n, K+1] the kept entries, 1 where unused, and the bucket."""
+        bucket = (x * is_tail).sum(axis=1, keepdims=True)
+        return np.concatenate([np.where(is_tail, 1, x)[:, :slots], bucket], axis=1)
+
+    stored = even_tail(p, n)
+    assert [at.k for at in report.truncation_curve] == list(range(1, slots + 1))
+    for at in report.truncation_curve:
+        cut = even_tail(p, np.minimum(at.k, n))
+        assert at.fkl == pytest.approx((kl(p, cut) - kl(p, stored)).mean(), abs=2e-5)
+        assert at.rkl == pytest.approx(kl(classes(cut), classes(p)).mean(), abs=2e-5)
+        assert at.rkl <= kl(cut, p).mean()
+        mass = np.where(np.arange(p.shape[1]) < np.minimum(at.k, n)[:, None], p, 0).sum(axis=1)
+        assert at.retained_mass == pytest.approx(mass.mean(), abs=1e-6)
+    good = [at.k for at in report.truncation_curve if at.fkl <= 0.01]
+    assert report.recommended_k == good[0] and report.truncation_curve[-1].fkl == 0
+    assert report.beyond_k is not None and kl(p, stored).mean() <= report.beyond_k < 1
+    inclusive = np.cumsum(p, axis=1)
+    head = np.minimum(np.maximum((inclusive <= 0.5).sum(axis=1), 1), n)
+    assert_spread(report.akl_head_size, head)
+    kept_mass = np.take_along_axis(inclusive, n[:, None] - 1, axis=1)[:, 0]
+    assert report.akl_inexact == pytest.approx((kept_mass < 0.5).mean())
+
+
+def test_a_drawn_cache_has_no_truncation_curve(tmp_path: Path) -> None:
+    """Its entries are no top k; the text says so."""
+    settings = dataclasses.replace(SETTINGS, truncation=Truncation(method="sample", draws=9))
+    report = inspect(known_cache(tmp_path / "cache", settings).path)
+    assert report.truncation_curve == () and report.recommended_k is report.beyond_k is None
+    assert "no estimate for drawn entries" in report_text(report)
+
+
+def test_a_cache_of_all_ids_loses_nothing(tmp_path: Path) -> None:
+    """Where k = V: an empty tail is finite everywhere, and strictly JSON."""
+    settings = caches.Settings(truncation=Truncation(k=5), vocab_size=5, temperatures=(1.0,))
+    known = known_cache(tmp_path / "cache", settings)
+    report = inspect(known.path)
+    json.dumps(to_json(report), allow_nan=False)
+    assert report.beyond_k == report.truncation_curve[-1].fkl == 0
+    p = -np.sort(-np.exp(known.dense), axis=1)
+    assert report.truncation_curve[1].fkl == pytest.approx(
+        kl(p, even_tail(p, np.full(len(p), 2))).mean(), abs=1e-5
+    )
+
+
+def test_the_worst_targets_are_shown_in_context(known: Known) -> None:
+    """The least retained mass first, with the tokens before, the actual one and the entries."""
+    report = inspect(known.path)
+    mass = np.concatenate([1 - np.exp(s.log_tail[:, 0]) for s in known.sequences])
+    places = [(i, int(p)) for i, s in enumerate(known.sequences) for p in s.positions]
+    order = np.argsort(mass, kind="stable")[:20]
+    assert [(t.sequence, t.position) for t in report.worst_targets] == [places[i] for i in order]
+    for found, row in zip(report.worst_targets, order, strict=True):
+        scored = known.sequences[found.sequence]
+        assert 1 - found.tail_mass == pytest.approx(mass[row], abs=1e-6)
+        before = scored.input_ids[: found.position][-24:]
+        assert found.context_ids == tuple(before) and found.context is None
+        assert found.token_id == scored.input_ids[found.position]
+        dense = known.dense[row]
+        assert found.probability == pytest.approx(math.exp(dense[found.token_id]), rel=1e-5)
+        assert [e.token_id for e in found.entries] == list(np.argsort(-dense)[:3])
+        rank = int((dense > dense[found.token_id]).sum()) + 1
+        assert found.rank == (rank if rank <= 8 else None)
+
+
+def test_worst_targets_do_not_repeat_a_context(tmp_path: Path) -> None:
+    """Copies of a sequence are shown once, and counted as duplicates."""
+    shards = caches.random_shards(SETTINGS)
+    caches.write_cache(tmp_path / "cache", SETTINGS, [*shards, shards[0][:3]])
+    report = inspect(tmp_path / "cache")
+    assert (report.duplicate_sequences, report.duplicates_exact) == (3, True)
+    contexts = [found.context_ids for found in report.worst_targets]
+    assert len(set(contexts)) == len(contexts) == 20
+
+
+def test_duplicates_beyond_the_limit_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bounded memory, close to the count, merged or not."""
+    monkeypatch.setattr(statistics, "HASH_LIMIT", 2000)
+    hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    whole, one, other = SequenceHashes(), SequenceHashes(), SequenceHashes()
+    repeated = np.concatenate([hashes, hashes[:5000]])
+    whole.add(repeated)
+    one.add(repeated[:100])
+    other.add(repeated[100:])
+    one.merge(other)
+    assert one.duplicates() == whole.duplicates()
+    count, exact = whole.duplicates()
+    assert not exact and count == pytest.approx(5000, rel=0.25)
+
+
+def test_parts_merge_to_the_whole(known: Known) -> None:
+    """Any number of threads, and statistics of row groups merged by hand, say the same."""
+    reader = CacheReader(known.path)
+    parts = []
+    for group in reader.row_groups():
+        parts.append(Statistics(reader.manifest))
+        parts[-1].add(reader.read(group))
+    parts[0].merge(parts[1])
+    whole = inspect(known.path)
+    assert parts[0].at_temperatures() == whole.temperatures
+    assert parts[0].truncation_curve() == whole.truncation_curve
+    assert inspect(known.path, workers=1) == inspect(known.path, workers=3) == whole
+
+
+def test_dump_speed_is_that_of_the_records(known: Known) -> None:
+    """By shard and by worker."""
+    report = inspect(known.path)
+    records = CacheReader(known.path).records
+    rates = [r.targets / r.seconds for r in records]
+    assert report.dump_speed.shard_rates == pytest.approx(rates)
+    (worker,) = report.dump_speed.by_worker
+    assert (worker.worker, worker.shards, worker.targets) == (records[0].worker, 2, report.targets)
+    assert worker.seconds == pytest.approx(report.dump_seconds)
+
+
+# Samples, and figures kept in the cache
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve shards of one row group each. Never write to it."""
+    path = tmp_path_factory.mktemp("many") / "cache"
+    caches.write_cache(path, SETTINGS, caches.random_shards(SETTINGS, num_shards=12))
+    return path
+
+
+def test_a_sample_is_labelled_and_close(many: Path) -> None:
+    """Counts and sizes stay exact; the rest comes from the row groups that the seed chooses."""
+    whole, half = inspect(many), inspect(many, sample=0.5, seed=3)
+    assert half.sample == Sample(row_groups=6, of_row_groups=12, targets=whole.targets // 2, seed=3)
+    for name in ("targets", "tokens", "sequences", "bytes", "times_smaller", "kl_error_mean"):
+        assert getattr(half, name) == getattr(whole, name)
+    assert sum(half.column_bytes.values()) == pytest.approx(sum(whole.column_bytes.values()), abs=9)
+    assert whole.teacher_ce is not None
+    assert half.teacher_ce == pytest.approx(whole.teacher_ce, rel=0.3)
+    assert half.teacher_ce != whole.teacher_ce
+    assert half.duplicate_sequences is None and not half.duplicates_exact
+    assert "ESTIMATES from" in report_text(half) and "ESTIMATES" not in report_text(whole)
+    assert inspect(many, sample=6, seed=3) == half != inspect(many, sample=6, seed=4)
+    assert inspect(many, sample=12) == inspect(many, sample=99) == whole
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="neither a share"):
+            inspect(many, sample=wrong)
+
+
+def test_figures_are_kept_until_the_cache_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second look reads no shard; other content, other code or damage is looked at again."""
+    cache = tmp_path / "cache"
+    shards = caches.random_shards(SETTINGS)
+    caches.write_cache(cache, SETTINGS, shards)
+    looked: list[int] = []
+
+    def look() -> tuple[Report, bool]:
+        looked.clear()
+        report = inspect(cache, lambda done, total: looked.append(done), keep=True)
+        return report, bool(looked)
+
+    first, read = look()
+    kept = cache / "stats/inspect.json"
+    assert read and kept.is_file() and verify(cache).ok
+    assert look() == (first, False)
+    os.rename(cache, tmp_path / "moved")
+    moved = inspect(tmp_path / "moved", keep=True)
+    assert moved == dataclasses.replace(first, url=str(tmp_path / "moved"))
+    os.rename(tmp_path / "moved", cache)
+    kept.write_bytes(kept.read_bytes().replace(b"0.", b"1.", 1))
+    assert look() == (first, True)
+    monkeypatch.setattr(inspect_module, "VERSION", 99)
+    assert look()[1] and not look()[1]
+    other = tmp_path / "other"
+    caches.write_cache(other, SETTINGS, caches.random_shards(SETTINGS, seed=1))
+    (other / "stats").mkdir()
+    kept.rename(other / "stats/inspect.json")
+    cache = other
+    assert look()[1] and not look()[1]
+
+
+def test_nothing_is_kept_where_it_must_not_be(tmp_path: Path) -> None:
+    """Of a cache that is not final, of a sample, unless asked, or where nothing can be written."""
+    shards = caches.random_shards(SETTINGS)
+    writer = caches.start_cache(tmp_path / "cache", SETTINGS, shards)
+    caches.write_shard(writer, 0, shards[0])
+    inspect(tmp_path / "cache", keep=True)
+    assert not (tmp_path / "cache/stats").exists()
+    caches.write_shard(writer, 1, shards[1])
+    writer.finalize()
+    inspect(tmp_path / "cache")
+    inspect(tmp_path / "cache", keep=True, sample=1)
+    assert not (tmp_path / "cache/stats").exists()
+    (tmp_path / "cache/stats").write_text("in the way")
+    assert inspect(tmp_path / "cache", keep=True).complete
+    assert (tmp_path / "cache/stats").read_text() == "in the way"
 
 
 def test_sizes_are_those_of_the_files(known: Known) -> None:
@@ -289,14 +557,15 @@ def test_a_closed_pipe_is_no_error(known: Known) -> None:
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     """Each page shows a command to copy."""
-    for arguments in ([], ["inspect"], ["verify"]):
+    for arguments in ([], ["inspect"], ["head"], ["diff"], ["verify"]):
         with pytest.raises(SystemExit) as end:
             main([*arguments, "--help"])
         out = capsys.readouterr().out
         assert end.value.code == 0 and "python -m storage" in out.split("\n\n", 1)[1]
-    with pytest.raises(SystemExit) as end:
-        main(["inspect", "--html", "x"])
-    assert end.value.code == cli.USER_ERROR
+    for arguments in (["inspect", "--html", "x"], ["inspect", "x", "--sample", "1.5"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == cli.USER_ERROR
 
 
 # docs/format.md
@@ -310,6 +579,8 @@ def test_the_format_text_names_every_field_column_and_key() -> None:
     for cls in (
         *(Manifest, TeacherInfo, TokenizerInfo, Truncation, Segment, Totals, ShardPlan),
         *(CommitRecord, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),
+        *(Histogram, ReliabilityBin, AtK, DumpSpeed, WorkerSpeed, Sample, Target, Entry),
+        *(Difference, AtTemperatureDiff, DifferingTarget),
     ):
         names += [field.name for field in dataclasses.fields(cls)]
     missing = sorted({name for name in names if f"`{name}`" not in FORMAT})
