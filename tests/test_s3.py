@@ -8,7 +8,6 @@ variables.
 import dataclasses
 import errno
 import json
-import logging
 import os
 import re
 import signal
@@ -78,28 +77,29 @@ class Server:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Started on a free port of this machine; this process's environment points at it too."""
-    import boto3  # here, as child processes import this file too
     from moto.server import ThreadedMotoServer
 
     lines: list[str] = []
     before_answers: list[Callable[[str], None]] = []
 
-    class Note(logging.Handler):
-        def createLock(self) -> None:
-            self.lock = None  # answers may wait for each other
+    def note(handler: Any, *_: object) -> None:
+        lines.append(f"{handler.command} {handler.path}")
+        for call in list(before_answers):
+            call(lines[-1])
 
-        def emit(self, record: logging.LogRecord) -> None:
-            if found := re.search(r"([A-Z]+) (\S+) HTTP/", record.getMessage()):
-                lines.append(f"{found[1]} {found[2]}")
-                for call in list(before_answers):
-                    call(lines[-1])
-
-    log, note = logging.getLogger("werkzeug"), Note()
-    log.setLevel(logging.INFO)
-    log.addHandler(note)
-    log.propagate = False
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    moto.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("werkzeug.serving.WSGIRequestHandler.log_request", note)
+        moto.start()
+        yield from _serve(moto, patch, lines, before_answers)
+    moto.stop()
+
+
+def _serve(
+    moto: Any, patch: pytest.MonkeyPatch, lines: list[str], before_answers: list
+) -> Iterator[Server]:
+    import boto3  # here, as child processes import this file too
+
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto.get_host_and_port()[1]}",
         "AWS_ACCESS_KEY_ID": "testing",
@@ -109,15 +109,11 @@ def server() -> Iterator[Server]:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        yield Server(environment, client, lines, before_answers)
-    moto.stop()
-    log.removeHandler(note)
-    log.propagate = True
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET)
+    yield Server(environment, client, lines, before_answers)
 
 
 @pytest.fixture
@@ -658,7 +654,8 @@ def test_of_a_killed_upload_in_parts_nothing_is_visible(
             target=send, args=(url, server.environment, size, tmp_path)
         )
         sender.start()
-        assert arrived.wait(DEADLINE_SECONDS)
+        while not arrived.wait(1):
+            assert sender.is_alive(), f"the sender ended with {sender.exitcode}"
         sender.kill()
         sender.join()
     finally:
