@@ -368,6 +368,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
+    cli.interrupt_on_terminate()  # so that what was staged is removed
     options = parser().parse_args(arguments)
     return COMMANDS[options.command].run(options)
 

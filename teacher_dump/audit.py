@@ -141,7 +141,8 @@ def audit(
     findings, notes = _identity(manifest, teacher)
     if not manifest.is_final:
         notes.append(Finding(kind="incomplete", text="the cache is not complete yet"))
-    chosen = np.random.default_rng(seed).permutation(len(reader))[:sample]
+    generator = np.random.default_rng(seed)
+    chosen = generator.choice(len(reader), min(sample, len(reader)), replace=False)
     cached = [reader[int(i)] for i in np.sort(chosen)]
     quantities: list[Quantity] = []
     if teacher.info.vocab_size >= manifest.shared_vocab_size:
