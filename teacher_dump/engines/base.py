@@ -15,6 +15,15 @@ class EngineError(ValueError):
     """The engine cannot do what is asked, or the teacher gave something unusable."""
 
 
+class SequenceError(EngineError):
+    """The teacher cannot score one sequence, at `index` of those given; the others it can."""
+
+    def __init__(self, message: str, index: int) -> None:
+        """Remember which."""
+        super().__init__(message)
+        self.index = index
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """The teacher and the engine that runs it."""
@@ -59,7 +68,9 @@ class Engine(Protocol):
         """The scored sequences in the order given.
 
         `first_sequence` is the plan index of `sequences[0]`; random draws depend on it.
-        Raises EngineError naming the sample if the teacher gives NaN or infinite logits.
+        Raises SequenceError if the teacher gives NaN or infinite logits for one of them, EngineError
+        or what the engine's library raises for anything else. May be called again afterwards, with
+        what was not yielded yet.
         """
         ...
 
