@@ -68,9 +68,9 @@ class Engine(Protocol):
         """The scored sequences in the order given.
 
         `first_sequence` is the plan index of `sequences[0]`; random draws depend on it.
-        Raises SequenceError if the teacher gives NaN or infinite logits for one of them, EngineError
-        or what the engine's library raises for anything else. May be called again afterwards, with
-        what was not yielded yet.
+        Raises SequenceError if the teacher gives NaN or infinite logits for one of them; for
+        anything else EngineError or what the engine's library raises. May be called again
+        afterwards, with what was not yielded yet.
         """
         ...
 
