@@ -15,10 +15,10 @@ how fast. None but ours stores the tail, the label's log prob or checksums.
   Megatron-LM      float16 log probs, uint16 low id bits, one bool for bit 16; whole arrays, zstd-3
   plain lists      Parquet lists of int32 and float32, zstd-3
   axolotl JSONL    a list of {"token": "token_id:N", "logprob": x} per position, zstd-3
-  Random Sampling  3 bytes per distinct id: 17 bits of id, 7 bits of count; counts are exact, so
-                   what it errs by is the draw, not the storing
-The limits: order-0 entropy of the stored ids under one unigram model, plus that of the compact
-codes slot by slot.
+  Random Sampling  3 bytes per distinct id: 17 bits of id, 7 bits of count
+Of draws, which we store without log probs too, counts are exact: what they err by is the draw, not
+the storing. The limits: order-0 entropy of the stored ids under one unigram model, plus that of the
+compact codes slot by slot; for draws less the order of the ids, which says nothing.
 """
 
 import argparse
@@ -106,9 +106,9 @@ def measure(reader: CacheReader, repeats: int, columns: list[tuple]) -> Iterator
         truncation = Truncation(k=k) if k else reader.manifest.truncation
         print(f"V={scored.vocab_size:,}, {kept}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for precision in PRECISIONS:
+            for precision in PRECISIONS if k else ("draws",):
                 cache = f"{folder}/{precision}"
-                draft = draft_of(reader.manifest, truncation, precision)
+                draft = draft_of(reader.manifest, truncation, precision if k else PRECISIONS[0])
                 ours, sizes = measure_ours(cache, sequences, draft, scored, repeats)
                 yield Row(**base, encoding=f"ours, {precision}", **ours)
                 columns += [(scored.vocab_size, kept, precision, *size) for size in sizes.items()]
@@ -132,6 +132,7 @@ class Scored:
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    """Of no entries for draws, which have none."""
     draws: NDArray[np.int32] | None
     vocab_size: int
 
@@ -139,9 +140,10 @@ class Scored:
     def of(sequences: list[ScoredSequence], vocab_size: int) -> "Scored":
         """All targets of some sequences."""
         draws = [s.draws for s in sequences if s.draws is not None]
+        logprobs = [s.logprobs for s in sequences if s.logprobs is not None]
         return Scored(
             token_ids=np.concatenate([s.token_ids for s in sequences]),
-            logprobs=np.concatenate([s.logprobs for s in sequences]),
+            logprobs=np.concatenate(logprobs) if logprobs else np.zeros((0, 0), np.float32),
             draws=np.concatenate(draws) if draws else None,
             vocab_size=vocab_size,
         )
@@ -154,6 +156,7 @@ class Scored:
 
 def prefix(sequence: ScoredSequence, k: int) -> ScoredSequence:
     """The same sequence with its k most probable entries; the others join the tail, at T=1."""
+    assert sequence.logprobs is not None and sequence.log_tail is not None
     dropped = sequence.logprobs[:, k:].astype(np.float64)
     tail = np.logaddexp.reduce(dropped, axis=1, initial=-np.inf)
     return dataclasses.replace(
@@ -197,8 +200,11 @@ def measure_ours(
     groups = reader.row_groups()
     table = fastest(lambda _: [reader.read_table(group) for group in groups], repeats + 2)
     read = fastest(lambda _: [reader.read(group) for group in groups], repeats + 2)
-    decoded = np.concatenate([reader.read(group).logprobs for group in groups])
-    error = codec.decoding_error(scored.logprobs, decoded)
+    decoded = [rows.logprobs for rows in map(reader.read, groups) if rows.logprobs is not None]
+    errors = {}
+    if decoded:
+        error = codec.decoding_error(scored.logprobs, np.concatenate(decoded))
+        errors = {"kl_mean": float(error.mean()), "kl_max": float(error.max())}
     sizes: dict[str, int] = {}
     total = 0
     for path in Path(cache, "shards").glob("*.parquet"):
@@ -209,14 +215,13 @@ def measure_ours(
                 column = metadata.row_group(group).column(i)
                 name = column.path_in_schema
                 sizes[name] = sizes.get(name, 0) + column.total_compressed_size
-    n = len(decoded)
+    n = len(scored.token_ids)
     return {
         "bytes_per_target": total / n,
         "write": n / write,
         "table": n / table,
         "read": n / read,
-        "kl_mean": float(error.mean()),
-        "kl_max": float(error.max()),
+        **errors,
     }, sizes
 
 
@@ -358,6 +363,9 @@ def limits(compact: CacheReader, scored: Scored) -> dict[str, float]:
     """Bytes per target that an order-0 model of the ids, and of the compact codes, would need."""
     used = scored.used
     ids = entropy_bits(scored.token_ids[used]) / 8 * used.sum() / len(used)
+    if scored.draws is not None:
+        orders = np.cumsum(np.log2(np.arange(1, used.shape[1] + 1)))[used.sum(axis=1) - 1]
+        return {"ids, unigram": ids - float(orders.mean()) / 8}
     tables = [compact.read_table(group) for group in compact.row_groups()]
     stored = pa.concat_tables(tables)
     rows = stored.filter(stored["is_target"]).column("topk_logprob").combine_chunks()

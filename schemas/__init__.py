@@ -3,12 +3,13 @@
 Knows nothing of files, models or torch. `docs/format.md` is the normative text.
 """
 
-from schemas.arrow import PRECISIONS, CompactCode, Layout, shard_schema
+from schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, shard_schema
 from schemas.manifest import (
     FORMAT_VERSION,
     ByteRange,
     CommitRecord,
     Manifest,
+    Rejected,
     RowGroup,
     Segment,
     ShardPlan,
@@ -23,6 +24,7 @@ from schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 __all__ = [
     "FORMAT_VERSION",
+    "NO_LOGPROBS",
     "PRECISIONS",
     "ByteRange",
     "CommitRecord",
@@ -30,6 +32,7 @@ __all__ = [
     "FormatError",
     "Layout",
     "Manifest",
+    "Rejected",
     "RowGroup",
     "ScoredSequence",
     "Segment",

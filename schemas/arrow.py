@@ -10,6 +10,8 @@ import pyarrow as pa
 
 PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 """Bytes per kept log prob before compression."""
+NO_LOGPROBS = "none"
+"""The precision of draws that are stored without log probs."""
 
 ID_FORMS = ("planes", "lo16")
 """planes: a column of K bytes for each byte of an id. lo16: the low two of them interleaved."""
@@ -48,7 +50,7 @@ class Layout:
     vocab_size: int
     """Size of the shared vocabulary: ids are below it."""
     precision: str
-    """How kept log probs are stored: f32, f16 or compact."""
+    """How kept log probs are stored: f32, f16 or compact; none: the draws alone are."""
     temperatures: tuple[float, ...]
     """Stored temperatures, 1 first."""
     has_num_kept: bool
@@ -66,9 +68,24 @@ class Layout:
         return self.vocab_size > WIDE_VOCAB
 
     @property
+    def has_logprobs(self) -> bool:
+        """Whether kept log probs and tails are stored; if not, the draws and the entropy are."""
+        return self.precision != NO_LOGPROBS
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:
+        """The columns of the kept ids, or of the drawn ones: lowest bits first."""
+        if self.ids == "lo16":
+            names = ["topk_lo"]
+        else:
+            prefix = "topk" if self.has_logprobs else "drawn"
+            names = [f"{prefix}_lo", f"{prefix}_mid"]
+        return (*names, names[0].replace("lo", "hi")) if self.wide else tuple(names)
+
+    @property
     def logprob_bytes(self) -> int:
         """Width of the `topk_logprob` blob of one target."""
-        return PRECISIONS[self.precision] * self.slots
+        return PRECISIONS[self.precision] * self.slots if self.has_logprobs else 0
 
 
 def log_z_column(temperature: float) -> str:
@@ -90,13 +107,19 @@ def shard_schema(layout: Layout) -> pa.Schema:
         ("token_id", pa.int32()),
         ("is_target", pa.bool_()),
     ]
-    if layout.ids == "lo16":
-        columns.append(("topk_lo", pa.binary(2 * layout.slots)))
+    for name in layout.id_columns:
+        two = layout.ids == "lo16" and name == "topk_lo"
+        columns.append((name, pa.binary((1 + two) * layout.slots)))
+    if layout.has_logprobs:
+        columns += _distribution_columns(layout)
     else:
-        columns += [(name, pa.binary(layout.slots)) for name in ("topk_lo", "topk_mid")]
-    if layout.wide:
-        columns.append(("topk_hi", pa.binary(layout.slots)))
-    columns.append(("topk_logprob", pa.binary(layout.logprob_bytes)))
+        columns.append(("entropy", pa.float32()))
+    columns.append(("label_logprob", pa.float32()))
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def _distribution_columns(layout: Layout) -> list[tuple[str, pa.DataType]]:
+    columns: list[tuple[str, pa.DataType]] = [("topk_logprob", pa.binary(layout.logprob_bytes))]
     if layout.has_num_kept:
         columns.append(("num_kept", pa.uint16()))
     if layout.has_draws:
@@ -105,5 +128,4 @@ def shard_schema(layout: Layout) -> pa.Schema:
         if temperature != 1:
             columns.append((log_z_column(temperature), pa.float32()))
         columns.append((log_tail_column(temperature), pa.float32()))
-    columns.append(("label_logprob", pa.float32()))
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+    return columns

@@ -8,13 +8,17 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.arrow import ID_FORMS, PRECISIONS, CompactCode, Layout
+from schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
 from schemas.strict import FormatError, canonical, from_json, to_json
 
-FORMAT_VERSION = 2
-"""What is written. Version 1, which is read too, is version 2 without `ids` and `compact`."""
+FORMAT_VERSION = 3
+"""What is written; all from 1 on are read, and completed in their own form."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
 METHODS = ("topk", "topp", "sample", "topk+sample")
+REASON_LENGTH = 200
+"""Characters of a reason for which a sequence was rejected."""
+MAX_LISTED = 1000
+"""Rejected sequences that the manifest lists; the commit records hold all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -147,6 +151,27 @@ class RowGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """A sequence that the teacher could not score: its rows are stored without targets."""
+
+    sequence: int
+    """Index in the shard plan."""
+    sample_id: str
+    targets: int
+    """Targets lost."""
+    reason: str
+    """One line of at most REASON_LENGTH characters."""
+
+    def __post_init__(self) -> None:
+        if self.sequence < 0 or self.targets < 0:
+            raise ValueError(f"a rejected sequence needs an index and a count >= 0, found {self}")
+        if len(self.reason) > REASON_LENGTH or len(self.reason.splitlines()) > 1:
+            raise ValueError(
+                f"a reason is one line of at most {REASON_LENGTH} characters, found {self.reason!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord:
     """Says that a shard is complete; written after it."""
 
@@ -156,6 +181,9 @@ class CommitRecord:
     num_sequences: int
     rows: int
     targets: int
+    """Those stored: the planned ones without those of rejected sequences."""
+    rejected: tuple[Rejected, ...]
+    """In plan order."""
     bytes: int
     xxh3_128: str
     """Hash of the whole shard file."""
@@ -170,6 +198,20 @@ class CommitRecord:
     worker: str
     """host:pid."""
 
+    def to_json(self, version: int) -> dict[str, Any]:
+        """The fields as this format version writes them."""
+        fields = to_json(self)
+        if version < 3:
+            assert not self.rejected
+            del fields["rejected"]
+        return fields
+
+    @staticmethod
+    def parse(data: Any, where: str, version: int) -> "CommitRecord":
+        """Strict load of what this format version wrote."""
+        fields = _with_later(data, {"rejected": []}, version, 3, where)
+        return from_json(CommitRecord, fields, where)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
@@ -179,17 +221,23 @@ class Totals:
     sequences: int
     tokens: int
     targets: int
+    """Those stored, without those of rejected sequences."""
+    rejected: int
+    """Sequences without targets because the teacher could not score them."""
     bytes: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a cache is. `totals` and `records` are empty until every shard is committed."""
+    """What a cache is.
+
+    `totals`, `records` and `rejected` are empty until every shard is committed.
+    """
 
     format_version: int
     cache_id: str
-    """Hash of every field below except `totals` and `records`: same input and config, same id."""
+    """Hash of every field below but the last three: same input and config, same id."""
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
     shared_vocab_size: int
@@ -209,14 +257,19 @@ class Manifest:
     num_sequences: int
     num_tokens: int
     num_targets: int
+    """Planned ones; `totals.targets` are those stored."""
     plan: Segment
     """The shard plan: one `ShardPlan` per line."""
     totals: Totals | None
     records: Segment | None
     """All commit records in shard order, once the cache is final."""
+    rejected: tuple[Rejected, ...]
+    """The first MAX_LISTED rejected sequences of all shards; `totals.rejected` counts all."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision == NO_LOGPROBS:
+            self._check_drawn()
+        elif self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
@@ -232,6 +285,19 @@ class Manifest:
         if self.cache_id not in ("", expected):
             raise ValueError(f"cache_id is {self.cache_id}, its fields give {expected}")
 
+    def _check_drawn(self) -> None:
+        if self.truncation.method != "sample" or self.ids != "planes" or self.format_version < 3:
+            raise ValueError(
+                f"precision {NO_LOGPROBS!r} is for truncation.method 'sample' from version 3 on, "
+                f"found {self.truncation.method!r} with ids {self.ids!r} in version "
+                f"{self.format_version}"
+            )
+        if self.temperatures != (1.0,):
+            raise ValueError(
+                "truncation.method 'sample' draws at temperature 1 and stores no log probs, so "
+                f"temperatures must be [1], found {list(self.temperatures)}"
+            )
+
     @staticmethod
     def draft(
         *,
@@ -244,7 +310,12 @@ class Manifest:
         source: dict[str, Any],
         sequences: dict[str, Any],
     ) -> "Manifest":
-        """A manifest without plan, counts and id, which `CacheWriter.create` fills in."""
+        """A manifest without plan, counts and id, which `CacheWriter.create` fills in.
+
+        `precision` is of log probs; method `sample`, which stores none, has none.
+        """
+        if truncation.method == "sample":
+            precision = NO_LOGPROBS
         return Manifest(
             format_version=FORMAT_VERSION,
             cache_id="",
@@ -265,19 +336,24 @@ class Manifest:
             plan=Segment(name="", entries=0, bytes=0, xxh3_128=""),
             totals=None,
             records=None,
+            rejected=(),
         )
 
     def identity_hash(self) -> str:
         """The value `cache_id` must have."""
         fields = self.to_json()
-        for name in ("cache_id", "totals", "records"):
-            del fields[name]
+        for name in ("cache_id", "totals", "records", "rejected"):
+            fields.pop(name, None)
         return hashlib.sha256(canonical(fields)).hexdigest()[:32]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as this manifest's format version writes them."""
         fields = to_json(self)
-        if self.format_version == 1:
+        if self.format_version < 3:
+            del fields["rejected"]
+            if self.totals:
+                del fields["totals"]["rejected"]
+        if self.format_version < 2:
             del fields["compact"], fields["ids"]
         return fields
 
@@ -309,21 +385,29 @@ class Manifest:
     def parse(data: Any, where: str) -> "Manifest":
         """Strict load; an unknown format version is named before anything else is looked at."""
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        if version not in range(1, FORMAT_VERSION + 1) or type(version) is not int:
             raise FormatError(
                 f"{where}: format_version {version!r} cannot be read; this release reads versions "
                 f"1 to {FORMAT_VERSION}. A newer cache needs a newer release of decant."
             )
-        if version == 1:
-            later = sorted({"compact", "ids"} & set(data))
-            if later:
-                raise FormatError(
-                    f"{where}: fields of Manifest: unknown {', '.join(later)} in version 1"
-                )
-            compact = data.get("precision") == "compact"
-            code = to_json(VERSION_1_CODE) if compact else None
-            data = {**data, "compact": code, "ids": "lo16"}
+        compact = data.get("precision") == "compact"
+        code = to_json(VERSION_1_CODE) if compact else None
+        data = _with_later(data, {"compact": code, "ids": "lo16"}, version, 2, where)
+        data = _with_later(data, {"rejected": []}, version, 3, where)
+        if isinstance(data.get("totals"), dict):
+            totals = _with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
+            data = {**data, "totals": totals}
         return from_json(Manifest, data, where)
+
+
+def _with_later(data: Any, fields: dict[str, Any], version: int, since: int, where: str) -> Any:
+    """Loaded JSON of a format version with the fields that came `since`; they must be new to it."""
+    if version >= since or not isinstance(data, dict):
+        return data
+    later = sorted(set(fields) & set(data))
+    if later:
+        raise FormatError(f"{where}: fields unknown in version {version}: {', '.join(later)}")
+    return {**data, **fields}
 
 
 def check_temperatures(temperatures: tuple[float, ...]) -> None:

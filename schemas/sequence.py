@@ -27,17 +27,23 @@ class ScoredSequence:
     positions: NDArray[np.int32]
     """[n] indices of the targets: `np.flatnonzero(is_target)`."""
     token_ids: NDArray[np.int32]
-    """[n, K] kept vocabulary ids in descending probability; -1 = unused slot."""
-    logprobs: NDArray[np.float32]
-    """[n, K] log probs at T=1 in nats over the whole shared vocabulary; -inf = unused slot."""
+    """[n, K] kept vocabulary ids in descending probability, or ascending without log probs;
+    -1 = unused slot."""
+    logprobs: NDArray[np.float32] | None
+    """[n, K] log probs at T=1 in nats over the whole shared vocabulary; -inf = unused slot. None
+    in a cache that holds draws without log probs."""
     draws: NDArray[np.int32] | None
     """[n, K] how often each id was drawn (0 = exact head entry), or None without sampling."""
     log_z: NDArray[np.float32]
     """[n, T] log sum_v p(v)^(1/T) over the whole vocabulary; 0 at T=1."""
-    log_tail: NDArray[np.float32]
-    """[n, T] log mass under p_T of everything not kept; -inf when nothing is left."""
+    log_tail: NDArray[np.float32] | None
+    """[n, T] log mass under p_T of everything not kept; -inf when nothing is left. None without
+    log probs."""
     label_logprob: NDArray[np.float32]
     """[n] the teacher's log prob (T=1) of the actual token."""
+    entropy: NDArray[np.float32] | None = None
+    """[n] nats, of the teacher's whole distribution at T=1: with method `sample`, from version 3 of
+    the format on."""
 
     @property
     def num_targets(self) -> int:

@@ -319,9 +319,10 @@ def _migrate(options: argparse.Namespace) -> int:
     _refuse_missing(options.url)
     with _bar("migrate", "shards") as progress:
         manifest = migrate(options.url, options.out, progress)
+    assert manifest.totals is not None
     print(
-        f"{options.out}: format version {manifest.format_version}, {manifest.num_targets} targets "
-        f"in {manifest.num_shards} shards"
+        f"{options.out}: format version {manifest.format_version}, {manifest.totals.targets} "
+        f"targets in {manifest.num_shards} shards"
     )
     return cli.DONE
 
@@ -334,6 +335,8 @@ class _Command:
     """Its help page; the first line stands in the list of commands."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    goes_on: bool = False
+    """Whether an interrupted run is continued by the next."""
 
 
 COMMANDS = {
@@ -343,7 +346,7 @@ COMMANDS = {
     "verify": _Command(VERIFY, _verify_arguments, _verify),
     "export": _Command(EXPORT, _export_arguments, _export),
     "import": _Command(IMPORT, _import_arguments, _import),
-    "migrate": _Command(MIGRATE, _migrate_arguments, _migrate),
+    "migrate": _Command(MIGRATE, _migrate_arguments, _migrate, goes_on=True),
 }
 
 
@@ -370,7 +373,11 @@ def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
     cli.interrupt_on_terminate()  # so that what was staged is removed
     options = parser().parse_args(arguments)
-    return COMMANDS[options.command].run(options)
+    command = COMMANDS[options.command]
+    try:
+        return command.run(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(cli.GOES_ON if command.goes_on else cli.STARTS_OVER) from None
 
 
 def _refuse_missing(url: str) -> None:

@@ -15,6 +15,10 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
+GOES_ON = "what is committed stays; the same command goes on from there"
+STARTS_OVER = "nothing is left behind; the same command starts over"
+"""What a KeyboardInterrupt may say of the command it ended; by default that it goes on."""
+
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """jsonargparse's help with the description's own line breaks."""
@@ -47,7 +51,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "botocore", "aiobotocore"):
+    for library in ("httpx", "httpx2", "botocore", "aiobotocore"):
         logging.getLogger(library).setLevel(logging.WARNING)
     with _exit_codes(debug):
         code = main(arguments)
@@ -59,9 +63,8 @@ def run(main: Callable[[list[str]], int]) -> None:
 def _exit_codes(debug: bool) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        message = "interrupted: what is committed stays; the same command goes on from there"
-        print(f"\n{message}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted: {interrupt or GOES_ON}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

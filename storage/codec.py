@@ -68,8 +68,9 @@ class StoredRows:
     """[R, K] second byte."""
     topk_hi: NDArray[np.uint8] | None
     """[R, K] third byte, where ids need it."""
-    topk_logprob: NDArray
-    """[R, K] float32, float16 or uint8: log probs or steps of compact codes."""
+    topk_logprob: NDArray | None
+    """[R, K] float32, float16 or uint8: log probs or steps of compact codes. None where draws are
+    stored without log probs; the ids are ascending then."""
     num_kept: NDArray[np.uint16] | None
     """[R] where it varies."""
     draws: NDArray[np.uint16] | None
@@ -77,9 +78,11 @@ class StoredRows:
     log_z: list[NDArray[np.float32] | None]
     """T of [R], None at T=1."""
     log_tail: list[NDArray[np.float32]]
-    """T of [R]."""
+    """T of [R]; -inf without log probs: the draws stand for all ids."""
     label_logprob: NDArray[np.float32]
     """[R]."""
+    entropy: NDArray[np.float32] | None = None
+    """[R] where there are no log probs."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -105,16 +108,18 @@ class Rows:
     """[n] position of each target in its sequence."""
     token_ids: NDArray[np.int32]
     """[n, K] -1 = unused slot."""
-    logprobs: NDArray[np.float32]
-    """[n, K] -inf = unused slot."""
+    logprobs: NDArray[np.float32] | None
+    """[n, K] -inf = unused slot. None where draws are stored without log probs."""
     draws: NDArray[np.int32] | None
     """[n, K]."""
     log_z: NDArray[np.float32]
     """[n, T]."""
-    log_tail: NDArray[np.float32]
-    """[n, T]."""
+    log_tail: NDArray[np.float32] | None
+    """[n, T]; None without log probs."""
     label_logprob: NDArray[np.float32]
     """[n]."""
+    entropy: NDArray[np.float32] | None = None
+    """[n] where there are no log probs."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -133,11 +138,12 @@ class Rows:
             is_target=self.is_target[rows],
             positions=self.positions[targets],
             token_ids=self.token_ids[targets],
-            logprobs=self.logprobs[targets],
+            logprobs=None if self.logprobs is None else self.logprobs[targets],
             draws=None if self.draws is None else self.draws[targets],
             log_z=self.log_z[targets],
-            log_tail=self.log_tail[targets],
+            log_tail=None if self.log_tail is None else self.log_tail[targets],
             label_logprob=self.label_logprob[targets],
+            entropy=None if self.entropy is None else self.entropy[targets],
         )
 
 
@@ -148,13 +154,7 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
     """
     lengths = np.array([len(s.input_ids) for s in sequences])
     is_target = np.concatenate([s.is_target for s in sequences])
-    token_ids = np.concatenate([s.token_ids for s in sequences])
-    logprobs = np.concatenate([s.logprobs for s in sequences])
-    log_tail = np.concatenate([s.log_tail for s in sequences])
-    if layout.precision == "compact":
-        log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
     index = np.repeat(np.arange(len(sequences), dtype=np.int32), lengths)
-    used = token_ids >= 0
 
     def scatter(values: NDArray) -> NDArray:
         """Spread per-target values over all rows, zero where a row is no target."""
@@ -169,7 +169,6 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
             pa.binary(width), len(packed), [None, pa.py_buffer(packed)]
         )
 
-    kept = np.where(used, token_ids, 0)
     columns: dict[str, pa.Array | NDArray] = {
         "sequence": index.astype(np.int64) + first,
         "sample_id": pa.DictionaryArray.from_arrays(
@@ -178,29 +177,66 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         "token_id": np.concatenate([s.input_ids for s in sequences]),
         "is_target": is_target,
-        "topk_logprob": blob(encode_logprobs(logprobs, used, layout.precision, layout.code)),
-        "label_logprob": scatter(np.concatenate([s.label_logprob for s in sequences])),
+        "label_logprob": scatter(_joined(sequences, "label_logprob")),
     }
-    if layout.ids == "lo16":
-        columns["topk_lo"] = blob((kept & 0xFFFF).astype("<u2"))
+    token_ids = _joined(sequences, "token_ids")
+    used = token_ids >= 0
+    if layout.has_logprobs:
+        ids = np.where(used, token_ids, 0)
+        logprobs, log_tail = _joined(sequences, "logprobs"), _joined(sequences, "log_tail")
+        if layout.precision == "compact":
+            log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
+        codes = encode_logprobs(logprobs, used, layout.precision, layout.code)
+        columns["topk_logprob"] = blob(codes)
+        if layout.has_num_kept:
+            columns["num_kept"] = scatter(used.sum(axis=1).astype(np.uint16))
+        if layout.has_draws:
+            columns["draws"] = blob(_joined(sequences, "draws").astype("<u2"))
+        log_z = _joined(sequences, "log_z")
+        for i, temperature in enumerate(layout.temperatures):
+            if temperature != 1:
+                columns[log_z_column(temperature)] = scatter(log_z[:, i])
+            columns[log_tail_column(temperature)] = scatter(log_tail[:, i])
     else:
-        columns["topk_lo"] = blob(kept.astype(np.uint8))  # the low byte of each
-        columns["topk_mid"] = blob((kept >> 8).astype(np.uint8))
-    if layout.wide:
-        columns["topk_hi"] = blob((kept >> 16).astype(np.uint8))
-    if layout.has_num_kept:
-        columns["num_kept"] = scatter(used.sum(axis=1).astype(np.uint16))
-    if layout.has_draws:
-        draws = np.concatenate([s.draws for s in sequences if s.draws is not None])
-        columns["draws"] = blob(draws.astype("<u2"))
-    for i, temperature in enumerate(layout.temperatures):
-        if temperature != 1:
-            columns[log_z_column(temperature)] = scatter(
-                np.concatenate([s.log_z[:, i] for s in sequences])
-            )
-        columns[log_tail_column(temperature)] = scatter(log_tail[:, i])
+        ids = draw_steps(token_ids, _joined(sequences, "draws"))
+        columns["entropy"] = scatter(_joined(sequences, "entropy"))
+    planes = (ids & 0xFFFF, ids >> 16) if layout.ids == "lo16" else (ids, ids >> 8, ids >> 16)
+    for name, plane in zip(layout.id_columns, planes, strict=False):
+        two = layout.ids == "lo16" and name == "topk_lo"
+        columns[name] = blob(plane.astype("<u2" if two else np.uint8))  # the low byte of each
     schema = shard_schema(layout)
     return pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
+
+
+def _joined(sequences: Sequence[ScoredSequence], name: str) -> NDArray:
+    return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
+
+def draw_steps(token_ids: NDArray[np.int32], draws: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[n, N] the steps between the N ascending draws of each target, from ids and counts [n, N].
+
+    The counts of a target must add up to N.
+    """
+    counts = np.where(token_ids >= 0, draws, 0)
+    drawn = np.repeat(token_ids.ravel(), counts.ravel()).reshape(token_ids.shape)
+    drawn.sort(axis=1)
+    return np.diff(drawn, axis=1, prepend=np.int32(0))
+
+
+def draws_of_steps(
+    steps: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint16]]:
+    """The inverse of `draw_steps`: ascending ids and counts [n, N], how many are in use [n]."""
+    n, slots = steps.shape
+    is_new = steps > 0
+    is_new[:, 0] = True
+    slot = is_new.cumsum(axis=1, dtype=np.int32)
+    num_kept = slot[:, -1].astype(np.uint16)
+    slot += (np.arange(n, dtype=np.int32) * slots - 1)[:, None]
+    counts = np.bincount(slot.ravel(), minlength=n * slots)
+    ids = np.zeros(n * slots, np.int32)
+    ids[slot[is_new]] = steps.cumsum(axis=1, dtype=np.int32)[is_new]
+    return ids.reshape(n, slots), counts.reshape(n, slots).astype(np.uint16), num_kept
 
 
 def decode(table: pa.Table, layout: Layout) -> Rows:
@@ -225,11 +261,21 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
         return data.view(dtype).reshape(num_rows, -1)
 
+    def scalar(name: str) -> NDArray | None:
+        return _column(table, name) if name in table.column_names else None
+
+    planes = [blob(name, "u1") for name in layout.id_columns]
     if layout.ids == "lo16":
-        both = blob("topk_lo", "u1")
-        topk_lo, topk_mid = both[:, 0::2], both[:, 1::2]
-    else:
-        topk_lo, topk_mid = blob("topk_lo", "u1"), blob("topk_mid", "u1")
+        planes[:1] = [planes[0][:, 0::2], planes[0][:, 1::2]]
+    num_kept = scalar("num_kept")
+    draws = blob("draws", "<u2") if layout.has_draws and layout.has_logprobs else None
+    if not layout.has_logprobs:
+        steps = np.zeros((num_rows, layout.slots), np.int32)
+        for i, plane in enumerate(planes):
+            steps |= plane.astype(np.int32) << 8 * i
+        ids, draws, num_kept = draws_of_steps(steps)
+        draws[~is_target], num_kept[~is_target] = 0, 0
+        planes = [(ids >> 8 * i).astype(np.uint8) for i in range(len(planes))]
     return StoredRows(
         sequence=sequence[row_starts[:-1]],
         sample_ids=sample_column.take(pa.array(row_starts[:-1])).to_pylist(),
@@ -239,15 +285,23 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         is_target=is_target,
         position=_column(table, "position"),
         token_id=_column(table, "token_id"),
-        topk_lo=topk_lo,
-        topk_mid=topk_mid,
-        topk_hi=blob("topk_hi", "u1") if layout.wide else None,
-        topk_logprob=blob("topk_logprob", STORED_LOGPROB[layout.precision]),
-        num_kept=_column(table, "num_kept") if layout.has_num_kept else None,
-        draws=blob("draws", "<u2") if layout.has_draws else None,
-        log_z=[None if t == 1 else _column(table, log_z_column(t)) for t in layout.temperatures],
-        log_tail=[_column(table, log_tail_column(t)) for t in layout.temperatures],
+        topk_lo=planes[0],
+        topk_mid=planes[1],
+        topk_hi=planes[2] if layout.wide else None,
+        topk_logprob=(
+            blob("topk_logprob", STORED_LOGPROB[layout.precision]) if layout.has_logprobs else None
+        ),
+        num_kept=num_kept,
+        draws=draws,
+        log_z=[scalar(log_z_column(t)) for t in layout.temperatures],
+        log_tail=[
+            _column(table, log_tail_column(t))
+            if layout.has_logprobs
+            else np.full(num_rows, -np.inf, np.float32)
+            for t in layout.temperatures
+        ],
         label_logprob=_column(table, "label_logprob"),
+        entropy=scalar("entropy"),
     )
 
 
@@ -273,14 +327,16 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
     if stored.num_kept is not None:
         unused = np.arange(layout.slots) >= stored.num_kept[targets][:, None]
         token_ids[unused] = -1
-    log_tail = np.stack([values[targets] for values in stored.log_tail], axis=1)
     log_z = np.zeros((n, len(stored.log_z)), np.float32)
     for i, values in enumerate(stored.log_z):
         if values is not None:
             log_z[:, i] = values[targets]
-    logprobs = decode_logprobs(
-        taken(stored.topk_logprob), unused, log_tail[:, 0], layout.precision, layout.code
-    )
+    logprobs = log_tail = None
+    if stored.topk_logprob is not None:
+        log_tail = np.stack([values[targets] for values in stored.log_tail], axis=1)
+        logprobs = decode_logprobs(
+            taken(stored.topk_logprob), unused, log_tail[:, 0], layout.precision, layout.code
+        )
     return Rows(
         sequence=stored.sequence,
         sample_ids=stored.sample_ids,
@@ -295,6 +351,7 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         log_z=log_z,
         log_tail=log_tail,
         label_logprob=stored.label_logprob[targets],
+        entropy=None if stored.entropy is None else stored.entropy[targets],
     )
 
 

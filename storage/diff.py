@@ -85,7 +85,8 @@ class Difference:
     """Tokens that are a target in A alone."""
     targets_only_b: int
     top1_agreement: float | None
-    """Share of targets with the same first entry."""
+    """Share of targets with the same first entry. This and all that takes log probs is None or
+    empty where one of the two holds draws alone."""
     same_ids: float | None
     """Share of A's kept ids that B keeps too, or the other way round: the larger of the two."""
     teacher_ce_a: float | None
@@ -105,10 +106,11 @@ class _Block:
     """Targets of whole sequences of one cache, or a run of them."""
 
     token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    log_z: NDArray[np.float32]
-    log_tail: NDArray[np.float32]
     label_logprob: NDArray[np.float32]
+    log_z: NDArray[np.float32]
+    logprobs: NDArray[np.float32]
+    """This and `log_tail`: of no entries, where draws alone are stored."""
+    log_tail: NDArray[np.float32]
 
 
 def diff(
@@ -171,6 +173,7 @@ class _Sums:
     """What is summed over blocks of targets."""
 
     def __init__(self, a: Manifest, b: Manifest) -> None:
+        self._has_logprobs = a.layout.has_logprobs and b.layout.has_logprobs
         self._at = [
             (t, a.temperatures.index(t), b.temperatures.index(t))
             for t in a.temperatures
@@ -197,11 +200,13 @@ class _Sums:
         if not n:
             return
         self._targets += n
-        self._top1 += int((a.token_ids[:, 0] == b.token_ids[:, 0]).sum())
         self._nats -= [s.label_logprob.sum(dtype=np.float64) for s in (a, b)]
         self._label.add(np.abs(a.label_logprob - b.label_logprob))
         rows, slot_a, slot_b = matches(a.token_ids, b.token_ids)
         self._kept += [len(rows), (a.token_ids >= 0).sum(), (b.token_ids >= 0).sum()]
+        if not self._has_logprobs:
+            return
+        self._top1 += int((a.token_ids[:, 0] == b.token_ids[:, 0]).sum())
         apart = np.zeros(n, np.float32)
         log_p, log_q = a.logprobs[rows, slot_a], b.logprobs[rows, slot_b]
         np.maximum.at(apart, rows, np.abs(log_p - log_q))
@@ -267,7 +272,7 @@ class _Sums:
             targets=n,
             targets_only_a=self._only_a,
             targets_only_b=self._only_b,
-            top1_agreement=self._top1 / n if n else None,
+            top1_agreement=self._top1 / n if n and self._has_logprobs else None,
             same_ids=float(self._kept[0] / self._kept[1:].min()) if n else None,
             teacher_ce_a=float(self._nats[0]) / n if n else None,
             teacher_ce_b=float(self._nats[1]) / n if n else None,
@@ -344,8 +349,18 @@ def _common(a: ScoredSequence, b: ScoredSequence) -> tuple[NDArray[np.intp], NDA
 
 def _block(parts: Iterator[tuple[ScoredSequence, NDArray[np.intp]]]) -> _Block:
     chosen = list(parts)
-    names = ("token_ids", "logprobs", "log_z", "log_tail", "label_logprob")
-    return _Block(*(np.concatenate([getattr(s, name)[i] for s, i in chosen]) for name in names))
+
+    def joined(name: str) -> NDArray:
+        return np.concatenate([getattr(s, name)[i] for s, i in chosen])
+
+    has_logprobs = chosen[0][0].logprobs is not None
+    return _Block(
+        token_ids=joined("token_ids"),
+        label_logprob=joined("label_logprob"),
+        log_z=joined("log_z"),
+        logprobs=joined("logprobs") if has_logprobs else np.zeros((0, 0), np.float32),
+        log_tail=joined("log_tail") if has_logprobs else np.zeros((0, 0), np.float32),
+    )
 
 
 def diff_text(found: Difference) -> str:
@@ -360,10 +375,11 @@ def diff_text(found: Difference) -> str:
             if count
         ),
     ]
-    if found.top1_agreement is None:
+    if not found.targets:
         return "\n".join(lines)
+    if found.top1_agreement is not None:
+        lines.append(f"  same first entry: {found.top1_agreement:.2%} of targets")
     lines += [
-        f"  same first entry: {found.top1_agreement:.2%} of targets",
         f"  kept by both:     {found.same_ids:.2%} of the ids of the one that keeps fewer",
         f"  cross-entropy on the data: A {found.teacher_ce_a:.4f}, B {found.teacher_ce_b:.4f} nats",
         "",
@@ -385,6 +401,8 @@ def diff_text(found: Difference) -> str:
         if spread is not None:
             values = (spread.mean, spread.p50, spread.p95, spread.p99, spread.max)
             lines.append(f"  {name:<30}" + "".join(f"{value:>10.3g}" for value in values))
+    if found.top1_agreement is None:
+        return "\n".join([*lines, "  no KL: one of them holds draws without log probs"])
     lines += [
         "  * nats; the ids that both keep, and all others as one bucket: at most the full KL",
         "",

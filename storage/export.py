@@ -76,7 +76,8 @@ def export(
         else:
             _write_hf(folder, tables(range(len(groups))), metadata[METADATA])
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return ExportReport(sequences=len(reader), targets=reader.manifest.num_targets, bytes=size)
+    targets = reader.index.totals().targets
+    return ExportReport(sequences=len(reader), targets=targets, bytes=size)
 
 
 def _origin(manifest: Manifest) -> dict:
@@ -98,7 +99,8 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
         write_page_checksum=True,
     ) as writer:
         for table in itertools.chain([first], tables):
-            writer.write_table(table, row_group_size=len(table))
+            if len(table):  # no row per target where all sequences were rejected
+                writer.write_table(table, row_group_size=len(table))
 
 
 def _write_hf(folder: Path, tables: Iterator[pa.Table], description: str) -> None:
@@ -164,13 +166,17 @@ def _distributions(rows: Rows, layout: Layout) -> Iterator[tuple[str, pa.Array]]
     used = rows.token_ids >= 0
     starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
     yield "token_ids", _lists(starts, pa.array(rows.token_ids[used]))
-    yield "logprobs", _lists(starts, pa.array(rows.logprobs[used]))
+    if rows.logprobs is not None:
+        yield "logprobs", _lists(starts, pa.array(rows.logprobs[used]))
     if rows.draws is not None:
         yield "draws", _lists(starts, pa.array(rows.draws[used]))
     for i, temperature in enumerate(layout.temperatures):
         if temperature != 1:
             yield log_z_column(temperature), pa.array(rows.log_z[:, i])
-        yield log_tail_column(temperature), pa.array(rows.log_tail[:, i])
+        if rows.log_tail is not None:
+            yield log_tail_column(temperature), pa.array(rows.log_tail[:, i])
+    if rows.entropy is not None:
+        yield "entropy", pa.array(rows.entropy)
     yield "label_logprob", pa.array(rows.label_logprob)
 
 

@@ -31,6 +31,11 @@ SEAL = "checksum"
 """The field of a sealed JSON file that holds the xxh3_128 of all the others."""
 
 
+S3_ROUNDS, S3_ATTEMPTS = 2, 3
+"""Tries of s3fs, and botocore's in each: with 15 seconds to wait for an answer, 90 seconds."""
+RETRY_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}
+
+
 class Busy(RuntimeError):
     """Another process holds this cache."""
 
@@ -45,7 +50,7 @@ class Store:
         """
         self.url = str(url)
         try:
-            files, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            files, root = _open(self.url)
         except (ImportError, ValueError) as error:
             raise ValueError(f"cannot open {self.url}: {error}") from error
         self._file_systems = {os.getpid(): files}
@@ -61,8 +66,7 @@ class Store:
         """
         pid = os.getpid()
         if pid not in self._file_systems:
-            opened, _ = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-            self._file_systems[pid] = opened
+            self._file_systems[pid], _ = _open(self.url)
         return self._file_systems[pid]
 
     @contextlib.contextmanager
@@ -356,6 +360,25 @@ class Store:
         reader = zstandard.ZstdDecompressor().stream_reader(data)
         for line in io.TextIOWrapper(reader, encoding="utf-8"):
             yield json.loads(line)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; one of S3 gives up a mute endpoint in time.
+
+    s3fs tries everything `retries` times on top of botocore's attempts, each of which may wait for
+    a read timeout. What fsspec's configuration or AWS_* variables say comes first.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in ("s3", "s3a"):
+        given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        if not given.keys() & {"retries"} and not RETRY_VARIABLES & os.environ.keys():
+            given = {**given, "retries": {"mode": "standard", "total_max_attempts": S3_ATTEMPTS}}
+        options["config_kwargs"] = given
+    files, root = fsspec.core.url_to_fs(url, **options)
+    if protocol in ("s3", "s3a"):
+        files.retries = S3_ROUNDS
+    return files, root
 
 
 def _sealed(value: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from schemas import CommitRecord, FormatError, Totals, from_json, to_json
+from schemas import CommitRecord, FormatError, Rejected, Totals, from_json, to_json
 
 _HASH = pa.binary(16)
 _RANGE = [("offset", pa.int64()), ("length", pa.int64()), ("xxh3_128", _HASH)]
@@ -22,12 +22,22 @@ _GROUP = pa.struct(
     [(name, pa.int64()) for name in ("rows", "sequences", "targets")]
     + [("data", pa.struct(_RANGE))]
 )
+_REJECTED = pa.struct(
+    [
+        ("sequence", pa.int64()),
+        ("sample_id", pa.string()),
+        ("targets", pa.int64()),
+        ("reason", pa.string()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         pa.field(name, kind, nullable=False)
         for name, kind in [
             *((name, pa.int64()) for name in ("shard", "first_sequence", "num_sequences")),
-            *((name, pa.int64()) for name in ("rows", "targets", "bytes")),
+            *((name, pa.int64()) for name in ("rows", "targets")),
+            ("rejected", pa.list_(_REJECTED)),
+            ("bytes", pa.int64()),
             ("xxh3_128", _HASH),
             ("row_groups", pa.list_(_GROUP)),
             ("footer", pa.struct(_RANGE)),
@@ -37,6 +47,7 @@ SCHEMA = pa.schema(
     ]
 )
 """One row per shard: the fields of `CommitRecord` but for the cache id, which is the manifest's."""
+VERSION_2_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("rejected"))
 CHUNK = 1000
 """Shards whose records are objects at the same time."""
 
@@ -112,23 +123,29 @@ class ShardIndex(Sequence[CommitRecord]):
         return cls(pa.Table.from_batches(_batches(iter(records)), SCHEMA), cache_id)
 
     @classmethod
-    def read(cls, data: bytes, cache_id: str, where: str) -> "ShardIndex":
-        """What `write` wrote. Raises FormatError if it is not of this form."""
+    def read(cls, data: bytes, cache_id: str, where: str, version: int) -> "ShardIndex":
+        """What `write` wrote in a format version. Raises FormatError if it is not of this form."""
         try:
             table = pq.read_table(pa.BufferReader(data))
         except pa.ArrowException as error:
             raise FormatError(f"{where} cannot be read: {error}") from error
-        if not table.schema.equals(SCHEMA):
-            raise FormatError(f"{where}: expected columns\n{SCHEMA}\nfound\n{table.schema}")
+        schema = _schema(version)
+        if not table.schema.equals(schema):
+            raise FormatError(f"{where}: expected columns\n{schema}\nfound\n{table.schema}")
+        if version < 3:
+            field = SCHEMA.field("rejected")
+            none = pa.array([[]] * len(table), field.type)
+            table = table.add_column(SCHEMA.get_field_index("rejected"), field, none)
         return cls(table, cache_id)
 
     @staticmethod
-    def write(path: Path, records: Iterable[CommitRecord]) -> int:
+    def write(path: Path, records: Iterable[CommitRecord], version: int) -> int:
         """Write records, in ascending shard order, to a file; return how many there were."""
         count = 0
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        schema = _schema(version)
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in _batches(iter(records)):
-                writer.write_batch(batch)
+                writer.write_batch(batch.select(schema.names))
                 count += len(batch)
         return count
 
@@ -150,6 +167,12 @@ class ShardIndex(Sequence[CommitRecord]):
             for entry in batch.to_pylist():
                 yield _record(entry, self._cache_id)
 
+    def with_more(self, records: Iterable[CommitRecord]) -> "ShardIndex":
+        """This index with the records of further shards, in ascending shard order."""
+        more = ShardIndex.of(records, self._cache_id)
+        table = pa.concat_tables([self.table, more.table]).sort_by("shard").combine_chunks()
+        return ShardIndex(table, self._cache_id)
+
     def position(self, shard: int) -> int:
         """The position of a shard's record. Raises KeyError if there is none."""
         at = int(np.searchsorted(self.shards, shard))
@@ -162,6 +185,12 @@ class ShardIndex(Sequence[CommitRecord]):
         at = self.position(shard)
         return self.groups[int(self.groups.starts[at]) : int(self.groups.starts[at + 1])]
 
+    def rejected(self) -> Iterator[Rejected]:
+        """The rejected sequences of all shards, in plan order."""
+        for chunk in self.table.column("rejected").chunks:
+            for entry in chunk.flatten():
+                yield Rejected(**entry.as_py())
+
     def totals(self) -> Totals:
         """The sums over the records."""
         sums = {
@@ -173,9 +202,14 @@ class ShardIndex(Sequence[CommitRecord]):
             sequences=sums["num_sequences"],
             tokens=sums["rows"],
             targets=sums["targets"],
+            rejected=sum(len(c.flatten()) for c in self.table.column("rejected").chunks),
             bytes=sums["bytes"],
             seconds=float(sum(self.table.column("seconds").to_pylist())),
         )
+
+
+def _schema(version: int) -> pa.Schema:
+    return SCHEMA if version >= 3 else VERSION_2_SCHEMA
 
 
 def _batches(records: Iterator[CommitRecord]) -> Iterator[pa.RecordBatch]:

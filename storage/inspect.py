@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,9 @@ __all__ = [
     "report_text",
 ]
 
-VERSION = 1
+VERSION = 2
 """Of the figures: one more whenever a value or key changes, so that kept ones are not used."""
-MAX_RATES, MAX_WORKERS = 60, 32
+MAX_RATES, MAX_WORKERS, MAX_REJECTED = 60, 32, 20
 
 
 def inspect(
@@ -119,6 +120,7 @@ def _report(
     duplicates, duplicates_exact = statistics.hashes.duplicates()
     curve = statistics.truncation_curve()
     records, targets, seen = reader.index.table, totals.targets, statistics.targets
+    has_logprobs = manifest.layout.has_logprobs
     dense = 2 * manifest.shared_vocab_size * targets
     teacher_ce = _ratio(statistics.label_nats, seen)
     kl_error = _column(reader.index, "kl_error_mean") @ _column(reader.index, "targets")
@@ -133,12 +135,16 @@ def _report(
         truncation=manifest.truncation,
         precision=manifest.precision,
         source=manifest.source,
+        records=manifest.sequences.get("counts", {}),
         planned_shards=manifest.num_shards,
         planned_targets=manifest.num_targets,
         shards=totals.shards,
         sequences=totals.sequences,
         tokens=totals.tokens,
         targets=targets,
+        rejected_sequences=totals.rejected,
+        rejected_targets=sum(entry.targets for entry in reader.rejected),
+        rejected=tuple(islice(reader.rejected, MAX_REJECTED)),
         sample=None
         if chosen is None
         else Sample(row_groups=len(chosen), of_row_groups=len(groups), targets=seen, seed=seed),
@@ -158,7 +164,7 @@ def _report(
         worst_targets=tuple(worst),
         teacher_ce=teacher_ce,
         teacher_perplexity=None if teacher_ce is None or teacher_ce > 700 else math.exp(teacher_ce),
-        top1_agreement=_ratio(statistics.top1, seen),
+        top1_agreement=_ratio(statistics.top1, seen if has_logprobs else 0),
         label_kept=_ratio(statistics.label_kept, seen),
         top1_probability=statistics.top1_probability.result(),
         calibration_error=statistics.calibration_error(),
@@ -167,9 +173,13 @@ def _report(
         recommended_k=next((at.k for at in curve if at.fkl <= TOLERANCE), None),
         beyond_k=_ratio(statistics.curve.beyond, seen) if curve else None,
         akl_head_size=statistics.akl_head.result(),
-        akl_inexact=_ratio(statistics.akl_inexact, seen),
-        kl_error_mean=_ratio(float(kl_error), targets),
-        kl_error_max=float(_column(reader.index, "kl_error_max").max()) if len(records) else None,
+        akl_inexact=_ratio(statistics.akl_inexact, seen if has_logprobs else 0),
+        kl_error_mean=_ratio(float(kl_error), targets if has_logprobs else 0),
+        kl_error_max=(
+            float(_column(reader.index, "kl_error_max").max())
+            if len(records) and has_logprobs
+            else None
+        ),
         dump_seconds=totals.seconds,
         targets_per_second=_ratio(targets, totals.seconds),
         workers=len(records.column("worker").unique()),

@@ -4,11 +4,11 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from schemas import FORMAT_VERSION, Manifest, to_json
+from schemas import FORMAT_VERSION, Manifest
 from storage import paths
 from storage.files import Store
 from storage.reader import CacheReader
-from storage.writer import committed_shards, publish_records
+from storage.writer import committed_shards, seal
 
 MADE = (paths.PLAN, paths.RECORDS, paths.SHARDS, paths.TOKENIZER)
 
@@ -45,11 +45,10 @@ def migrate(
             if record.shard not in done:
                 target.copy(source, paths.shard(record.shard))
                 renamed = dataclasses.replace(record, cache_id=new.cache_id)
-                target.publish_json(paths.record(record.shard), to_json(renamed))
+                target.publish_json(paths.record(record.shard), renamed.to_json(FORMAT_VERSION))
             if progress:
                 progress(record.shard + 1, len(reader.records))
         records = (dataclasses.replace(r, cache_id=new.cache_id) for r in reader.records)
-        segment, totals = publish_records(target, new, records)
-        new = dataclasses.replace(new, totals=totals, records=segment)
+        new = seal(target, new, records)
         target.publish_json(paths.MANIFEST, new.to_json())
     return new

@@ -5,6 +5,10 @@ SHARDS = "shards"
 INPUTS = "inputs"
 PLAN = "plan"
 RECORDS = "records"
+GENERATED = "generated"
+"""Responses that were sampled from the teacher; stays."""
+GENERATION = "generated/_generation.json"
+"""What they were sampled with; readers of the folder as a dataset skip the underscore."""
 TOKENIZER = "tokenizer"
 KEPT_REPORT = "stats/inspect.json"
 """Figures that inspect keeps; no part of the cache."""
@@ -26,6 +30,11 @@ def record(index: int) -> str:
 def inputs(index: int) -> str:
     """The tokens to score for a shard; removed when the cache is final."""
     return f"{INPUTS}/part-{index:06d}.parquet"
+
+
+def generated(index: int) -> str:
+    """The responses to a run of prompts."""
+    return f"{GENERATED}/part-{index:06d}.parquet"
 
 
 def segment(kind: str, index: int = 0) -> str:

@@ -3,7 +3,7 @@
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from schemas import (
     ByteRange,
     CommitRecord,
     FormatError,
+    Rejected,
     ScoredSequence,
     ShardPlan,
     shard_schema,
@@ -41,23 +42,54 @@ class CacheReader:
     the manifest and its two segments, never a shard.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, allow_incomplete: bool = False) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        allow_incomplete: bool = False,
+        listener: Callable[[int, int, bytes], None] | None = None,
+    ) -> None:
         """Open a cache.
 
+        `listener` is called with (shard, offset, bytes) of all that is fetched of shards.
         Raises FormatError if it is absent, damaged, or not complete (unless `allow_incomplete`,
         which gives the sequences of the committed shards, renumbered from 0).
         """
-        self._store = Store(url)
+        self._store, self._listener = Store(url), listener
         self.url = self._store.url
         self.manifest = read_manifest(self._store)
-        self.index = self._index(allow_incomplete)
-        """The commit records."""
-        self._groups = self.index.groups
-        self._ends = np.cumsum(self._groups.sequences)
+        self._set_index(self._index(allow_incomplete))
         self._schema = shard_schema(self.manifest.layout)
         self._recent: dict[int, CommitRecord] = {}
         self._footers: dict[int, pq.FileMetaData] = {}
         self._last: tuple[int, codec.Rows] | None = None
+
+    def _set_index(self, index: ShardIndex) -> None:
+        self.index = index
+        """The commit records."""
+        self._groups = index.groups
+        self._ends = np.cumsum(self._groups.sequences)
+
+    def refresh(self) -> list[int]:
+        """Look again at a cache that was not complete; return the shards committed since, in order.
+
+        Sequences are renumbered. Raises FormatError if another cache has taken its place.
+        """
+        if self.manifest.is_final:
+            return []
+        manifest = read_manifest(self._store)
+        if manifest.cache_id != self.manifest.cache_id:
+            raise FormatError(
+                f"{self.url} was cache {self.manifest.cache_id} and is {manifest.cache_id} now: it "
+                "was replaced while it was read"
+            )
+        known, self.manifest = set(self.index.shards.tolist()), manifest
+        new = sorted(committed_shards(self._store) & set(range(manifest.num_shards)) - known)
+        if new:
+            records = (read_record(self._store, manifest, shard) for shard in new)
+            self._last = None
+            self._set_index(self.index.with_more(records))
+        return new
 
     def _index(self, allow_incomplete: bool) -> ShardIndex:
         manifest, store = self.manifest, self._store
@@ -82,6 +114,11 @@ class CacheReader:
     def records(self) -> Sequence[CommitRecord]:
         """The commit records in shard order."""
         return self.index
+
+    @property
+    def rejected(self) -> Iterator[Rejected]:
+        """The sequences that the teacher could not score, in plan order; they have no targets."""
+        return self.index.rejected()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -125,12 +162,12 @@ class CacheReader:
         record = self._record(group.shard)
         entry = record.row_groups[group.index]
         where = self._store.path(paths.shard(group.shard))
+        metadata = self._footer(record)
         data = self._verified(group.shard, entry.data)
-        window = _Window(entry.data.offset, data, record.bytes)
         try:
             file = pq.ParquetFile(
-                pa.PythonFile(window, mode="r"),
-                metadata=self._footer(record),
+                pa.PythonFile(_Window(entry.data.offset, data, record.bytes), mode="r"),
+                metadata=metadata,
                 pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
             )
             table = file.read_row_group(group.index, use_threads=False)
@@ -145,11 +182,7 @@ class CacheReader:
 
     def column_bytes(self, group: RowGroupRef) -> dict[str, int]:
         """Compressed bytes of each column of one row group, from the shard's footer."""
-        try:
-            metadata = self._footer(self._record(group.shard)).row_group(group.index)
-        except (OSError, pa.ArrowException) as error:
-            where = self._store.path(paths.shard(group.shard))
-            raise FormatError(f"{where}: its footer cannot be read: {error}") from error
+        metadata = self._footer(self._record(group.shard)).row_group(group.index)
         columns = [metadata.column(i) for i in range(metadata.num_columns)]
         return {c.path_in_schema: c.total_compressed_size for c in columns}
 
@@ -170,7 +203,11 @@ class CacheReader:
         kept = self._footers.get(record.shard)
         if kept is None:
             data = self._verified(record.shard, record.footer)
-            kept = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+            try:
+                kept = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+            except (OSError, pa.ArrowException) as error:
+                where = self._store.path(paths.shard(record.shard))
+                raise FormatError(f"{where}: its footer cannot be read: {error}") from error
             if len(self._footers) >= RECENT_SHARDS:
                 self._footers.clear()
             self._footers[record.shard] = kept
@@ -185,6 +222,8 @@ class CacheReader:
             raise FormatError(
                 f"{where} is missing; run the dump again, which scores that shard again"
             ) from None
+        if self._listener:
+            self._listener(shard, part.offset, data)
         found = xxhash.xxh3_128(data).hexdigest()
         if len(data) != part.length or found != part.xxh3_128:
             raise FormatError(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from schemas import TeacherInfo, Truncation
+from schemas import Rejected, TeacherInfo, Truncation
 from storage.targets import Target
 
 RANKS = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
@@ -38,11 +38,12 @@ class AtTemperature:
     """What is kept of the teacher's distributions at one stored temperature."""
 
     temperature: float
-    retained_mass: Spread
-    """1 - exp(log tail) of each target."""
+    retained_mass: Spread | None
+    """1 - exp(log tail) of each target; None where draws alone are stored."""
     retained_mass_histogram: Histogram
     teacher_entropy: Spread
-    """Nats, over the kept entries and the tail as one bucket: at most the full entropy."""
+    """Nats, over the kept entries and the tail as one bucket: at most the full entropy. Where draws
+    alone are stored, the full one."""
     teacher_entropy_histogram: Histogram
 
 
@@ -116,12 +117,22 @@ class Report:
     truncation: Truncation
     precision: str
     source: dict[str, Any]
+    records: dict[str, int]
+    """What became of the source's records: the counts of the manifest; empty if it has none."""
     planned_shards: int
     planned_targets: int
+    """Those of rejected sequences too."""
     shards: int
     sequences: int
     tokens: int
     targets: int
+    """Those stored."""
+    rejected_sequences: int
+    """Sequences that the teacher could not score; they are stored without targets."""
+    rejected_targets: int
+    """Targets lost with them."""
+    rejected: tuple[Rejected, ...]
+    """The first 20 of them."""
     sample: Sample | None
     """None when all row groups were looked at."""
     sequence_length: Spread | None

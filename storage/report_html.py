@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from schemas import NO_LOGPROBS
 from storage import report_text
 from storage.report import RANKS, Histogram, Report
 from storage.targets import Target, context_shown, shown
@@ -54,15 +55,11 @@ LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 44, 10, 8, 22, 360, 180
 def report_html(report: Report) -> str:
     """The page."""
     title = f"Cache {report.url}"
-    body = [f"<h1>{escape(title)}</h1>", _status(report), _overview(report)]
+    body = [f"<h1>{escape(title)}</h1>", _status(report), *_rejected(report), _overview(report)]
     if report.targets and report.temperatures:
-        body += [
-            _size(report),
-            _distributions(report),
-            _teacher(report),
-            _truncation(report),
-            _worst(report),
-        ]
+        body += [_size(report), _distributions(report), _teacher(report)]
+        if report.precision != NO_LOGPROBS:
+            body += [_truncation(report), _worst(report)]
     if report.dump_speed.shard_rates:
         body.append(_speed(report))
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
@@ -83,13 +80,26 @@ def _status(report: Report) -> str:
     return '<p class="soft">Complete; every row group was looked at.</p>'
 
 
+def _rejected(report: Report) -> list[str]:
+    if not report.rejected_sequences:
+        return []
+    rows = [
+        (str(entry.sequence), escape(entry.sample_id), f"{entry.targets:,}", escape(entry.reason))
+        for entry in report.rejected
+    ]
+    return [
+        f'<p class="warn">Warning: {escape(report_text.rejected_line(report))}.</p>',
+        _table(("sequence", "sample", "targets lost", "reason"), rows, "text"),
+    ]
+
+
 def _overview(report: Report) -> str:
     big = [("targets", f"{report.targets:,}"), ("size", report_text.megabytes(report.bytes))]
     if report.bytes_per_target is not None and report.times_smaller is not None:
         big.append(("bytes per target", f"{report.bytes_per_target:.1f}"))
         big.append(("times smaller than fp16 logits", f"{report.times_smaller:.1f}"))
-    if report.temperatures:
-        big.append(("retained mass, mean", f"{report.temperatures[0].retained_mass.mean:.4f}"))
+    if report.temperatures and (mass := report.temperatures[0].retained_mass):
+        big.append(("retained mass, mean", f"{mass.mean:.4f}"))
     if report.teacher_ce is not None:
         big.append(("cross-entropy, nats", f"{report.teacher_ce:.4f}"))
     if report.top1_agreement is not None:
@@ -128,8 +138,8 @@ def _distributions(report: Report) -> str:
     return (
         "<h2>Distributions</h2>"
         + _table(("", *names), rows)
-        + '<p class="soft">* nats; kept entries and the tail as one bucket: a lower bound of the '
-        f'full entropy.</p><div class="plots">{"".join(plots)}</div>'
+        + f'<p class="soft">* {escape(report_text.entropy_note(report))}.</p>'
+        + f'<div class="plots">{"".join(plots)}</div>'
     )
 
 
@@ -138,8 +148,14 @@ def _teacher(report: Report) -> str:
     rows = [
         ("cross-entropy, nats", f"{report.teacher_ce:.4f}"),
         ("perplexity", "over e^700" if perplexity is None else f"{perplexity:.4g}"),
-        ("most probable kept entry is the token", f"{report.top1_agreement:.2%}"),
         ("the token is among the kept entries", f"{report.label_kept:.2%}"),
+    ]
+    title = "<h2>The teacher on the data's own next tokens</h2>"
+    if report.precision == NO_LOGPROBS:
+        note = "Draws without log probs: what takes the probabilities of kept entries is left out."
+        return f'{title}{_table((), rows)}<p class="soft">{note}</p>'
+    rows += [
+        ("most probable kept entry is the token", f"{report.top1_agreement:.2%}"),
         ("expected calibration error, 15 bins", f"{report.calibration_error:.4f}"),
         ("decoding error, mean, nats", f"{report.kl_error_mean:.2g}"),
         ("decoding error, max, nats", f"{report.kl_error_max:.2g}"),
@@ -154,7 +170,7 @@ def _teacher(report: Report) -> str:
         [("accuracy", [(c, a) for c, a, _ in found])], y_top=1.0, x_range=(0, 1), diagonal=True
     )
     return (
-        "<h2>The teacher on the data's own next tokens</h2>"
+        title
         + '<div class="plots">'
         + _table((), rows)
         + _figure(plot, "Accuracy against top-1 probability; calibrated is the diagonal")
@@ -205,7 +221,7 @@ def _worst(report: Report) -> str:
 
     rows = [
         (
-            f"{1 - found.tail_mass:.3f}",
+            f"{1 - (found.tail_mass or 0):.3f}",
             f"{found.sequence}:{found.position}",
             f'<span class="mono">{escape(context_shown(found))}</span>',
             f'<span class="mono">{escape(shown(found.token, found.token_id))}</span> '

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from schemas import NO_LOGPROBS, Rejected
 from storage.report import RANKS, Histogram, Report, Spread
 from storage.targets import Target, context_shown, entries_shown, fit, shown, width
 from storage.truncation_cost import TOLERANCE
@@ -21,6 +22,7 @@ def report_text(report: Report) -> str:
             f"NOT COMPLETE: {report.shards} of {report.planned_shards} shards committed; "
             "all figures are of these"
         )
+    lines += rejected_lines(report)
     lines += [f"  {name:<13}{clip(value, 85)}" for name, value in overview(report)]
     if report.bytes_per_target is None:
         return "\n".join(lines)
@@ -31,8 +33,38 @@ def report_text(report: Report) -> str:
             f"{report.sample.of_row_groups:,} row groups (seed {report.sample.seed});",
             "counts and sizes above, decoding error and dump are exact",
         ]
-    sections = (_size, _spreads, _shapes, _teacher, _cut, _worst, _speed)
+    sections = [_size, _spreads, _shapes, _teacher, _cut, _worst, _speed]
+    if report.precision == NO_LOGPROBS:
+        sections = [_size, _spreads, _shapes, _drawn, _speed]
     return "\n".join([*lines, *(line for section in sections for line in ("", *section(report)))])
+
+
+def rejected_lines(report: Report) -> list[str]:
+    """A warning and the first rejected sequences with their reasons; nothing if there are none."""
+    if not report.rejected_sequences:
+        return []
+    lines = [f"WARNING: {rejected_line(report)}"]
+    lines += [f"  {clip(rejected_entry(entry), WIDTH - 2)}" for entry in report.rejected[:5]]
+    if report.rejected_sequences > 5:
+        lines.append(f"  and {report.rejected_sequences - 5:,} more")
+    return lines
+
+
+def rejected_line(report: Report) -> str:
+    """How much was lost with sequences that the teacher could not score."""
+    share = report.rejected_targets / max(report.targets + report.rejected_targets, 1)
+    return (
+        f"{report.rejected_sequences:,} of {report.sequences:,} sequences were rejected by the "
+        f"teacher: {share:.2%} of targets lost"
+    )
+
+
+def rejected_entry(entry: Rejected) -> str:
+    """One rejected sequence and why."""
+    return (
+        f"sequence {entry.sequence}, sample {entry.sample_id!r}, {entry.targets:,} targets: "
+        f"{entry.reason}"
+    )
 
 
 def overview(report: Report) -> list[tuple[str, str]]:
@@ -44,11 +76,14 @@ def overview(report: Report) -> list[tuple[str, str]]:
         "sample": f"{truncation.draws} draws",
         "topk+sample": f"top {truncation.k} + {truncation.draws} draws from the tail",
     }[truncation.method]
+    drawn = report.precision == NO_LOGPROBS
+    stored = "stored without log probs" if drawn else f"stored as {report.precision}"
     return [
         ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
         ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
         ("source", str(report.source.get("path", "") or "not recorded")),
-        ("kept", f"{kept} of {report.shared_vocab_size:,}, stored as {report.precision}"),
+        ("records", records_line(report)),
+        ("kept", f"{kept} of {report.shared_vocab_size:,}, {stored}"),
         ("temperatures", ", ".join(f"{at.temperature:g}" for at in report.temperatures)),
         (
             "holds",
@@ -59,6 +94,23 @@ def overview(report: Report) -> list[tuple[str, str]]:
         ("ids", ids_line(report)),
         ("dump", dump_line(report)),
     ]
+
+
+def records_line(report: Report) -> str:
+    """How many records the source had, and what became of those not taken as they were."""
+    if not report.records:
+        return "not recorded"
+    named = {
+        "truncated_records": "truncated",
+        "split_records": "split",
+        "empty_records": "empty",
+        "duplicate_records": "duplicates",
+        "records_without_targets": "without targets",
+    }
+    parts = [
+        f"{report.records[key]:,} {name}" for key, name in named.items() if report.records.get(key)
+    ]
+    return ", ".join([f"{report.records.get('records', 0):,}", *parts])
 
 
 def _size(report: Report) -> list[str]:
@@ -83,10 +135,14 @@ def _spreads(report: Report) -> list[str]:
         values = [getattr(spread, rank) for rank in names]
         mean = f"{spread.mean:.{max(digits, 1)}f}"
         lines.append(f"  {name:<24}{mean:>8}" + "".join(f"{v:>7.{digits}f}" for v in values))
-    return [
-        *lines,
-        "  * nats; kept entries and the tail as one bucket: a lower bound of the full entropy",
-    ]
+    return [*lines, f"  * {entropy_note(report)}"]
+
+
+def entropy_note(report: Report) -> str:
+    """What the figures of entropy are."""
+    if report.precision == NO_LOGPROBS:
+        return "nats; of the whole distribution"
+    return "nats; kept entries and the tail as one bucket: a lower bound of the full entropy"
 
 
 def spreads(report: Report) -> list[tuple[str, Spread, int]]:
@@ -139,13 +195,28 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BLOCKS[math.ceil(8 * value / top)] for value in values)
 
 
-def _teacher(report: Report) -> list[str]:
+def _drawn(report: Report) -> list[str]:
+    """In place of all that takes log probs."""
+    return [
+        *_cross_entropy(report),
+        f"  the token is among the drawn ids:      {report.label_kept:.2%} of targets",
+        "Draws without log probs: what takes the probabilities of kept entries is left out",
+    ]
+
+
+def _cross_entropy(report: Report) -> list[str]:
     perplexity = (
         "" if report.teacher_perplexity is None else f", perplexity {report.teacher_perplexity:.4g}"
     )
-    lines = [
+    return [
         "The teacher on the data's own next tokens",
         f"  cross-entropy {report.teacher_ce:.4f} nats{perplexity}",
+    ]
+
+
+def _teacher(report: Report) -> list[str]:
+    lines = [
+        *_cross_entropy(report),
         f"  most probable kept entry is the token: {report.top1_agreement:.2%} of targets",
         f"  the token is among the kept entries:   {report.label_kept:.2%} of targets",
         f"  calibration error of the top-1 probability, 15 bins: {report.calibration_error:.4f}",
@@ -211,7 +282,7 @@ def _worst(report: Report) -> list[str]:
 def worst_line(found: Target) -> str:
     """One target and its first entries on one line."""
     line = (
-        f"  {1 - found.tail_mass:>6.3f} {found.sequence:>8} {found.position:>5}  "
+        f"  {1 - (found.tail_mass or 0):>6.3f} {found.sequence:>8} {found.position:>5}  "
         f"{fit(context_shown(found), 28, right=True)} "
         f"{fit(shown(found.token, found.token_id), 12)} "
     )

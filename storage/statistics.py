@@ -156,9 +156,12 @@ class Statistics:
         truncation = manifest.truncation
         self._ragged = truncation.method != "topk"
         self._has_curve = not truncation.sampled
+        self._has_logprobs = manifest.layout.has_logprobs
         slots = truncation.slots
         unit = np.linspace(0, 1, HISTOGRAM_BINS + 1)
-        nats = np.linspace(0, np.log(slots + 1), HISTOGRAM_BINS + 1)
+        # Of the kept entries and a bucket, or of the whole vocabulary.
+        classes = slots + 1 if self._has_logprobs else manifest.shared_vocab_size
+        nats = np.linspace(0, np.log(classes), HISTOGRAM_BINS + 1)
         self.length = Quantity(LENGTH_EDGES)
         self.num_kept, self.top1_probability, self.akl_head = Quantity(), Quantity(), Quantity()
         self.mass = [Quantity(unit) for _ in self._temperatures]
@@ -186,21 +189,36 @@ class Statistics:
         if not len(rows.label_logprob):
             return
         self._add_targets(rows)
-        self._add_kept(rows)
-        self._add_worst(rows)
+        if rows.logprobs is None:
+            self._add_drawn(rows)
+        else:
+            self._add_top1(rows, rows.logprobs)
+            self._add_masses(rows)
+            self._add_kept(rows, rows.logprobs)
+            self._add_worst(rows)
 
     def _add_targets(self, rows: Rows) -> None:
         self.targets += len(rows.label_logprob)
         self.label_nats -= float(rows.label_logprob.sum(dtype=np.float64))
-        labels = rows.labels
-        correct = rows.token_ids[:, 0] == labels
+        self.label_kept += int((rows.token_ids == rows.labels[:, None]).sum())
+
+    def _add_drawn(self, rows: Rows) -> None:
+        assert rows.entropy is not None
+        self.num_kept.add((rows.token_ids >= 0).sum(axis=1))
+        self.is_kept[rows.token_ids[rows.token_ids >= 0]] = True
+        self.entropy[0].add(rows.entropy)
+
+    def _add_top1(self, rows: Rows, logprobs: NDArray[np.float32]) -> None:
+        correct = rows.token_ids[:, 0] == rows.labels
         self.top1 += int(correct.sum())
-        self.label_kept += int((rows.token_ids == labels[:, None]).sum())
-        confidence = np.exp(np.minimum(rows.logprobs[:, 0], 0))
+        confidence = np.exp(np.minimum(logprobs[:, 0], 0))
         self.top1_probability.add(confidence)
         bins = np.minimum((confidence * RELIABILITY_BINS).astype(np.intp), RELIABILITY_BINS - 1)
         for row, weights in enumerate((None, confidence, correct)):
             self.reliability[row] += np.bincount(bins, weights, RELIABILITY_BINS)
+
+    def _add_masses(self, rows: Rows) -> None:
+        assert rows.logprobs is not None and rows.log_tail is not None
         for i, log_tail in enumerate(rows.log_tail.T):
             self.mass[i].add(-np.expm1(np.minimum(log_tail, 0)))
         for i, temperature in list(enumerate(self._temperatures))[1:]:
@@ -208,9 +226,10 @@ class Statistics:
                 bucket_entropy(rows.logprobs, rows.log_z[:, i], rows.log_tail[:, i], temperature)
             )
 
-    def _add_kept(self, rows: Rows) -> None:
+    def _add_kept(self, rows: Rows, logprobs: NDArray[np.float32]) -> None:
         """What takes all entries at T=1: a block at a time, entries along the first axis."""
         n, slots = rows.token_ids.shape
+        assert rows.log_tail is not None
         num_kept = (rows.token_ids >= 0).sum(axis=1) if self._ragged else np.full(n, slots)
         self.num_kept.add(num_kept)
         used = rows.token_ids if not self._ragged else rows.token_ids[rows.token_ids >= 0]
@@ -218,7 +237,7 @@ class Statistics:
         entropy, head = np.empty(n, np.float32), np.empty(n, np.float32)
         for start in range(0, n, BLOCK):
             block = slice(start, start + BLOCK)
-            log_p = np.maximum(rows.logprobs[block].T, FLOOR, order="C")
+            log_p = np.maximum(logprobs[block].T, FLOOR, order="C")
             p, log_tail = np.exp(log_p), rows.log_tail[block, 0]
             tail = np.exp(log_tail) * np.maximum(log_tail, FLOOR)
             entropy[block] = -(np.einsum("kb,kb->b", p, log_p) + tail)
@@ -237,6 +256,7 @@ class Statistics:
     def _add_worst(self, rows: Rows) -> None:
         """The first of each context: what follows `<s>` is the same in every sequence."""
         contexts: set[tuple[int, ...]] = set()
+        assert rows.log_tail is not None
         for index in np.argsort(-rows.log_tail[:, 0], kind="stable").tolist():
             at = int(np.searchsorted(rows.target_starts, index, side="right")) - 1
             start = int(rows.row_starts[at])
@@ -251,7 +271,7 @@ class Statistics:
         self._keep_worst()
 
     def _keep_worst(self) -> None:
-        order = sorted(self.worst, key=lambda t: (-t.tail_mass, t.sequence, t.position))
+        order = sorted(self.worst, key=lambda t: (-(t.tail_mass or 0), t.sequence, t.position))
         first = {found.context_ids: found for found in reversed(order)}
         self.worst = [found for found in order if first[found.context_ids] is found][:WORST]
 
@@ -286,7 +306,7 @@ class Statistics:
             self._temperatures, self.mass, self.entropy, strict=True
         ):
             mass_spread, entropy_spread = mass.result(), entropy.result()
-            if mass_spread is not None and entropy_spread is not None:
+            if entropy_spread is not None:
                 found.append(
                     AtTemperature(
                         temperature=temperature,
@@ -299,8 +319,8 @@ class Statistics:
         return tuple(found)
 
     def reliability_bins(self) -> tuple[ReliabilityBin, ...]:
-        """The reliability curve; empty without targets."""
-        if not self.targets:
+        """The reliability curve; empty without targets or log probs."""
+        if not self.targets or not self._has_logprobs:
             return ()
         return tuple(
             ReliabilityBin(
@@ -312,8 +332,8 @@ class Statistics:
         )
 
     def calibration_error(self) -> float | None:
-        """sum_bins |accuracy - confidence| weighted by targets; None without targets."""
-        if not self.targets:
+        """sum_bins |accuracy - confidence| weighted by targets; None where there are no bins."""
+        if not self.targets or not self._has_logprobs:
             return None
         return float(np.abs(self.reliability[1] - self.reliability[2]).sum() / self.targets)
 

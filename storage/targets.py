@@ -8,7 +8,9 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from schemas import ScoredSequence
 from storage import paths
@@ -46,19 +48,20 @@ class Target:
     probability: float
     """Of the actual token, kept or not."""
     rank: int | None
-    """Of the actual token among the kept entries, from 1; None if it is not kept."""
+    """Of the actual token among the kept entries, from 1; None if it is not kept, or if the order
+    is not known because draws alone are stored."""
     entries: tuple[Entry, ...]
-    """The most probable kept entries."""
-    tail_mass: float
-    """Of every id that is not kept (not only: not shown)."""
+    """The most probable kept entries; of draws alone the most often drawn, with their share."""
+    tail_mass: float | None
+    """Of every id that is not kept (not only: not shown); None where draws alone are stored."""
 
 
 def target(sequence: ScoredSequence, index: int, plan_index: int, num_entries: int) -> Target:
     """The `index`-th target of a sequence with its first entries, no texts yet."""
     position = int(sequence.positions[index])
-    ids, log_p = sequence.token_ids[index], sequence.logprobs[index].astype(float)
+    ids, p = _entries(sequence, index)
     label = int(sequence.input_ids[position])
-    at = [int(i) for i in (ids == label).nonzero()[0]]
+    ranks = (ids == label).nonzero()[0].tolist() if sequence.logprobs is not None else []
     before = sequence.input_ids[max(position - CONTEXT, 0) : position]
     return Target(
         sequence=plan_index,
@@ -69,14 +72,25 @@ def target(sequence: ScoredSequence, index: int, plan_index: int, num_entries: i
         token_id=label,
         token=None,
         probability=_exp(float(sequence.label_logprob[index])),
-        rank=at[0] + 1 if at else None,
+        rank=ranks[0] + 1 if ranks else None,
         entries=tuple(
-            Entry(token_id=int(v), text=None, probability=_exp(float(x)))
-            for v, x in zip(ids[:num_entries], log_p, strict=False)
+            Entry(token_id=int(v), text=None, probability=float(x))
+            for v, x in zip(ids[:num_entries], p, strict=False)
             if v >= 0
         ),
-        tail_mass=_exp(float(sequence.log_tail[index, 0])),
+        tail_mass=(None if sequence.log_tail is None else _exp(float(sequence.log_tail[index, 0]))),
     )
+
+
+def _entries(sequence: ScoredSequence, index: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """The kept ids of a target and their probabilities, or shares of the draws, largest first."""
+    ids = sequence.token_ids[index]
+    if sequence.logprobs is not None:
+        return ids, np.exp(np.minimum(sequence.logprobs[index].astype(np.float64), 0))
+    assert sequence.draws is not None
+    draws = sequence.draws[index]
+    order = np.argsort(-draws, kind="stable")
+    return ids[order], draws[order] / draws.sum()
 
 
 def with_texts(targets: Iterable[Target], tokenizer: tokenizers.Tokenizer) -> list[Target]:

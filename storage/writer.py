@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -17,21 +18,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
 from schemas import (
     ByteRange,
     CommitRecord,
     FormatError,
+    Layout,
     Manifest,
+    Rejected,
     RowGroup,
     ScoredSequence,
     Segment,
     ShardPlan,
-    Totals,
     from_json,
     shard_schema,
     to_json,
 )
+from schemas.manifest import MAX_LISTED, REASON_LENGTH
 from storage import codec, paths
 from storage.check import check_sequence
 from storage.files import Store
@@ -118,8 +122,7 @@ class CacheWriter:
                 f"{self.store.url}: {len(missing)} of {len(self.plan)} shards are missing, "
                 f"first {missing[:5]}; run the dump again to fill them"
             )
-        segment, totals = publish_records(self.store, self.manifest, self.committed())
-        self.manifest = dataclasses.replace(self.manifest, totals=totals, records=segment)
+        self.manifest = seal(self.store, self.manifest, self.committed())
         self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
         self.store.remove_folder(paths.INPUTS)
         return self.manifest
@@ -137,6 +140,7 @@ class ShardWriter:
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
+        self._rejected: list[Rejected] = []
         self._error_sum = self._error_max = 0.0
         self.bytes_written = 0
         """Size of the shard file, once committed."""
@@ -165,14 +169,52 @@ class ShardWriter:
         self._buffer.append(sequence)
         self._buffered_rows += length
 
+    def reject(
+        self,
+        sample_id: str,
+        input_ids: NDArray[np.int32],
+        is_target: NDArray[np.bool_],
+        reason: str,
+    ) -> None:
+        """Append a sequence that the teacher cannot score: its rows are kept, its targets lost.
+
+        `input_ids` and `is_target` [L] are what was to be scored; `reason` is cut to one line of
+        REASON_LENGTH characters. Raises FormatError if the cache is of a version before 3, which
+        cannot say so, or if the tokens are not valid.
+        """
+        reason = one_line(reason)
+        if self._manifest.format_version < 3:
+            raise FormatError(
+                f"{self._store.url} was started in format version {self._manifest.format_version}, "
+                f"which has no place for a rejected sequence, but sample {sample_id} cannot be "
+                f"scored ({reason}): take it out of the source and dump into another output"
+            )
+        is_target = np.asarray(is_target, np.bool_)
+        if is_target.shape != (len(input_ids),) or is_target[:1].any():
+            raise FormatError(
+                f"sample {sample_id}: is_target must be bool [{len(input_ids)}] with token 0 "
+                f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
+            )
+        done = sum(group[1] for group in self._groups) + len(self._buffer)
+        rejected = Rejected(
+            sequence=self._plan.first_sequence + done,
+            sample_id=sample_id,
+            targets=int(is_target.sum()),
+            reason=reason,
+        )
+        self.write(_without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout))
+        self._rejected.append(rejected)
+
     def _flush(self) -> None:
         first = self._plan.first_sequence + sum(group[1] for group in self._groups)
         table = codec.encode(self._buffer, first, self._layout)
         self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
-        if self._layout.precision != "f32":
-            logprobs = np.concatenate([s.logprobs for s in self._buffer])
-            error = codec.decoding_error(logprobs, codec.decode(table, self._layout).logprobs)
+        if self._layout.has_logprobs and self._layout.precision != "f32":
+            decoded = codec.decode(table, self._layout).logprobs
+            assert decoded is not None
+            given = [s.logprobs for s in self._buffer if s.logprobs is not None]
+            error = codec.decoding_error(np.concatenate(given), decoded)
             self._error_sum += float(error.sum())
             self._error_max = max(self._error_max, float(error.max(initial=0)))
         self._groups.append((len(table), len(self._buffer), scored))
@@ -203,14 +245,16 @@ class ShardWriter:
             return
         self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
         if error is None:
-            self._store.publish_json(paths.record(self._plan.shard), to_json(record))
+            fields = record.to_json(self._manifest.format_version)
+            self._store.publish_json(paths.record(self._plan.shard), fields)
             self.bytes_written = record.bytes
 
     def _record(self) -> CommitRecord:
         plan = self._plan
         rows, sequences, targets = (sum(g[i] for g in self._groups) for i in range(3))
         found = (sequences, rows, targets)
-        expected = (plan.num_sequences, plan.num_tokens, plan.num_targets)
+        lost = sum(entry.targets for entry in self._rejected)
+        expected = (plan.num_sequences, plan.num_tokens, plan.num_targets - lost)
         if found != expected:
             raise FormatError(
                 f"shard {plan.shard}: (sequences, tokens, targets) written {found}, "
@@ -233,6 +277,7 @@ class ShardWriter:
                 num_sequences=sequences,
                 rows=rows,
                 targets=targets,
+                rejected=tuple(self._rejected),
                 bytes=len(whole),
                 xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
                 row_groups=tuple(groups),
@@ -249,8 +294,8 @@ def parquet_options(schema: pa.Schema) -> dict:
     blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
     floats = [f.name for f in schema if f.type == pa.float32()]
     split = floats
-    if "num_kept" not in schema.names:  # where slots are left empty, rows compress better
-        split = ["topk_logprob", *floats]
+    if "num_kept" not in schema.names and "topk_logprob" in schema.names:
+        split = ["topk_logprob", *floats]  # where slots are left empty, rows compress better
     return {
         "compression": "zstd",
         "compression_level": ZSTD_LEVEL,
@@ -264,18 +309,56 @@ def parquet_options(schema: pa.Schema) -> dict:
     }
 
 
+def one_line(reason: str) -> str:
+    """A reason as a record holds it: one line of printable text, cut where it is too long."""
+    line = " ".join(reason.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"
+
+
+def _without_targets(
+    sample_id: str, input_ids: NDArray[np.int32], layout: Layout
+) -> ScoredSequence:
+    slots, temperatures = layout.slots, len(layout.temperatures)
+    return ScoredSequence(
+        sample_id=sample_id,
+        input_ids=input_ids,
+        is_target=np.zeros(len(input_ids), np.bool_),
+        positions=np.zeros(0, np.int32),
+        token_ids=np.zeros((0, slots), np.int32),
+        logprobs=np.zeros((0, slots), np.float32) if layout.has_logprobs else None,
+        draws=np.zeros((0, slots), np.int32) if layout.has_draws else None,
+        log_z=np.zeros((0, temperatures), np.float32),
+        log_tail=np.zeros((0, temperatures), np.float32) if layout.has_logprobs else None,
+        label_logprob=np.zeros(0, np.float32),
+        entropy=None if layout.has_logprobs else np.zeros(0, np.float32),
+    )
+
+
+def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
+    """Publish all commit records, in shard order; return the final manifest, not yet published."""
+    segment, index = publish_records(store, manifest, records)
+    return dataclasses.replace(
+        manifest,
+        totals=index.totals(),
+        records=segment,
+        rejected=tuple(islice(index.rejected(), MAX_LISTED)),
+    )
+
+
 def publish_records(
     store: Store, manifest: Manifest, records: Iterable[CommitRecord]
-) -> tuple[Segment, Totals]:
-    """Publish all commit records, in shard order, as one segment; return it and their sums."""
-    if manifest.format_version == 1:
+) -> tuple[Segment, ShardIndex]:
+    """Publish all commit records, in shard order, as one segment; return it and what it holds."""
+    version = manifest.format_version
+    if version == 1:
         known = list(records)
         segment = store.publish_segment(
-            paths.segment(paths.RECORDS), [to_json(record) for record in known]
+            paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
         )
-        return segment, ShardIndex.of(known, manifest.cache_id).totals()
+        return segment, ShardIndex.of(known, manifest.cache_id)
     with store.staged(paths.RECORD_INDEX) as path:
-        entries = ShardIndex.write(path, records)
+        entries = ShardIndex.write(path, records, version)
         data = path.read_bytes()
     segment = Segment(
         name=paths.RECORD_INDEX,
@@ -283,18 +366,19 @@ def publish_records(
         bytes=len(data),
         xxh3_128=xxhash.xxh3_128(data).hexdigest(),
     )
-    return segment, ShardIndex.read(data, manifest.cache_id, store.url).totals()
+    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
 
 
 def read_records(store: Store, manifest: Manifest) -> ShardIndex:
     """The sealed commit records of a final cache. Raises FormatError if they are damaged."""
     assert manifest.records is not None
     where = store.path(manifest.records.name)
-    if manifest.format_version == 1:
+    version = manifest.format_version
+    if version == 1:
         entries = store.read_segment(manifest.records)
-        records = [from_json(CommitRecord, entry, where) for entry in entries]
+        records = [CommitRecord.parse(entry, where, version) for entry in entries]
         return ShardIndex.of(records, manifest.cache_id)
-    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where)
+    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where, version)
 
 
 def committed_shards(store: Store) -> set[int]:
@@ -328,7 +412,7 @@ def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
     """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
     name = paths.record(index)
     where = store.path(name)
-    record = from_json(CommitRecord, store.read_json(name), where)
+    record = CommitRecord.parse(store.read_json(name), where, manifest.format_version)
     if record.cache_id != manifest.cache_id or record.shard != index:
         raise FormatError(
             f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "

@@ -3,6 +3,7 @@
 Shares no code with teacher_dump. Shapes: L tokens, n targets, V vocabulary, K slots.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ class Settings:
     vocab_size: int = 50
     temperatures: tuple[float, ...] = (1.0, 2.0)
     precision: str = "f32"
+    before_version_3: bool = False
+    """Whether draws are scored for a cache that keeps their log probs."""
+
+    def __post_init__(self) -> None:
+        if self.truncation.method == "sample" and not self.before_version_3:  # at 1 alone
+            object.__setattr__(self, "temperatures", (1.0,))
 
     def draft(self) -> Manifest:
         """A manifest to start a cache with."""
@@ -99,7 +106,10 @@ def scored_sequence(
     sample_id: str = "sample",
     generator: np.random.Generator | None = None,
 ) -> ScoredSequence:
-    """What a dump of these dense log probs [n, V] stores; sampling needs a generator."""
+    """What a teacher gives of these dense log probs [n, V]; sampling needs a generator.
+
+    Drawn entries come with their log probs, which a cache of the present format leaves out.
+    """
     truncation, temperatures = settings.truncation, settings.temperatures
     n = len(dense)
     token_ids = np.full((n, truncation.slots), -1, np.int32)
@@ -117,6 +127,7 @@ def scored_sequence(
         log_tail[:, i] = log_sum_exp(rest / temperature) - log_z[:, i]
     kept = np.take_along_axis(dense, np.maximum(token_ids, 0), axis=1)
     labels = input_ids[is_target]
+    entropy = -(np.exp(dense) * dense).sum(axis=1)
     return ScoredSequence(
         sample_id=sample_id,
         input_ids=input_ids.astype(np.int32),
@@ -128,6 +139,7 @@ def scored_sequence(
         log_z=log_z.astype(np.float32),
         log_tail=log_tail.astype(np.float32),
         label_logprob=dense[np.arange(n), labels].astype(np.float32),
+        entropy=entropy.astype(np.float32) if truncation.method == "sample" else None,
     )
 
 
@@ -217,10 +229,18 @@ def random_shards(
 
 
 def assert_equal(found: ScoredSequence, expected: ScoredSequence, *, logprobs: bool = True) -> None:
-    """Assert that two sequences are equal bit for bit; log probs only if asked."""
+    """Assert that two sequences are equal bit for bit; log probs only if asked.
+
+    Where only draws were stored, expect them by ascending id, and no log probs.
+    """
     assert found.sample_id == expected.sample_id
-    names = ["input_ids", "is_target", "positions", "token_ids", "log_z", "log_tail"]
-    names += ["label_logprob"] + ["logprobs"] * logprobs
+    names = ["input_ids", "is_target", "positions", "token_ids", "log_z", "label_logprob"]
+    if expected.entropy is not None and found.logprobs is None:
+        assert found.log_tail is None
+        expected = by_id(expected)
+        names += ["entropy"]
+    else:
+        names += ["log_tail"] + ["logprobs"] * logprobs
     for name in names:
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == other.dtype, name
@@ -229,3 +249,18 @@ def assert_equal(found: ScoredSequence, expected: ScoredSequence, *, logprobs: b
         assert found.draws is None
     else:
         np.testing.assert_array_equal(found.draws, expected.draws)
+
+
+def by_id(sequence: ScoredSequence) -> ScoredSequence:
+    """The same draws with ids ascending, without log probs, at T=1 alone."""
+    assert sequence.draws is not None
+    unused = sequence.token_ids < 0
+    order = np.argsort(np.where(unused, np.iinfo(np.int32).max, sequence.token_ids), axis=1)
+    return dataclasses.replace(
+        sequence,
+        token_ids=np.take_along_axis(sequence.token_ids, order, axis=1),
+        draws=np.take_along_axis(sequence.draws, order, axis=1),
+        logprobs=None,
+        log_tail=None,
+        log_z=sequence.log_z[:, :1],
+    )

@@ -85,6 +85,9 @@ def test_a_round_trip_keeps_everything_but_the_precision_of_log_probs(
     ]
     rows = round_trip(sequences, cache)
     for i, sequence in enumerate(sequences):
+        if method == "sample":
+            caches.assert_equal(rows[i], sequence)
+            continue
         if precision == "compact":  # the tail may be replaced by the same one better rounded
             np.testing.assert_allclose(rows[i].log_tail, sequence.log_tail, rtol=0, atol=1e-5)
             sequence = dataclasses.replace(sequence, log_tail=rows[i].log_tail)

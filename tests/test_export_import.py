@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,6 +160,30 @@ def test_an_interrupt_leaves_nothing(reader: CacheReader, tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         import_cache(config(source), tmp_path / "out", interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["dump.parquet"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("export", "starts over"), ("migrate", "goes on")])
+def test_an_interrupt_says_what_the_next_run_does(
+    name: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C at the first progress: exit code 130 and one line that is true of the command."""
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("tqdm.std.tqdm.update", interrupt)
+    old = Path(__file__).parent / "fixtures" / "version-1" / "compact"
+    monkeypatch.setattr(sys, "argv", ["storage", name, str(old), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == cli.INTERRUPTED
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("interrupted: ") and says in line
+    assert (tmp_path / "out").exists() == (name == "migrate")
 
 
 def test_exporting_needs_no_torch(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from schemas import (
     ByteRange,
     CommitRecord,
     Manifest,
+    Rejected,
     RowGroup,
     ScoredSequence,
     Segment,
@@ -36,8 +37,9 @@ from storage.__main__ import main
 from storage.diff import AtTemperatureDiff, Difference, DifferingTarget
 from storage.inspect import RANKS, AtTemperature, Report, Spread, inspect, report_text
 from storage.report import AtK, DumpSpeed, Histogram, ReliabilityBin, Sample, WorkerSpeed
+from storage.report_html import report_html
 from storage.statistics import SequenceHashes, Statistics
-from storage.targets import Entry, Target
+from storage.targets import Entry, Target, width
 from tests import caches
 
 inspect_module = importlib.import_module("storage.inspect")
@@ -207,10 +209,37 @@ def test_the_cost_of_fewer_entries_is_that_over_the_vocabulary(method: str, tmp_
 
 def test_a_drawn_cache_has_no_truncation_curve(tmp_path: Path) -> None:
     """Its entries are no top k; the text says so."""
-    settings = dataclasses.replace(SETTINGS, truncation=Truncation(method="sample", draws=9))
+    truncation = Truncation(method="topk+sample", k=2, draws=9)
+    settings = dataclasses.replace(SETTINGS, truncation=truncation)
     report = inspect(known_cache(tmp_path / "cache", settings).path)
     assert report.truncation_curve == () and report.recommended_k is report.beyond_k is None
     assert "no estimate for drawn entries" in report_text(report)
+
+
+def test_draws_without_log_probs_are_reported(tmp_path: Path) -> None:
+    """Entropy over the whole vocabulary, labels and counts; nothing that takes log probs."""
+    settings = dataclasses.replace(SETTINGS, truncation=Truncation(method="sample", draws=9))
+    known = known_cache(tmp_path / "cache", settings)
+    report = inspect(known.path)
+    kept = [(s.token_ids >= 0).sum(axis=1) for s in known.sequences]
+    assert_spread(report.num_kept, np.concatenate(kept))
+    (at,) = report.temperatures
+    assert_spread(at.teacher_entropy, -(np.exp(known.dense) * known.dense).sum(axis=1))
+    labels = np.concatenate([s.labels for s in known.sequences])
+    ids = np.concatenate([s.token_ids for s in known.sequences])
+    assert report.label_kept == pytest.approx((ids == labels[:, None]).any(axis=1).mean())
+    label_logprob = known.dense[np.arange(len(labels)), labels]
+    assert report.teacher_ce == pytest.approx(-label_logprob.mean(), abs=1e-6)
+    assert at.retained_mass is None and at.retained_mass_histogram.counts == ()
+    for name in ("top1_agreement", "top1_probability", "calibration_error", "akl_head_size"):
+        assert getattr(report, name) is None, name
+    assert report.kl_error_mean is report.kl_error_max is report.akl_inexact is None
+    assert report.reliability == report.worst_targets == report.truncation_curve == ()
+    text = report_text(report)
+    assert "9 draws of 50, stored without log probs" in text and "of the whole dist" in text
+    assert max(map(width, text.splitlines())) <= 100
+    page = report_html(report)
+    assert "Draws without log probs" in page and "None" not in text + page
 
 
 def test_a_cache_of_all_ids_loses_nothing(tmp_path: Path) -> None:
@@ -395,12 +424,11 @@ def test_sizes_are_those_of_the_files(known: Known) -> None:
 
 
 @pytest.mark.parametrize("precision", ["f16", "compact"])
-@pytest.mark.parametrize("method", ["topp", "sample", "topk+sample"])
+@pytest.mark.parametrize("method", ["topp", "topk+sample"])
 def test_other_truncations_are_reported(method: str, precision: str, tmp_path: Path) -> None:
     """num_kept varies, and the decoding error is the mean of the records over targets."""
     truncation = {
         "topp": Truncation(method="topp", k=9, p=0.8),
-        "sample": Truncation(method="sample", draws=9),
         "topk+sample": Truncation(method="topk+sample", k=2, draws=9),
     }[method]
     settings = dataclasses.replace(SETTINGS, truncation=truncation, precision=precision)
@@ -415,7 +443,7 @@ def test_other_truncations_are_reported(method: str, precision: str, tmp_path: P
     errors = [r.kl_error_mean * r.targets for r in records]
     assert report.kl_error_mean == pytest.approx(sum(errors) / report.targets)
     assert report.kl_error_max == max(r.kl_error_max for r in records) > 0
-    assert truncation.method.split("+")[0][:3] in report_text(report) or method == "sample"
+    assert truncation.method.split("+")[0][:3] in report_text(report)
 
 
 def test_quantiles_of_many_values_stay_within_the_stated_rank(tmp_path: Path) -> None:
@@ -575,10 +603,12 @@ def test_the_format_text_names_every_field_column_and_key() -> None:
     """Nothing is stored or printed that the document does not explain."""
     layout = dataclasses.replace(SETTINGS.draft().layout, vocab_size=100_000)
     layout = dataclasses.replace(layout, has_num_kept=True, has_draws=True)
-    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in shard_schema(layout).names]
+    drawn = dataclasses.replace(layout, precision="none", temperatures=(1.0,))
+    columns = [*shard_schema(layout).names, *shard_schema(drawn).names]
+    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in columns]
     for cls in (
         *(Manifest, TeacherInfo, TokenizerInfo, Truncation, Segment, Totals, ShardPlan),
-        *(CommitRecord, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),
+        *(CommitRecord, Rejected, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),
         *(Histogram, ReliabilityBin, AtK, DumpSpeed, WorkerSpeed, Sample, Target, Entry),
         *(Difference, AtTemperatureDiff, DifferingTarget),
     ):
@@ -595,7 +625,7 @@ def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -
     settings = caches.Settings(truncation=truncation, vocab_size=70_000, precision=precision)
     shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
     caches.write_cache(tmp_path / "cache", settings, shards)
-    (recipe,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
+    recipe, _ = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
     names: dict[str, Any] = {"cache": tmp_path / "cache"}
     exec(recipe, names)
     expected = list(CacheReader(tmp_path / "cache"))
@@ -605,3 +635,21 @@ def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -
     np.testing.assert_allclose(
         names["logprobs"], np.concatenate([s.logprobs for s in expected]), rtol=1e-6, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("vocab_size", [50, 70_000])
+def test_the_recipe_reads_draws(vocab_size: int, tmp_path: Path) -> None:
+    """Those of draws without log probs, each id as often as it was drawn."""
+    truncation = Truncation(method="sample", draws=7)
+    settings = caches.Settings(truncation=truncation, vocab_size=vocab_size)
+    shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
+    caches.write_cache(tmp_path / "cache", settings, shards)
+    recipe, rest = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
+    names: dict[str, Any] = {"cache": tmp_path / "cache"}
+    exec(recipe.split("\n\n\ntoken_ids =")[0] + "\n" + rest, names)
+    drawn = [
+        np.sort(np.repeat(ids[ids >= 0], counts[ids >= 0]))
+        for sequence in shards[0]
+        for ids, counts in zip(sequence.token_ids, sequence.draws, strict=True)
+    ]
+    np.testing.assert_array_equal(names["draws"], drawn)

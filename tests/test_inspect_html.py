@@ -112,7 +112,7 @@ def test_every_kind_of_report_has_a_page(tmp_path: Path) -> None:
     drawn = dataclasses.replace(SETTINGS, truncation=Truncation(method="sample", draws=9))
     caches.write_cache(tmp_path / "drawn", drawn, caches.random_shards(drawn))
     pages.append(report_html(inspect(tmp_path / "drawn")))
-    words = ("0 of 3 shards", "1 of 3 shards", "Estimates from", "no estimate for drawn entries")
+    words = ("0 of 3 shards", "1 of 3 shards", "Estimates from", "Draws without log probs")
     for source, word in zip(pages, words, strict=True):
         checker = Checker()
         checker.feed(source)

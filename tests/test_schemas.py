@@ -13,6 +13,7 @@ from schemas import (
     FormatError,
     Layout,
     Manifest,
+    Rejected,
     RowGroup,
     ShardPlan,
     Truncation,
@@ -33,6 +34,7 @@ RECORD = CommitRecord(
     num_sequences=2,
     rows=30,
     targets=28,
+    rejected=(Rejected(sequence=2, sample_id="b", targets=9, reason="it is too long"),),
     bytes=1000,
     xxh3_128="cd",
     row_groups=(
@@ -120,11 +122,11 @@ def test_nested_fields_are_as_strict(manifest: Manifest) -> None:
         load(Manifest, data)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 4, "1", None, 1.5, True])
 def test_an_unknown_version_is_named_before_anything_else(version: Any) -> None:
     """Whatever else a newer manifest holds, the message is about its version."""
     with pytest.raises(
-        FormatError, match=r"place/of/file\.json: format_version .*reads versions 1 to 2"
+        FormatError, match=r"place/of/file\.json: format_version .*reads versions 1 to 3"
     ):
         load(Manifest, {"format_version": version, "colour": "red"})
 

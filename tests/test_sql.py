@@ -23,7 +23,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 TRUNCATIONS = {
     "topk": Truncation(k=6),
     "topp": Truncation(method="topp", k=9, p=0.8),
-    "sample": Truncation(method="sample", draws=9),
+    "topk+sample": Truncation(method="topk+sample", k=3, draws=9),
 }
 
 
@@ -43,7 +43,7 @@ def run(recipe: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-@pytest.fixture(scope="module", params=["topk", "topp", "sample"])
+@pytest.fixture(scope="module", params=["topk", "topp", "topk+sample"])
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -137,6 +137,20 @@ def test_recipes_read_an_export(cache: Path, tmp_path: Path) -> None:
     table = pl.scan_parquet(f"{out}/*.parquet").select(pl.col("token_ids").list.len()).collect()
     kept = np.concatenate([(s.token_ids >= 0).sum(axis=1) for s in reader])
     assert table["token_ids"].to_list() == kept.tolist()
+
+
+def test_draws_without_log_probs_have_their_entropy(tmp_path: Path) -> None:
+    """A plain column in the place of the tails, in the shards and in an export."""
+    settings = caches.Settings(truncation=Truncation(method="sample", draws=9))
+    caches.write_cache(tmp_path / "cache", settings, caches.random_shards(settings))
+    export(tmp_path / "cache", tmp_path / "out", rows="targets")
+    expected = np.mean(np.concatenate([s.entropy for s in CacheReader(tmp_path / "cache")]))
+    for query in (
+        f"select avg(entropy) from '{tmp_path}/cache/shards/*.parquet' where is_target",
+        f"select avg(entropy) from '{tmp_path}/out/*.parquet'",
+    ):
+        ((found,),) = duckdb.execute(query).fetchall()
+        assert found == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_every_recipe_is_run() -> None:
