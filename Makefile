@@ -48,17 +48,17 @@ demo-teacher: $(VENV)/.installed
 test: test-main test-vllm
 
 test-main: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS)
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
 
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -m slow
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup -m slow
 
 ifeq ($(and $(PYTHON_VLLM),$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))),)
 test-vllm:
 	@echo "no python3.11 on Linux x86-64 here: the vLLM tests are left out"
 else
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py tests/test_vllm_serve.py
 endif
 
 check: $(VENV)/.installed

@@ -64,7 +64,7 @@ def _exit_codes(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted: {interrupt or GOES_ON}", file=sys.stderr)
+        print(f"\ninterrupted: {str(interrupt) or GOES_ON}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

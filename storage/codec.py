@@ -253,10 +253,13 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
     row_starts = np.concatenate([[0], breaks, [num_rows]]) if num_rows else np.zeros(1, np.int64)
     is_target = _column(table, "is_target")
     target_rows = np.flatnonzero(is_target)
-    sample_column = table.column("sample_id").combine_chunks()
+
+    def only_chunk(name: str) -> pa.Array:
+        column = table.column(name)  # combining again would copy it
+        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
     def blob(name: str, dtype: str) -> NDArray:
-        array = table.column(name).combine_chunks()
+        array = only_chunk(name)
         width = array.type.byte_width
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
         return data.view(dtype).reshape(num_rows, -1)
@@ -278,7 +281,7 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         planes = [(ids >> 8 * i).astype(np.uint8) for i in range(len(planes))]
     return StoredRows(
         sequence=sequence[row_starts[:-1]],
-        sample_ids=sample_column.take(pa.array(row_starts[:-1])).to_pylist(),
+        sample_ids=only_chunk("sample_id").take(pa.array(row_starts[:-1])).to_pylist(),
         row_starts=row_starts,
         target_starts=np.searchsorted(target_rows, row_starts),
         target_rows=target_rows,

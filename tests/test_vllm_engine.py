@@ -13,12 +13,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -28,10 +33,13 @@ from transformers import (
 from schemas import Layout, ScoredSequence, Truncation
 from storage.check import check_sequence
 from teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from teacher_dump.engines.base import SequenceError
+from teacher_dump.engines.generation import Prompt, Sampling, open_generator
+from teacher_dump.engines.packed_rows import Reduction
 from teacher_dump.engines.vllm_engine import VllmEngine
-from teacher_dump.engines.vllm_messages import Job, Refused
+from teacher_dump.engines.vllm_messages import Refused
 from teacher_dump.engines.vllm_prompt_logprobs import TAIL_RESOLUTION, check, rows_from_flat
-from teacher_dump.engines.vllm_worker import saved_dtype
+from teacher_dump.engines.vllm_setup import saved_dtype
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.sparsify import uniforms_for
 
@@ -209,15 +217,104 @@ def test_a_sequence_longer_than_the_model_is_refused_by_name(head_engine: VllmEn
         list(head_engine.score(sequences_of([LENGTH + 1]), 0))
 
 
-def test_nan_logits_name_the_sample(head_engine: VllmEngine) -> None:
-    """One poisoned token in one of many sequences; the engine is spent afterwards."""
-    sequences = sequences_of([8, 8, 8])
-    sequences[1].input_ids[3] = POISON
-    sequences[1].is_target[:] = np.arange(8) > 0
-    with pytest.raises(EngineError, match="NaN or infinite logits for sample sample-1;"):
-        list(head_engine.score(sequences, 0))
-    with pytest.raises(EngineError, match="the vLLM process ended"):
-        list(head_engine.score(sequences[:1], 0))
+def check_poison(engine: VllmEngine, model: Any, vocab_size: int) -> None:
+    """A poisoned sequence among many is named by its index; all others are scored as ever."""
+    sequences = sequences_of([40, 8, LENGTH, 70, 8, 33], seed=8)
+    sequences[3].input_ids[5] = POISON
+    sequences[3].is_target[:] = np.arange(70) > 0
+    scored = []
+    with pytest.raises(
+        SequenceError, match="NaN or infinite logits for sample sample-3;"
+    ) as caught:
+        for one in engine.score(sequences, 0):
+            scored.append(one)
+    assert caught.value.index == len(scored) == 3
+    scored += engine.score(sequences[4:], 4)
+    healthy = sequences[:3] + sequences[4:]
+    for sequence, one in zip(healthy, scored, strict=True):
+        logits = reference_logits(model, sequence, vocab_size)
+        assert_agrees(one, logits, TEMPERATURES[: one.log_z.shape[1]], tolerance=2e-4)
+
+
+def test_nan_logits_name_the_sequence(llama: tuple[Any, Path], head_engine: VllmEngine) -> None:
+    """The worker lives on, and what the poison left in its memory touches no other sequence."""
+    process = head_engine._worker.process
+    check_poison(head_engine, llama[0], VOCAB)
+    check_poison(head_engine, llama[0], VOCAB)
+    assert process.poll() is None
+
+
+# Several processes of vLLM's: two ranks that share every layer.
+
+
+def test_tensor_parallel_ranks_agree_with_a_plain_forward(
+    llama: tuple[Any, Path], head_scored: list[ScoredSequence]
+) -> None:
+    """The head reaches vLLM's own processes; one of them killed is an error, not a wait."""
+    engine = VllmEngine(
+        TeacherConfig(path=str(llama[1]), engine="vllm", max_batch_tokens=64, tensor_parallel=2),
+        str(llama[1]),
+        vocab_size=VOCAB,
+        truncation=Truncation(k=K),
+        temperatures=TEMPERATURES,
+        max_length=LENGTH,
+    )
+    try:
+        sequences = sequences_of(LENGTHS)
+        found = list(engine.score(sequences, 0))
+        for sequence, one, other in zip(sequences, found, head_scored, strict=True):
+            logits = reference_logits(llama[0], sequence, VOCAB)
+            assert_agrees(one, logits, TEMPERATURES, tolerance=2e-4)
+            np.testing.assert_allclose(one.label_logprob, other.label_logprob, atol=1e-4)
+        check_poison(engine, llama[0], VOCAB)
+        ranks = psutil.Process(engine._worker.process.pid).children(recursive=True)
+        ranks = [rank for rank in ranks if "Worker" in " ".join(rank.cmdline())]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        with pytest.raises(EngineError, match="Its last lines:"):
+            list(engine.score(sequences_of([LENGTH] * 40), 0))
+    finally:
+        engine.close()
+    psutil.wait_procs(ranks, timeout=60)
+    assert not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
+
+
+# Capped logits: Gemma 2.
+
+
+def test_capped_logits_agree_with_a_plain_forward(tmp_path: Path) -> None:
+    """The model's own last step applies the cap; attention is capped too, and partly windowed."""
+    torch.manual_seed(4)
+    settings = Gemma2Config(
+        **LLAMA | {"tie_word_embeddings": True},
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=32,
+        final_logit_softcapping=6.0,
+    )
+    model = Gemma2ForCausalLM._from_config(settings, attn_implementation="eager")
+    model.eval().save_pretrained(tmp_path)  # with tied embeddings POISON would be in all logits
+    engine = open_engine(
+        TeacherConfig(path=str(tmp_path), engine="vllm", max_batch_tokens=64),
+        str(tmp_path),
+        vocab_size=VOCAB,
+        truncation=Truncation(k=K),
+        temperatures=(1.0, 0.5),
+        max_length=LENGTH,
+    )
+    try:
+        sequences = sequences_of(LENGTHS)
+        results = list(engine.score(sequences, 0))
+    finally:
+        engine.close()
+    steepest = 0.0
+    for sequence, scored in zip(sequences, results, strict=True):
+        check_sequence(scored, layout(K, (1.0, 0.5), False, VOCAB))
+        logits = reference_logits(model, sequence, VOCAB)
+        assert np.abs(logits).max() < 6
+        steepest = max(steepest, np.abs(np.arctanh(logits / 6) * 6 - logits).max())
+        assert_agrees(scored, logits, (1.0, 0.5), tolerance=2e-4)
+    assert steepest > 1, "the cap changes these logits"
 
 
 # The scoring head with sampling: GPT-2, learned positions.
@@ -240,12 +337,13 @@ def test_sampling_head_draws_from_the_teacher(tmp_path: Path) -> None:
         max_length=LENGTH,
     )
     sequences, first = sequences_of([LENGTH, 7, 50]), 21
+    assert isinstance(engine, VllmEngine)
+    process = engine._worker.process
     try:
         results = list(engine.score(sequences, first))
     finally:
         engine.close()
-    assert isinstance(engine, VllmEngine)
-    assert engine._process.returncode == 0, "the worker ends by itself when its pipe closes"
+    assert process.returncode == 0, "the worker ends by itself when its pipe closes"
     drawn, expected = [], []
     for index, (sequence, scored) in enumerate(zip(sequences, results, strict=True)):
         check_sequence(scored, layout(truncation.slots, (1.0, 0.5), True, ROWS))
@@ -304,57 +402,70 @@ def test_auto_dtype_is_the_saved_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def flat_engine(llama: tuple[Any, Path]) -> Iterator[VllmEngine]:
-    """prompt_logprobs, although the head would do."""
-    engine = VllmEngine(
-        TeacherConfig(path=str(llama[1]), engine="vllm", max_batch_tokens=64),
-        str(llama[1]),
+def helium(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A float32 model that vLLM runs through its transformers backend, and where it is saved."""
+    path = tmp_path_factory.mktemp("helium")
+    torch.manual_seed(5)
+    return save(HeliumForCausalLM(HeliumConfig(**LLAMA, head_dim=32, pad_token_id=0)), path), path
+
+
+@pytest.fixture(scope="module")
+def flat_engine(helium: tuple[Any, Path]) -> Iterator[VllmEngine]:
+    """The route that the check at start leaves for it."""
+    engine = open_engine(
+        TeacherConfig(path=str(helium[1]), engine="vllm", max_batch_tokens=64),
+        str(helium[1]),
         vocab_size=ROWS,
         truncation=Truncation(k=K),
         temperatures=(1.0,),
         max_length=LENGTH,
-        route="prompt_logprobs",
     )
+    assert isinstance(engine, VllmEngine)
     yield engine
     engine.close()
 
 
 def test_prompt_logprobs_agree_with_a_plain_forward(
-    llama: tuple[Any, Path], flat_engine: VllmEngine
+    helium: tuple[Any, Path], flat_engine: VllmEngine
 ) -> None:
     """Also for a sequence that fills the model: the token vLLM must generate costs no position."""
     assert flat_engine.route == "prompt_logprobs"
     sequences = sequences_of(LENGTHS)
     for sequence, scored in zip(sequences, flat_engine.score(sequences, 0), strict=True):
         check_sequence(scored, layout(K, (1.0,), False, ROWS))
-        logits = reference_logits(llama[0], sequence, ROWS)
+        logits = reference_logits(helium[0], sequence, ROWS)
         assert_agrees(scored, logits, (1.0,), tolerance=2e-4)
 
 
-def test_a_killed_worker_is_one_clean_error(flat_engine: VllmEngine) -> None:
-    """The error says how it ended; closing afterwards is no harm."""
+def test_nan_from_prompt_logprobs_names_the_sequence(
+    helium: tuple[Any, Path], flat_engine: VllmEngine
+) -> None:
+    """The other route keeps the same promise."""
+    check_poison(flat_engine, helium[0], ROWS)
+
+
+def test_a_killed_worker_is_replaced(helium: tuple[Any, Path], flat_engine: VllmEngine) -> None:
+    """The error says how it ended; the next call loads the teacher again."""
     scores = flat_engine.score(sequences_of([LENGTH] * 40), 0)
     next(scores)
-    os.kill(flat_engine._process.pid, signal.SIGKILL)
+    os.kill(flat_engine._worker.process.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=r"ended by SIGKILL; the memory may be too small"):
         list(scores)
+    (sequence,) = sequences_of([33], seed=4)
+    (scored,) = flat_engine.score([sequence], 0)
+    assert_agrees(scored, reference_logits(helium[0], sequence, ROWS), (1.0,), tolerance=2e-4)
+    flat_engine.close()
     flat_engine.close()
 
 
-def job(**changes: Any) -> Job:
-    """A job that prompt_logprobs can do, with changes."""
+def reduction(**changes: Any) -> Reduction:
+    """What prompt_logprobs can give, with changes."""
     fields: dict[str, Any] = {
-        "model_path": "",
-        "dtype": "auto",
-        "max_batch_tokens": 64,
         "vocab_size": VOCAB,
         "truncation": Truncation(k=K),
         "temperatures": (1.0,),
-        "max_length": LENGTH,
-        "route": "",
-        "on_cpu": True,
     }
-    return Job(**(fields | changes))
+    return Reduction(**(fields | changes))
 
 
 @pytest.mark.parametrize(
@@ -369,9 +480,9 @@ def test_prompt_logprobs_refuse_what_they_cannot_give(
     changes: dict[str, Any], message: str
 ) -> None:
     """The message names the obstacle and the way out."""
-    check(job(), VOCAB, "no head")
+    check(reduction(), VOCAB, "no head")
     with pytest.raises(Refused, match=message + ".*no head.*teacher.engine: transformers"):
-        check(job(**changes), VOCAB, "no head")
+        check(reduction(**changes), VOCAB, "no head")
 
 
 def flat_answer(logp: list[float], label: int) -> Any:
@@ -385,7 +496,9 @@ def flat_answer(logp: list[float], label: int) -> Any:
 def tail_of(logp: list[float], label: int) -> float:
     """The packed log tail, second from the end."""
     ids = np.array([0, label], dtype=np.int32)
-    rows = rows_from_flat(flat_answer(logp, label), 2, 4, "a", ids, np.array([1]))
+    two_of_four = reduction(vocab_size=4, truncation=Truncation(k=2))
+    rows = rows_from_flat(flat_answer(logp, label), two_of_four, ids, np.array([1]))
+    assert rows is not None
     return float(rows.view(np.float32)[0, -2])
 
 
@@ -400,7 +513,39 @@ def test_the_tail_of_prompt_logprobs_is_bounded_by_what_is_known() -> None:
     assert tail_of([-90.0, -80.0, -95.0, 0.0], 3) == pytest.approx(-80 + np.log(2))
 
 
-def test_prompt_logprobs_that_are_not_numbers_name_the_sample() -> None:
-    """NaN from vLLM is an error, not a row."""
-    with pytest.raises(Refused, match="NaN or infinite logits for sample a;"):
-        tail_of([0.0, float("nan"), 0.0, float("nan")], 3)
+# Sampling responses.
+
+
+def test_responses_follow_their_seeds(llama: tuple[Any, Path]) -> None:
+    """Equal calls give equal responses, stop ids end them, and padding is never drawn."""
+    sampling = Sampling(temperature=1.5, top_p=0.95, stop_ids=(7,), vocab_size=VOCAB - 1)
+    config = TeacherConfig(path=str(llama[1]), engine="vllm", max_batch_tokens=64)
+    rng = np.random.default_rng(6)
+    prompts = [
+        Prompt(
+            token_ids=rng.integers(8, POISON, 4 + i).astype(np.int32),
+            max_new_tokens=20,
+            seed=2**62 + i,
+        )
+        for i in range(12)
+    ]
+    generator = open_generator(config, str(llama[1]), sampling=sampling, max_length=LENGTH)
+    try:
+        once, again = generator.generate(prompts), generator.generate(prompts)
+        alone = [generator.generate([prompt])[0] for prompt in prompts[:3]]
+        with pytest.raises(EngineError, match="NaN logits while it samples"):
+            poisoned = np.array([3, POISON, 4], dtype=np.int32)
+            generator.generate([Prompt(token_ids=poisoned, max_new_tokens=4, seed=0)])
+    finally:
+        generator.close()
+    for one, other in [*zip(once, again, strict=True), *zip(once, alone, strict=False)]:
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        assert one.finish_reason == other.finish_reason
+    for one in once:
+        assert one.token_ids.max() < VOCAB - 1 and 1 <= len(one.token_ids) <= 20
+        ends = one.token_ids[-1] == 7
+        assert one.finish_reason == ("stop" if ends else "length")
+        assert ends or len(one.token_ids) == 20
+        assert not (one.token_ids[:-1] == 7).any()
+    drawn = np.concatenate([one.token_ids for one in once])
+    assert len(np.unique(drawn)) > 50, "a wide teacher at a high temperature says many things"

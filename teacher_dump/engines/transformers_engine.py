@@ -4,23 +4,49 @@ The head is applied to chunks of target positions only, so [batch, length, V] lo
 Shapes: B sequences in a batch, L padded length, H hidden, N targets of a batch, V vocabulary.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from schemas import ScoredSequence, Truncation
-from teacher_dump.engines.base import EngineError, TeacherConfig
+from teacher_dump.engines.base import EngineError, SequenceError, TeacherConfig, not_finite
+from teacher_dump.engines.transformers_model import (
+    input_device,
+    is_out_of_memory,
+    load_model,
+    placement,
+)
 from teacher_dump.sequences import TokenSequence
-from teacher_dump.sparsify import NotFinite, Sparse, sparsify_hidden, uniforms_for
+from teacher_dump.sparsify import Sparse, first_not_finite, sparsify_hidden, uniforms_for
 
 log = logging.getLogger(__name__)
 
 WINDOW_BATCHES = 16
 """Sequences are sorted by length within windows of this many batches, then put back in order."""
+WINDOW_BYTES = 128 << 20
+"""Kept entries of a window, which wait for its end: it has fewer batches where K is large."""
+PROBE, JUNK = 8, 24
+"""Tokens of a sequence and of padding behind it that show whether the one sees the other."""
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""How far, relatively, hidden states may be apart that are the same; 0.05 in lower precision."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A batch whose results may still be on their way from the device."""
+
+    batch: list[int]
+    counts: list[int]
+    """Targets of each sequence."""
+    sparse: Sparse
+    """On the CPU."""
+    arrived: "torch.cuda.Event | None"
 
 
 class TransformersEngine:
@@ -40,51 +66,51 @@ class TransformersEngine:
         self._vocab_size, self._truncation = vocab_size, truncation
         self._temperatures = temperatures
         self._max_batch_tokens = max(config.max_batch_tokens, max_length)
-        device = config.device
-        if device == "auto":
-            device = "auto" if torch.cuda.is_available() else "cpu"
-        options = {"attn_implementation": config.attention} if config.attention else {}
-        try:
-            self._model, loading = AutoModelForCausalLM.from_pretrained(
-                model_path,
-                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                device_map=device,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, in one line
-                **options,
-            )
-        except Exception as error:  # whatever a device, a weight file or an architecture may raise
-            raise EngineError(f"cannot load {model_path} on {device}: {error}") from error
-        unlike = [name for name, *_ in loading["mismatched_keys"]]
-        if absent := sorted({*loading["missing_keys"], *unlike}):  # they would be random
-            raise EngineError(
-                f"{model_path}: {len(absent)} tensors that its config.json asks for are not in the "
-                f"weights, or have another shape there, first {absent[0]}; copy the model again"
-            )
-        self._model.eval()
-        self._device = self._model.get_input_embeddings().weight.device
+        self._model = load_model(config, model_path)
+        self._device = input_device(self._model)
         self._head = self._find_head()
+        self._masks = not self._padding_is_unseen()
         rows = self._model.get_output_embeddings().weight.shape[0]
         if rows < vocab_size:
             raise EngineError(f"the teacher has {rows} output rows, fewer than {vocab_size} ids")
         log.info(
-            "teacher %s on %s, %s, head %s",
+            "teacher %s on %s, %s%s, head %s",
             type(self._model).__name__,
-            self._device,
+            placement(self._model),
             self._model.dtype,
+            f", {config.quantization}" if config.quantization else "",
             "in chunks of targets" if self._head else "with the whole forward",
         )
 
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int
     ) -> Iterator[ScoredSequence]:
-        """The scored sequences in the order given; see `Engine.score`."""
+        """The scored sequences in the order given; see `Engine.score`.
+
+        A batch that does not fit the memory is halved, and so are those that follow it.
+        """
         for window in self._windows(sequences):
+            left = sorted(window, key=lambda i: -len(sequences[i].input_ids))
             done: dict[int, ScoredSequence] = {}
-            for batch in self._batches(sequences, window):
-                done.update(self._score_batch(sequences, batch, first_sequence))
+            flying: Flight | None = None
+            while left or flying:
+                launched = self._launch(sequences, left, first_sequence) if left else None
+                # The device is at work on the next batch while this one is taken apart.
+                if flying:
+                    done.update(_landed(flying, sequences))
+                flying = launched
+                left = left[len(launched.batch) :] if launched else []
             for index in window:
-                yield done[index]
+                yield done.pop(index)
+
+    def reducing(
+        self, *, vocab_size: int, truncation: Truncation, temperatures: tuple[float, ...]
+    ) -> "TransformersEngine":
+        """The same loaded teacher, of whose logits something else is made."""
+        other = copy.copy(self)
+        other._vocab_size, other._truncation = vocab_size, truncation
+        other._temperatures = temperatures
+        return other
 
     def close(self) -> None:
         """Free the teacher."""
@@ -93,29 +119,54 @@ class TransformersEngine:
     def _windows(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
         window: list[int] = []
         tokens = 0
+        most = min(
+            WINDOW_BATCHES * self._max_batch_tokens,
+            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * self._truncation.slots)),
+        )
         for index, sequence in enumerate(sequences):
             window.append(index)
             tokens += len(sequence.input_ids)
-            if tokens >= WINDOW_BATCHES * self._max_batch_tokens:
+            if tokens >= most:
                 yield window
                 window, tokens = [], 0
         if window:
             yield window
 
-    def _batches(
-        self, sequences: Sequence[TokenSequence], window: list[int]
-    ) -> Iterator[list[int]]:
-        """Sequences of like length together, the longest first, bounded by padded tokens."""
-        by_length = sorted(window, key=lambda i: -len(sequences[i].input_ids))
-        while by_length:
-            size = max(1, self._max_batch_tokens // len(sequences[by_length[0]].input_ids))
-            yield by_length[:size]
-            by_length = by_length[size:]
+    def _launch(
+        self, sequences: Sequence[TokenSequence], left: list[int], first_sequence: int
+    ) -> Flight:
+        """Score the first of those left, longest first: as many as fit `max_batch_tokens`."""
+        length = len(sequences[left[0]].input_ids)
+        while True:
+            batch = left[: max(1, self._max_batch_tokens // length)]
+            try:
+                return self._forward(sequences, batch, first_sequence)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    sample = sequences[batch[0]].sample_id
+                    raise SequenceError(
+                        f"out of memory with sample {sample} alone, of {length} tokens: {error}",
+                        batch[0],
+                    ) from error
+                reason = str(error).splitlines()[0]
+            # Behind the except block, where nothing refers to the tensors of the failed try.
+            self._max_batch_tokens = max(len(batch) // 2 * length, 1)
+            log.warning(
+                "out of memory with %d x %d tokens, going on with batches of at most %d: %s",
+                len(batch),
+                length,
+                self._max_batch_tokens,
+                reason,
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _score_batch(
+    def _forward(
         self, sequences: Sequence[TokenSequence], batch: list[int], first_sequence: int
-    ) -> dict[int, ScoredSequence]:
+    ) -> Flight:
         lengths = [len(sequences[i].input_ids) for i in batch]
         ids_BL = torch.zeros(len(batch), max(lengths), dtype=torch.long)
         mask_BL = torch.zeros_like(ids_BL)
@@ -126,64 +177,71 @@ class TransformersEngine:
             mask_BL[row, : lengths[row]] = 1
             # The distribution of token t is what the model says at t - 1.
             predicted_BL[row, : lengths[row] - 1] = torch.tensor(sequence.is_target[1:])
-        labels_N = ids_BL[:, 1:][predicted_BL[:, :-1]].to(self._device)
+        padded = self._masks and len(set(lengths)) > 1
+        inputs = {
+            "input_ids": self._sent(ids_BL),
+            "attention_mask": self._sent(mask_BL) if padded else None,
+            "use_cache": False,
+        }
+        if self._head is not None:
+            states_BLH = self._model.base_model(**inputs).last_hidden_state
+        else:
+            states_BLH = self._model(**inputs).logits
+        # Places found on the CPU: to look for them on the device would wait for it.
+        rows = self._sent(predicted_BL.flatten().nonzero()[:, 0]).to(states_BLH.device)
         counts = [int(sequences[i].is_target.sum()) for i in batch]
         uniforms = None
         if self._truncation.sampled:
-            uniforms = torch.from_numpy(
-                np.concatenate(
-                    [
-                        uniforms_for(self._truncation, first_sequence + i, n)
-                        for i, n in zip(batch, counts, strict=True)
-                    ]
-                )
-            )
-        sparse = self._sparsify(
-            ids_BL.to(self._device),
-            None if len(set(lengths)) == 1 else mask_BL.to(self._device),
-            predicted_BL.to(self._device),
-            labels_N,
-            uniforms,
-            lambda row: sequences[batch[int(np.searchsorted(np.cumsum(counts), row, "right"))]],
-        )
-        return {
-            index: scored_sequence(sequences[index], part)
-            for index, part in zip(batch, _split(sparse, counts), strict=True)
-        }
-
-    def _sparsify(
-        self,
-        ids_BL: Tensor,
-        mask_BL: Tensor | None,
-        predicted_BL: Tensor,
-        labels_N: Tensor,
-        uniforms: Tensor | None,
-        sequence_of: Callable[[int], TokenSequence],
-    ) -> Sparse:
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
-        if self._head is not None:
-            hidden_NH = self._model.base_model(**inputs).last_hidden_state[predicted_BL]
-        else:
-            hidden_NH = self._model(**inputs).logits[predicted_BL]
-        try:
+            drawn = [
+                uniforms_for(self._truncation, first_sequence + i, n)
+                for i, n in zip(batch, counts, strict=True)
+            ]
+            uniforms = self._sent(torch.from_numpy(np.concatenate(drawn)))
+        with align_module_device(self._model.get_output_embeddings()):  # once, where offloaded
             parts = list(
                 sparsify_hidden(
-                    hidden_NH,
+                    states_BLH.flatten(0, 1)[rows],
                     self._head or (lambda logits_NV: logits_NV),
-                    labels_N,
+                    self._sent(ids_BL[:, 1:][predicted_BL[:, :-1]]),
                     vocab_size=self._vocab_size,
                     truncation=self._truncation,
                     temperatures=self._temperatures,
                     uniforms=uniforms,
+                    check=False,
                 )
             )
-        except NotFinite as error:
-            raise EngineError(
-                "the teacher gives NaN or infinite logits for sample "
-                f"{sequence_of(error.row).sample_id}; "
-                "try teacher.dtype: float32, and look at the record"
-            ) from error
-        return _join(parts)
+        device = parts[0].token_ids.device
+        sparse, arrived = _joined(parts), None
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(device))
+        return Flight(batch, counts, sparse, arrived)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """The tensor on the teacher's device, without waiting for it."""
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    @torch.inference_mode()
+    def _padding_is_unseen(self) -> bool:
+        """Whether tokens behind a sequence change nothing in it, so that no mask is needed.
+
+        Tried out, as not every causal LM is causal; without a mask attention has faster kernels.
+        """
+        tokens = torch.arange(1, 1 + PROBE + JUNK) % self._vocab_size
+        whole = torch.stack([tokens, tokens.flip(0)])
+        try:
+            alone, padded = (
+                self._model.base_model(input_ids=self._sent(ids), use_cache=False).last_hidden_state
+                for ids in (whole[:, :PROBE], whole)
+            )
+        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+            log.info("padding is masked, as what it does cannot be tried out: %s", error)
+            return False
+        alone, padded = alone.float(), padded[:, :PROBE].float()
+        distance = torch.linalg.vector_norm(alone - padded) / torch.linalg.vector_norm(alone)
+        return bool(distance < ROUNDING.get(self._model.dtype, 0.05))
 
     @torch.inference_mode()
     def _find_head(self) -> Callable[[Tensor], Tensor] | None:
@@ -200,7 +258,10 @@ class TransformersEngine:
         )
 
         def head(hidden_NH: Tensor) -> Tensor:
-            logits = linear(hidden_NH.to(linear.weight.device))
+            if has_offloaded_params(linear):  # but in place now: its own hook would fetch it again
+                logits = torch.nn.functional.linear(hidden_NH, linear.weight, linear.bias)
+            else:
+                logits = linear(hidden_NH.to(linear.weight.device))
             if scale != 1:
                 logits = logits * scale
             return cap * torch.tanh(logits / cap) if cap else logits
@@ -208,7 +269,8 @@ class TransformersEngine:
         probe = torch.arange(1, min(9, self._vocab_size), device=self._device).unsqueeze(0)
         try:
             hidden = self._model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-            ours = head(hidden[0]).float()
+            with align_module_device(linear):
+                ours = head(hidden[0]).float()
         except (AttributeError, TypeError, RuntimeError) as error:
             log.info("the head cannot be applied apart: %s", error)
             return None
@@ -236,16 +298,33 @@ def scored_sequence(sequence: TokenSequence, sparse: Sparse) -> ScoredSequence:
         log_z=array(sparse.log_z),
         log_tail=array(sparse.log_tail),
         label_logprob=array(sparse.label_logprob),
+        entropy=None if sparse.entropy is None else array(sparse.entropy),
     )
 
 
-FIELDS = ("token_ids", "logprobs", "draws", "log_z", "log_tail", "label_logprob")
+FIELDS = ("token_ids", "logprobs", "draws", "log_z", "log_tail", "label_logprob", "entropy")
 
 
-def _join(parts: list[Sparse]) -> Sparse:
-    """Concatenate chunks, on the CPU."""
+def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, ScoredSequence]:
+    """The scored sequences of a batch by index. Raises SequenceError if one is not finite."""
+    if flight.arrived:
+        flight.arrived.synchronize()
+    if (row := first_not_finite(flight.sparse)) is not None:
+        index = flight.batch[int(np.searchsorted(np.cumsum(flight.counts), row, "right"))]
+        raise not_finite(sequences[index], index)
+    parts = _split(flight.sparse, flight.counts)
+    return {
+        index: scored_sequence(sequences[index], part)
+        for index, part in zip(flight.batch, parts, strict=True)
+    }
+
+
+def _joined(parts: list[Sparse]) -> Sparse:
+    """Concatenate chunks, on the CPU; from a GPU they may arrive later, in pinned memory."""
     columns = [[getattr(part, name) for part in parts] for name in FIELDS]
-    return Sparse(*(None if c[0] is None else torch.cat(c).cpu() for c in columns))  # type: ignore[arg-type]
+    return Sparse(
+        *(None if c[0] is None else torch.cat(c).to("cpu", non_blocking=True) for c in columns)  # type: ignore[arg-type]
+    )
 
 
 def _split(sparse: Sparse, counts: list[int]) -> list[Sparse]:

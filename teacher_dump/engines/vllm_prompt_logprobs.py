@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from teacher_dump.engines.vllm_messages import Job, Refused, Window, not_finite, pack
+from teacher_dump.engines.packed_rows import Reduction, pack
+from teacher_dump.engines.vllm_messages import Refused, Window
 from teacher_dump.sparsify import LOGPROB_FLOOR, Sparse
 
 TAIL_RESOLUTION = 2.0**-23
@@ -19,15 +20,15 @@ STEP_BYTES = 1 << 30
 """vLLM holds the float32 log probs of all tokens of a step at once, up to this much."""
 
 
-def check(job: Job, num_rows: int, why: str) -> None:
+def check(reduction: Reduction, num_rows: int, why: str) -> None:
     """Raise Refused unless prompt_logprobs can give what is asked."""
     problem = ""
-    if job.truncation.method != "topk":
-        problem = f"truncation.method {job.truncation.method}"
-    elif job.temperatures != (1.0,):
-        problem = f"temperatures {list(job.temperatures)}"
-    elif num_rows != job.vocab_size:
-        problem = f"{num_rows} output rows for a vocabulary of {job.vocab_size} (padding)"
+    if reduction.truncation.method != "topk":
+        problem = f"truncation.method {reduction.truncation.method}"
+    elif reduction.temperatures != (1.0,):
+        problem = f"temperatures {list(reduction.temperatures)}"
+    elif num_rows != reduction.vocab_size:
+        problem = f"{num_rows} output rows for a vocabulary of {reduction.vocab_size} (padding)"
     if problem:
         raise Refused(
             f"{problem} cannot be had from vLLM's prompt_logprobs, which are the top k at T=1 over "
@@ -41,44 +42,51 @@ def max_step_tokens(num_rows: int) -> int:
     return max(512, STEP_BYTES // (4 * num_rows))
 
 
-def score(llm: Any, job: Job, window: Window) -> NDArray[np.int32]:
-    """The packed rows of a window, from vLLM's flat answer."""
-    from vllm import SamplingParams, TokensPrompt
+def score(llm: Any, reduction: Reduction, window: Window) -> list[NDArray[np.int32] | None]:
+    """The packed rows of a window's sequences, from vLLM's flat answer."""
+    from vllm import TokensPrompt
 
-    k = job.truncation.k
-    params = SamplingParams(
-        prompt_logprobs=k, max_tokens=1, temperature=0, detokenize=False, flat_logprobs=True
-    )
+    params = request_params(reduction)
     sequences = list(window.sequences())
-    prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for _, ids, _ in sequences]
+    prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids, _ in sequences]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    return np.concatenate(
-        [
-            rows_from_flat(output.prompt_logprobs, k, job.vocab_size, sample_id, ids, positions)
-            for (sample_id, ids, positions), output in zip(sequences, outputs, strict=True)
-        ]
+    return [
+        rows_from_flat(output.prompt_logprobs, reduction, ids, positions)
+        for (ids, positions), output in zip(sequences, outputs, strict=True)
+    ]
+
+
+def request_params(reduction: Reduction) -> Any:
+    """What vLLM is asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        prompt_logprobs=reduction.truncation.k,
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def rows_from_flat(
-    flat: Any,
-    k: int,
-    vocab_size: int,
-    sample_id: str,
-    ids: NDArray[np.int32],
-    positions: NDArray[np.int64],
-) -> NDArray[np.int32]:
+    flat: Any, reduction: Reduction, ids: NDArray[np.int32], positions: NDArray[np.int64]
+) -> NDArray[np.int32] | None:
     """Packed rows of the targets from vLLM's flat answer: per token itself, then ranks 1 to k.
 
-    The mass not kept is 1 - sum p, as exact as float32 log probs allow, at least what is known to
-    be missing (an actual token outside the top k) and at most V - k times the last kept.
+    None if log probs of the targets are not finite. The mass not kept is 1 - sum p, as exact as
+    float32 log probs allow, at least what is known to be missing (an actual token outside the top
+    k) and at most V - k times the last kept.
     """
+    k, vocab_size = reduction.truncation.k, reduction.vocab_size
     entries = (len(ids) - 1, k + 1)
     token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(entries)[positions - 1]
     logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(entries)[positions - 1]
     assert np.array_equal(token_ids[:, 0], ids[positions])
     if not (logprobs < np.inf).all():
-        raise not_finite(sample_id)
+        return None
     label_logprob, kept = logprobs[:, 0], logprobs[:, 1:]
     outside = ~(token_ids[:, 1:] == token_ids[:, :1]).any(axis=1)
     p = np.exp(kept.astype(np.float64))
@@ -97,4 +105,5 @@ def rows_from_flat(
             label_logprob=torch.from_numpy(np.maximum(label_logprob, LOGPROB_FLOOR)),
         )
     )
-    return packed.numpy()
+    rows: NDArray[np.int32] = packed.numpy()
+    return rows
