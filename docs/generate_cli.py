@@ -11,8 +11,6 @@ from pathlib import Path
 import storage.__main__
 import student_train.__main__
 import teacher_dump.__main__
-from storage import cli
-from student_train import TrainConfig
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = 100
@@ -30,11 +28,7 @@ if they were interrupted.
 def parsers() -> Iterator[argparse.ArgumentParser]:
     """The parser of every command, in the order of use."""
     yield from _subparsers(teacher_dump.__main__.parser())
-    yield cli.config_parser(
-        TrainConfig,
-        prog="python -m student_train",
-        description=student_train.__main__.DESCRIPTION,
-    )
+    yield student_train.__main__.parser()
     yield from _subparsers(storage.__main__.parser())
 
 

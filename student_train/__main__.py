@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+
+from jsonargparse import ArgumentParser
 
 from storage import cli
 
@@ -9,6 +12,8 @@ DESCRIPTION = """Train a student from a cache. No teacher is loaded.
 
   python -m student_train --config train.yaml
   python -m student_train --config train.yaml --loss.kind akl --output runs/akl
+  python -m student_train --config train.yaml --dry-run    what it will need; writes nothing
+  python -m student_train --config train.yaml --follow     while the cache is still being dumped
   accelerate launch --num_processes 8 -m student_train --config train.yaml
 
 Run the same command again to resume from the last checkpoint. --print_config writes the resolved
@@ -16,21 +21,52 @@ YAML, a good start for a config file.
 """
 
 
+def parser() -> ArgumentParser:
+    """The command line."""
+    from student_train.config import TrainConfig
+
+    command = cli.config_parser(
+        TrainConfig, prog="python -m student_train", description=DESCRIPTION
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take one step, print sizes, memory and steps; write nothing",
+    )
+    return command
+
+
 def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
     from student_train.config import TrainConfig
 
-    config = cli.parse(
-        TrainConfig, arguments, prog="python -m student_train", description=DESCRIPTION
-    )
+    command = parser()
+    values = command.instantiate(command.parse_args(_spelled_out(arguments)))
+    config = TrainConfig(**{name: values[name] for name in TrainConfig.__dataclass_fields__})
     from transformers.utils import logging as transformers_logging
-
-    from student_train.train import train
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    if values["dry_run"]:
+        from student_train.dry_run import dry_run
+
+        report = dry_run(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(report)
+        return cli.DONE
+    from student_train.train import train
+
     print(json.dumps(train(config)))
     return cli.DONE
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """The arguments with a bare `--follow` as `--follow=true`."""
+    following = [*arguments[1:], "--"]
+    return [
+        "--follow=true" if word == "--follow" and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Ids and codes travel in their stored widths, 3 bytes an entry in place of 12, and are decoded where
 the batch lies: on the GPU if it was moved there.
 
-Shapes: B sequences, L padded length, N targets of a batch, K slots.
+Shapes: B sequences, L padded length, N targets of a batch, K slots, T temperatures of the run.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class PackedTargets:
     """[N, K] uint8: second byte."""
     topk_hi: Tensor | None
     """[N, K] uint8: third byte, where ids need it."""
-    topk_logprob: Tensor
-    """[N, K] float32, float16, or uint8 steps of compact codes."""
+    topk_logprob: Tensor | None
+    """[N, K] float32, float16, or uint8 steps of compact codes; None for draws without them."""
     num_kept: Tensor | None
     """[N] int32: slots in use, where it varies."""
     draws: Tensor | None
@@ -40,14 +40,19 @@ class PackedTargets:
     log_tail_t1: Tensor
     """[N] float32: the tail at T=1, from which compact codes are rebuilt."""
     log_z: Tensor
-    """[N] float32 at the temperature of the batch."""
+    """[N, T] float32 at the temperatures of the batch."""
     log_tail: Tensor
-    """[N] float32 at the temperature of the batch."""
+    """[N, T] float32 at the temperatures of the batch."""
     code: CompactCode | None
     """The curve of compact codes; None for other precisions."""
+    entropy: Tensor | None = None
+    """[N] float32 where there are no log probs."""
 
     def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
-        """What the stored form stands for (docs/format.md), on the device where it lies."""
+        """What the stored form stands for (docs/format.md), at the first temperature.
+
+        Computed on the device where it lies.
+        """
         token_ids = self.topk_lo.to(torch.int64)
         token_ids |= self.topk_mid.to(torch.int64) << 8
         if self.topk_hi is not None:
@@ -57,7 +62,10 @@ class PackedTargets:
             slots = torch.arange(token_ids.shape[1], device=token_ids.device)
             unused = slots >= self.num_kept[:, None]
             token_ids.masked_fill_(unused, -1)
-        if self.code is None:
+        logprobs: Tensor | None
+        if self.topk_logprob is None:
+            logprobs = None
+        elif self.code is None:
             logprobs = self.topk_logprob.to(torch.float32, copy=True)
         elif self.topk_logprob.device.type == "cpu":
             hidden = None if unused is None else unused.numpy()
@@ -67,14 +75,15 @@ class PackedTargets:
             )
         else:
             logprobs = decode_compact(self.topk_logprob, unused, self.log_tail_t1, self.code)
-        if unused is not None:
+        if unused is not None and logprobs is not None:
             logprobs.masked_fill_(unused, -torch.inf)
         return SparseTargets(
             token_ids=token_ids,
             logprobs=logprobs,
-            log_z=self.log_z,
-            log_tail=self.log_tail,
+            log_z=self.log_z[:, 0],
+            log_tail=self.log_tail[:, 0],
             draws=None if self.draws is None else self.draws.to(torch.int32) & 0xFFFF,
+            entropy=self.entropy,
             checked_for=checked_for,
         )
 
@@ -95,24 +104,34 @@ def decode_compact(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """B sequences, right-padded, with the targets of all of them in one flat run."""
+    """B sequences, right-padded, with the targets of all of them in one flat run.
+
+    `packing.pack` puts several sequences into a row: then there are fewer than B rows, and position
+    ids in place of the mask.
+    """
 
     input_ids: Tensor
     """[B, L] int64, 0 where padded."""
-    attention_mask: Tensor
-    """[B, L] int64."""
+    attention_mask: Tensor | None
+    """[B, L] int64; None if packed."""
+    position_ids: Tensor | None = None
+    """[B, L] int64, from 0 in each sequence, if packed."""
     predictors: Tensor
     """[N] int64: index into the flattened [B * L] of the position that predicts each target."""
     labels: Tensor
     """[N] int64: the actual tokens."""
     packed: PackedTargets
-    """The teacher's distributions at the stream's temperature, as stored."""
+    """The teacher's distributions at the stream's temperatures, as stored."""
     teacher_logprob: Tensor
     """[N] float32: the teacher's log prob of the actual token at T=1."""
     sample_ids: list[str]
     """[B]."""
-    checked_for: tuple[int, float]
-    """Vocabulary and temperature that every value was checked for when it was written."""
+    vocab_size: int
+    """Vocabulary that every value was checked for when it was written."""
+    temperatures: tuple[float, ...]
+    """[T]."""
+    source: Tensor | None = None
+    """[N] int64: which cache of a mixture each target is of; None for one cache."""
 
     @property
     def num_targets(self) -> int:
@@ -121,8 +140,29 @@ class Batch:
 
     @cached_property
     def targets(self) -> SparseTargets:
-        """The teacher's distributions, decoded on the batch's device the first time."""
-        return self.packed.decode(self.checked_for)
+        """The teacher's distributions at the first temperature, decoded once, where they lie."""
+        return self.packed.decode((self.vocab_size, self.temperatures[0]))
+
+    def targets_at(self, temperature: float) -> SparseTargets:
+        """The teacher's distributions at one of the temperatures, or at 1, which is always there.
+
+        Raises ValueError naming the temperatures if it is none of them.
+        """
+        checked_for = (self.vocab_size, float(temperature))
+        if temperature in self.temperatures:
+            i = self.temperatures.index(temperature)
+            log_z, log_tail = self.packed.log_z[:, i], self.packed.log_tail[:, i]
+        elif temperature == 1:
+            log_tail = self.packed.log_tail_t1
+            log_z = torch.zeros_like(log_tail)
+        else:
+            raise ValueError(
+                f"temperature {temperature:g} is not among those of the batch: "
+                f"{', '.join(f'{t:g}' for t in self.temperatures)}"
+            )
+        return dataclasses.replace(
+            self.targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for
+        )
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The same batch on `device`, still packed."""
@@ -145,9 +185,16 @@ def _map(value: Any, function: Any) -> Any:
 
 
 def collate(
-    sequences: list[tuple[StoredRows, int]], layout: Layout, temperature_index: int
+    sequences: list[tuple[StoredRows, int]],
+    layout: Layout,
+    temperature_indices: tuple[int, ...],
+    sources: list[int] | None = None,
 ) -> Batch:
-    """Join sequences, each given by its row group's columns and its place there, into a batch."""
+    """Join sequences, each given by its row group's columns and its place there, into a batch.
+
+    `temperature_indices` says which of the layout's temperatures the batch is to carry, `sources`
+    which cache of a mixture each sequence is of.
+    """
     spans = [_Span(rows, index) for rows, index in sequences]
     length = max(span.length for span in spans)
     ids = np.zeros((len(spans), length), np.int64)
@@ -174,8 +221,13 @@ def collate(
             return None
         return torch.from_numpy(values if view is None else values.view(view))
 
-    log_tail_t1 = tensor(joined(lambda rows: rows.log_tail[0]))
-    log_z = joined(lambda rows: rows.log_z[temperature_index])
+    def at_temperatures(column: Any) -> Tensor:
+        """[N, T]; zeros where nothing is stored, which is log Z at T=1."""
+        found = [joined(lambda rows, i=i: column(rows)[i]) for i in temperature_indices]
+        return torch.stack(
+            [torch.zeros(num_targets) if f is None else tensor(f) for f in found], dim=1
+        )
+
     num_kept = joined(lambda rows: rows.num_kept)
     packed = PackedTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
@@ -184,14 +236,11 @@ def collate(
         topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
-        log_tail_t1=log_tail_t1,
-        log_z=torch.zeros_like(log_tail_t1) if log_z is None else tensor(log_z),
-        log_tail=(
-            tensor(joined(lambda rows: rows.log_tail[temperature_index]))
-            if temperature_index
-            else log_tail_t1
-        ),
+        log_tail_t1=tensor(joined(lambda rows: rows.log_tail[0])),
+        log_z=at_temperatures(lambda rows: rows.log_z),
+        log_tail=at_temperatures(lambda rows: rows.log_tail),
         code=layout.code if layout.precision == "compact" else None,
+        entropy=tensor(joined(lambda rows: rows.entropy)),
     )
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -201,7 +250,13 @@ def collate(
         packed=packed,
         teacher_logprob=tensor(joined(lambda rows: rows.label_logprob)),
         sample_ids=[span.sample_id for span in spans],
-        checked_for=(layout.vocab_size, float(layout.temperatures[temperature_index])),
+        vocab_size=layout.vocab_size,
+        temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
+        source=None
+        if sources is None
+        else torch.repeat_interleave(
+            torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,12 +12,28 @@ from typing import Any
 from accelerate import Accelerator
 
 from student_train.config import TrainConfig
-from student_train.stream import CacheStream
+from student_train.save import sync, sync_tree
+from student_train.stream import SequenceStream
 
 log = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("output", "log_every_steps", "save_every_steps", "keep_checkpoints", "trackers")
-"""Fields that do not change what is computed, so a resumed run may differ in them."""
+FREE_TO_CHANGE = (
+    "output",
+    "log_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+    "trackers",
+    "batch_size",
+    "gradient_accumulation",
+    "packing",
+    "compile",
+    "gradient_checkpointing",
+    "plots",
+    "push_to_hub",
+    "hub_private",
+)
+"""Fields that do not change what is computed, so a resumed run may differ in them. Of the sizes of
+batches only the product counts: `refuse_other_batches`."""
 
 
 def config_record(config: TrainConfig) -> dict[str, Any]:
@@ -42,14 +59,46 @@ def refuse_other_config(theirs: dict[str, Any], ours: dict[str, Any], where: str
         )
 
 
+def batch_record(config: TrainConfig, num_processes: int) -> dict[str, int]:
+    """How many sequences make a step."""
+    return {
+        "batch_size": config.batch_size,
+        "gradient_accumulation": config.gradient_accumulation,
+        "num_processes": num_processes,
+    }
+
+
+def refuse_other_batches(theirs: dict[str, int], ours: dict[str, int], where: str) -> None:
+    """Raise ValueError if a step has another number of sequences by a change of config.
+
+    With another number of processes alone it is a warning: a run must be able to go on.
+    """
+    was, now = math.prod(theirs.values()), math.prod(ours.values())
+    if was == now:
+        return
+    found = f"{where} is of steps of {was} sequences ({theirs}), this run has {now} ({ours})"
+    if {**theirs, "num_processes": 0} != {**ours, "num_processes": 0}:
+        raise ValueError(
+            f"{found}. Keep batch_size * gradient_accumulation * processes, or use another output"
+        )
+    log.warning("%s; it goes on with the samples that were not seen", found)
+
+
 class Checkpoints:
     """The checkpoints in one directory, `step-000100/` and so on."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        batches: dict[str, int],
+        accelerator: Accelerator,
+    ) -> None:
         """Nothing is touched before `save`."""
-        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.folder, self.config, self.batches = folder, config, batches
+        self.accelerator = accelerator
 
-    def resume(self, stream: CacheStream) -> int:
+    def resume(self, stream: SequenceStream) -> int:
         """Restore model, optimizer, random state and stream; returns the step, 0 if there is none.
 
         Raises ValueError, listing the differences, if the checkpoint is of another config.
@@ -60,52 +109,34 @@ class Checkpoints:
         latest = steps[-1]
         state = json.loads((latest / "decant.json").read_text())
         refuse_other_config(state["config"], self.config, str(latest))
+        refuse_other_batches(state["batches"], self.batches, str(latest))
         self.accelerator.load_state(str(latest))
         stream.load_state_dict(state["stream"])
         log.info("resumed from %s", latest)
         return int(state["step"])
 
-    def save(self, step: int, stream: CacheStream, keep: int) -> None:
+    def save(self, step: int, stream_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`."""
         temporary, target = self.folder / f".step-{step:08d}.tmp", self.folder / f"step-{step:08d}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": step, "config": self.config, "stream": stream.state_dict()}
+            state = {
+                "step": step,
+                "config": self.config,
+                "batches": self.batches,
+                "stream": stream_state,
+            }
             (temporary / "decant.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(target, ignore_errors=True)
-            _sync_tree(temporary)
+            sync_tree(temporary)
             os.replace(temporary, target)
+            sync(self.folder)
             for old in sorted(self.folder.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines behind a checkpoint, which the resumed run repeats, and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            break
-        if values["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

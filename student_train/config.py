@@ -3,10 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from student_train.distiller import LossConfig
+from student_train.adapters import AdapterConfig
+from student_train.figures import NAMES
+from student_train.generation import ROUGE, GenerationConfig
+from student_train.mixture import CacheShare
+from student_train.objective import LossConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
+PACKINGS = ("none", "rows", "padding_free")
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -20,6 +25,9 @@ class StudentConfig:
     initialisation. vocab_size is the cache's unless given."""
     dtype: str = "float32"
     """Dtype of the weights: float32 | bfloat16 | float16."""
+    attention: str = ""
+    """Attention implementation of transformers, for example sdpa, eager or flash_attention_2; its
+    own choice if empty."""
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.config):
@@ -74,6 +82,18 @@ class EvalConfig:
     """Also evaluate every so many steps; 0 = only at the end."""
     batch_size: int = 16
     """Sequences per batch and process."""
+    keep_best: str = ""
+    """A figure of the evaluation, for example heldout_ce: the saved student is then the one with
+    the best, not the last; also `figure/name` for one cache of a mixture."""
+    patience: int = 0
+    """Stop when so many evaluations were no better than the best; 0 = never."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Prompts to answer at every evaluation."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether there are held-out targets."""
+        return bool(self.cache or self.heldout_fraction)
 
     def __post_init__(self) -> None:
         if self.cache and self.heldout_fraction:
@@ -82,20 +102,40 @@ class EvalConfig:
             raise ValueError(f"eval.heldout_fraction must lie in [0, 1): {self.heldout_fraction}")
         if self.every_steps < 0 or self.batch_size < 1:
             raise ValueError("eval.every_steps must be >= 0 and eval.batch_size >= 1")
-        if self.every_steps and not (self.cache or self.heldout_fraction):
-            raise ValueError("eval.every_steps needs eval.cache or eval.heldout_fraction")
+        if self.every_steps and not (self.has_targets or self.generation.path):
+            raise ValueError(
+                "eval.every_steps needs eval.cache, eval.heldout_fraction or eval.generation.path"
+            )
+        figures = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
+        if self.keep_best and self.keep_best.split("/")[0] not in figures:
+            raise ValueError(
+                f"eval.keep_best {self.keep_best!r} is not among the figures of this evaluation: "
+                f"{', '.join(figures) or 'there are none'}"
+            )
+        if self.keep_best and not self.every_steps:
+            raise ValueError("eval.keep_best has no effect without eval.every_steps")
+        if self.patience < 0 or (self.patience and not self.keep_best):
+            raise ValueError("eval.patience must be >= 0, and needs eval.keep_best")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a student from a cache."""
 
-    cache: str
+    cache: str = ""
     """The cache to train from: directory or fsspec URL."""
+    mixture: list[CacheShare] = field(default_factory=list)
+    """Instead of a cache: several, each with its share of the sequences, for example
+    [{cache: caches/code, weight: 0.7}, {cache: caches/chat, weight: 0.3, kd_weight: 0.5}]."""
+    follow: bool = False
+    """The cache is still being dumped: train on its shards as they come, wait where they do not.
+    The first epoch has the order in which they came."""
     output: str
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
     """Who learns."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA in place of training all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is minimised."""
     steps: int = 0
@@ -110,6 +150,12 @@ class TrainConfig:
     """How."""
     mixed_precision: str = "no"
     """no | bf16 | fp16, through accelerate."""
+    packing: str = "none"
+    """How sequences lie in a microbatch. none: one to a row, padded, alike lengths together in the
+    microbatches of a step. rows: several to a row as long as the longest sequence, kept apart by
+    position ids and attention masks. padding_free: all in one row, for flash attention."""
+    compile: bool = False
+    """Compile the student's layers with torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -122,12 +168,32 @@ class TrainConfig:
     """A line in metrics.jsonl every so many steps."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of accelerate, for example [tensorboard] or [wandb]."""
+    plots: bool = True
+    """Draw metrics.png beside metrics.jsonl, where matplotlib is installed."""
+    push_to_hub: str = ""
+    """Repository (name/repo) on the Hugging Face hub to upload the finished student to."""
+    hub_private: bool = True
+    """Whether that repository is private, if it has to be made."""
     seed: int = 0
     """Initialisation and order of the data."""
 
     def __post_init__(self) -> None:
-        if not self.cache or not self.output:
-            raise ValueError("cache and output must be given")
+        if not self.output:
+            raise ValueError("output must be given")
+        if bool(self.cache) == bool(self.mixture):
+            raise ValueError("give a cache or a mixture of caches, not both, not neither")
+        if self.student.config and (self.adapter.quantization or not self.adapter.merge):
+            raise ValueError(
+                "a student made from student.config has no weights to quantise or to name as the "
+                "adapter's base: give student.path"
+            )
+        if self.follow and (self.mixture or self.eval.heldout_fraction):
+            raise ValueError(
+                "follow needs one cache and, to evaluate, an eval.cache of its own: a held-out "
+                "part of a cache is whole when the cache is"
+            )
+        if self.mixture and self.epochs:
+            raise ValueError("the caches of a mixture end at different times: give steps")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"give steps or epochs: steps is {self.steps}, epochs {self.epochs}")
         for name in ("batch_size", "gradient_accumulation", "log_every_steps", "keep_checkpoints"):
@@ -137,3 +203,5 @@ class TrainConfig:
             raise ValueError("save_every_steps and seed must be >= 0")
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(f"mixed_precision {self.mixed_precision!r} is not one of {PRECISIONS}")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing {self.packing!r} is not one of {PACKINGS}")

@@ -27,20 +27,23 @@ def load_tokenizer(reader: CacheReader) -> Any | None:
 
 
 def load_student(
-    config: StudentConfig, reader: CacheReader, seed: int
+    config: StudentConfig, reader: CacheReader, seed: int, **options: Any
 ) -> tuple[PreTrainedModel, Any | None]:
-    """The student and the tokenizer to save with it.
+    """The student and the tokenizer to save with it; `options` are for `from_pretrained`.
 
     Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
     the cache's, ValueError if the student cannot be built.
     """
     tokenizer = load_tokenizer(reader)
     dtype = getattr(torch, config.dtype)
+    attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
         try:
-            student = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
-        except (OSError, ValueError) as error:
+            student = AutoModelForCausalLM.from_pretrained(
+                config.path, dtype=dtype, **attention, **options
+            )
+        except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"student.path {config.path} cannot be loaded: {error}") from error
         if tokenizer is not None:
             try:
@@ -60,7 +63,21 @@ def load_student(
             fields.setdefault(name, getattr(tokenizer, name))
     try:
         settings = AutoConfig.for_model(model_type, **fields)
-        student = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    except (ValueError, TypeError) as error:
+        student = AutoModelForCausalLM.from_config(settings, dtype=dtype, **attention)
+    except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def compile_layers(student: PreTrainedModel) -> None:
+    """Compile the layers that repeat, in place, so that weights keep their names."""
+    names = layer_classes(student)
+    layers = [module for module in student.modules() if type(module).__name__ in names]
+    for module in layers or [student.base_model]:
+        module.compile()
+
+
+def layer_classes(student: torch.nn.Module) -> list[str]:
+    """Names of the classes of layers that repeat, as transformers knows them."""
+    known = set(getattr(student, "_no_split_modules", None) or ())
+    return sorted(known & {type(module).__name__ for module in student.modules()})

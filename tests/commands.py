@@ -79,6 +79,20 @@ class Command:
             time.sleep(0.002)
         raise AssertionError(f"never ready: {self.result()}")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def stderr(self) -> str:
+        """What it has written to stderr so far."""
+        return (self._output / "stderr").read_text()
+
     def result(self) -> Result:
         """Wait for the end."""
         self._process.join(DEADLINE_SECONDS)

@@ -99,6 +99,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(160)  # so that 1 % held out are not none
     )
     (folder / "data/texts.jsonl.zst").write_bytes(zstandard.compress(texts.encode()))
+    prompts = ('{"prompt": "the quick"}', '{"messages": [{"role": "user", "content": "a dog"}]}')
+    (folder / "data/prompts.jsonl").write_text("\n".join(prompts))
     models.build_tokenizer().save_pretrained(folder / "DIR")
     write_foreign_dump(folder / "dump.parquet")
     write_files(ROOT / "docs/index.md", folder)

@@ -28,14 +28,18 @@ from teacher_dump import (
     EngineError,
     SequenceConfig,
     SourceError,
+    TeacherConfig,
     dump,
 )
+from teacher_dump.audit import audit
 from tests import models
 from tests.commands import Command, command
 
 MODULE = "teacher_dump"
-HALF = 5
-"""Forwards that score some of the shards of `config`: one to look at the head, one per shard."""
+LOADING = 4
+"""Forwards while the teacher is loaded: to look at its head, and at what padding does."""
+HALF = LOADING + 3
+"""Forwards that score some of the shards of `config`."""
 
 
 @pytest.fixture
@@ -189,8 +193,9 @@ def test_the_same_input_and_config_give_the_same_cache(cache: Path, config: Dump
     ids=lambda t: t if isinstance(t, str) else f"{t.method}-{t.slots}",
 )
 def test_every_truncation_and_precision_verifies(config: DumpConfig, truncation, precision):
-    """What a dump writes passes the checks of `verify`, at all temperatures."""
-    config = change(change(config, "source.limit", 8), "temperatures", [1.0, 0.5, 4.0])
+    """What a dump writes passes the checks of `verify`, at all temperatures that it may have."""
+    temperatures = [1.0] if truncation.method == "sample" else [1.0, 0.5, 4.0]
+    config = change(change(config, "source.limit", 8), "temperatures", temperatures)
     dump(dataclasses.replace(config, truncation=truncation, precision=precision))
     report = verify(config.output)
     assert report.problems == () and report.sequences == 8
@@ -259,6 +264,19 @@ def test_an_object_store_works_as_a_directory_does(config: DumpConfig, cache: Pa
     assert 0 < len(CacheReader(config.output, allow_incomplete=True)) < 90
     dump(config)
     assert rows(config.output) == rows(cache)
+
+
+def test_a_quantised_teacher_is_named_in_the_manifest(config: DumpConfig, tmp_path: Path):
+    """Which an audit runs again, and without which a rerun is refused."""
+    pytest.importorskip("bitsandbytes")
+    models.save_teacher(tmp_path / "teacher", hidden_size=64, intermediate_size=128)
+    config = change(change(config, "teacher.path", str(tmp_path / "teacher")), "source.limit", 6)
+    quantised = change(config, "teacher.quantization", "bnb-4bit")
+    assert dump(quantised).teacher.dtype == "float32+bnb-4bit"
+    with pytest.raises(ConfigChanged, match=r"has 'float32\+bnb-4bit', this run gives 'float32'"):
+        dump(config)
+    report = audit(config.output, TeacherConfig(path=config.teacher.path, device="cpu"), sample=6)
+    assert report.ok, report
 
 
 # Interruptions.
@@ -411,7 +429,7 @@ def test_a_failure_while_refilling_can_be_resumed(config: DumpConfig, cache: Pat
     shutil.copytree(cache, output)
     for index in (0, 3):
         (output / "shards" / f"part-00000{index}.parquet").unlink()
-    with failing_after(2), pytest.raises(RuntimeError):
+    with failing_after(LOADING + 1), pytest.raises(RuntimeError):
         dump(config)
     assert not verify(output).ok
     assert not (output / "shards" / "part-000003.json").exists()  # nothing says it is whole
@@ -665,6 +683,7 @@ def test_a_nan_names_the_sample_and_publishes_nothing(
         {"id": "poisoned", "text": "the Z fox"},
     )
     config = change(change(config, "teacher.path", str(teacher)), "source.path", str(source))
+    config = dataclasses.replace(config, max_rejected=0.0)
     with pytest.raises(EngineError, match="NaN or infinite logits for sample poisoned"):
         dump(config)
     assert not list(Path(config.output).glob("shards/*"))

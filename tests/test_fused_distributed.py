@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from student_train.distiller import Distiller, LossConfig
+from student_train.distiller import Distiller
 from student_train.losses import SparseTargets
+from student_train.objective import LossConfig
 from tests import dense_reference as reference
 from tests import models
 
@@ -79,10 +80,14 @@ class Batch:
     predictors: Tensor
     labels: Tensor
     targets: SparseTargets
+    position_ids: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         return len(self.labels)
+
+    def targets_at(self, temperature: float) -> SparseTargets:
+        return self.targets
 
 
 def batch_of(rank: int, num_sequences: int) -> Any:

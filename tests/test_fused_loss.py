@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from student_train.distiller import Distiller, LossConfig, UnusualHead, linear_head
+from student_train.distiller import Distiller
+from student_train.head import UnusualHead, linear_head
 from student_train.losses import (
     DIVERGENCES,
     TAIL_MODES,
@@ -27,6 +28,7 @@ from student_train.losses import (
     sparse_divergence,
 )
 from student_train.losses import fused as fused_module
+from student_train.objective import LossConfig
 from tests import dense_reference as reference
 
 
@@ -492,12 +494,14 @@ def batch_for(vocab_size: int) -> Any:
     input_ids = torch.randint(0, vocab_size, (2, 9), generator=generator)
     predictors = torch.arange(0, 18, 2)[:8]
     teacher = 2 * torch.randn(8, vocab_size, generator=generator)
+    targets = reference.targets_of(teacher, reference.top_kept(teacher, [5] * 8))
     return SimpleNamespace(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
+        position_ids=None,
         predictors=predictors,
         labels=torch.randint(0, vocab_size, (8,), generator=generator),
-        targets=reference.targets_of(teacher, reference.top_kept(teacher, [5] * 8)),
+        targets_at=lambda temperature: targets,
         num_targets=8,
     )
 
@@ -532,10 +536,10 @@ def test_scaled_and_capped_heads_are_found_and_fused(
     student = student_of(model_type, **options)
     caplog.set_level(logging.INFO)
     model = Distiller(student, LossConfig(kind="akl", ce_weight=0.5), 37)
-    assert model._head == expected
+    assert model.head == expected
     assert "head fused with the loss" in caplog.text
     fused, fused_gradients = loss_and_gradients(model)
-    model._head = None
+    model.head = None
     plain, plain_gradients = loss_and_gradients(model)
     assert fused == pytest.approx(plain, rel=1e-5)
     torch.testing.assert_close(fused_gradients, plain_gradients, rtol=1e-3, atol=1e-6)
@@ -598,6 +602,6 @@ def test_unusual_heads_go_through_the_models_own_logits(
     batch = batch_for(37)
     logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     logits = logits.flatten(0, 1)[batch.predictors][:, :37]
-    kd = sparse_divergence(logits, batch.targets, "fkl").mean()
+    kd = sparse_divergence(logits, batch.targets_at(1.0), "fkl").mean()
     truth = kd + 0.5 * F.cross_entropy(logits, batch.labels)
     assert loss_and_gradients(model)[0] == pytest.approx(truth.item(), rel=1e-5)

@@ -1,28 +1,27 @@
 """Claims about the plan: its counts are exact, its predictions close, and it writes nothing."""
 
+import collections
 import dataclasses
-import re
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
+from examples.demo import corpus
 from schemas import Truncation
 from storage import CacheReader
-from teacher_dump import DumpConfig, SequenceConfig, SourceError, dump
-from teacher_dump.plan import plan
+from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, SourceError, TeacherConfig, dump
+from teacher_dump.plan import Prediction, plan_text, predict
+from teacher_dump.sequences import TokenSequence
+from teacher_dump.stratified import StratifiedSample
+from tests.commands import command
+from tests.test_dump import MODULE, change, save_config, save_records
 
-
-def numbers(table: str, line: str) -> list[float]:
-    """The numbers of the line that starts with this name."""
-    (found,) = [text for text in table.splitlines() if text.startswith(line)]
-    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d.,]*", found)]
-
-
-def retained(table: str) -> dict[int, list[float]]:
-    """Mean, 5 % quantile and smallest retained mass by k."""
-    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", table, re.MULTILINE)
-    return {int(k): [float(value) for value in values] for k, *values in rows}
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
 
 
 @pytest.fixture
@@ -31,26 +30,91 @@ def config(dump_config: DumpConfig, tmp_path: Path) -> DumpConfig:
     return dataclasses.replace(dump_config, output=str(tmp_path / "cache"))
 
 
+def dense_divergence(
+    model_path: str, sequences: list[np.ndarray], steps: list[int], reference: int
+) -> dict[int, float]:
+    """Mean KL(p || u_k) - KL(p || u_reference) for each k, from the model's whole softmax.
+
+    u_k is p on its k most probable ids and spreads the rest evenly over the others.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    sums, targets = dict.fromkeys([*steps, reference], 0.0), 0
+    for ids in sequences:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
+        p = torch.softmax(logits.double(), -1).numpy()
+        p = -np.sort(-p, axis=1)
+        log_p = np.log(p)
+        for k in sums:
+            rest = p[:, k:].sum(axis=1)
+            even = np.log(rest / (p.shape[1] - k))
+            sums[k] += float((p[:, k:] * (log_p[:, k:] - even[:, None])).sum())
+        targets += len(p)
+    return {k: (sums[k] - sums[reference]) / targets for k in steps}
+
+
+def test_predictions_for_the_demo_hold_within_a_tenth(tmp_path: Path):
+    """Targets, shards, bytes, retained mass and truncation KL, from half of a part of its text."""
+    corpus.write("train", tmp_path / "train.jsonl.zst", 70_000)
+    settings = yaml.safe_load((DEMO / "dump.yaml").read_text())
+    config = DumpConfig(
+        output=str(tmp_path / "cache"),
+        teacher=TeacherConfig(**settings["teacher"] | {"path": str(DEMO / "teacher")}),
+        source=SourceConfig(path=str(tmp_path / "train.jsonl.zst")),
+        sequences=SequenceConfig(**settings["sequences"]),
+        truncation=Truncation(**settings["truncation"]),
+        precision=settings["precision"],
+        shard_targets=8_000,
+    )
+    predicted = predict(config, sample=40)
+    manifest = dump(config)
+    reader = CacheReader(config.output)
+    assert manifest.totals is not None
+    assert manifest.num_sequences > 70
+    assert predicted.counts.targets == manifest.num_targets
+    assert predicted.shards == manifest.num_shards > 2
+    assert predicted.bytes == pytest.approx(manifest.totals.bytes, rel=0.1)
+    sequences = list(reader)
+    mass = np.exp(np.concatenate([s.logprobs for s in sequences])).cumsum(axis=1)
+    at = {entry.k: entry for entry in predicted.ladder}
+    assert predicted.mass == pytest.approx(mass[:, -1].mean(), rel=0.1)
+    for k in (4, 16, 64):
+        assert at[k].mass_mean == pytest.approx(mass[:, k - 1].mean(), rel=0.1)
+        assert 1 - at[k].mass_mean == pytest.approx(1 - mass[:, k - 1].mean(), rel=0.1)
+    assert at[64].bytes == pytest.approx(predicted.bytes, rel=1e-3)
+    ids = [s.input_ids for s in sequences]
+    expected = dense_divergence(config.teacher.path, ids, [4, 16, 64, 256], 512)
+    for k, divergence in expected.items():
+        assert at[k].kl == pytest.approx(divergence, rel=0.1)
+    assert predicted.recommended_k is None and at[256].kl > 0.01
+    assert "no smaller k costs at most 0.01 nats against k=512" in plan_text(predicted, config)
+
+
 def test_counts_are_those_of_the_dump(config: DumpConfig, cache: Path):
     """Sequences, tokens, targets and shards are counted, not estimated."""
-    table = plan(config, sample=3)
+    predicted = predict(config, sample=3)
     manifest = CacheReader(cache).manifest
-    assert numbers(table, "records")[0] == 90
-    assert numbers(table, "sequences, tokens")[:2] == [manifest.num_sequences, manifest.num_tokens]
-    assert numbers(table, "targets, shards") == [manifest.num_targets, manifest.num_shards]
+    assert predicted.counts.records == 90
+    assert predicted.counts.sequences == manifest.num_sequences
+    assert predicted.counts.tokens == manifest.num_tokens
+    assert predicted.counts.targets == manifest.num_targets
+    assert predicted.shards == manifest.num_shards
+    assert predicted.sample_sequences == 3
 
 
 def test_retained_mass_is_that_of_the_dump(config: DumpConfig, cache: Path):
     """With every sequence in the sample, to the last digit; with a third of them, within 0.05."""
     mass = np.exp(np.concatenate([s.logprobs for s in CacheReader(cache)])).cumsum(axis=1)
-    exact = retained(plan(config, sample=90))
-    assert list(exact) == [1, 2, 4, 8, 16]
-    for k, (mean, low, smallest) in exact.items():
+    exact = {at.k: at for at in predict(config, sample=90).ladder}
+    assert list(exact) == [4, 8, 16, 32, 64, 128, 256, 300]
+    for k in (4, 8, 16):
         of_k = mass[:, k - 1]
-        expected = [of_k.mean(), np.quantile(of_k, 0.05), of_k.min()]
-        np.testing.assert_allclose([mean, low, smallest], expected, atol=1e-4)
-    for k, (mean, *_) in retained(plan(config, sample=30)).items():
-        assert abs(mean - exact[k][0]) < 0.05
+        low = np.quantile(of_k, 0.05, method="inverted_cdf")
+        expected = [of_k.mean(), low, of_k.min()]
+        found = [exact[k].mass_mean, exact[k].mass_low, exact[k].mass_least]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for at in predict(config, sample=30).ladder:
+        assert abs(at.mass_mean - exact[at.k].mass_mean) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -70,46 +134,121 @@ def test_bytes_are_close_to_those_of_the_dump(config: DumpConfig, truncation, pr
     totals = dump(config).totals
     assert totals is not None
     for sample, tolerance in ((90, 0.01), (30, 0.1)):
-        megabytes, per_target = numbers(plan(config, sample=sample), "bytes")
-        assert per_target == pytest.approx(totals.bytes / totals.targets, rel=tolerance)
-        assert megabytes == pytest.approx(totals.bytes / 1e6, abs=0.1)
+        assert predict(config, sample=sample).bytes == pytest.approx(totals.bytes, rel=tolerance)
+
+
+def test_bytes_at_each_k_are_those_of_a_dump_at_that_k(config: DumpConfig):
+    """Cutting the sample, tails at both temperatures included, is dumping at that k."""
+    ladder = {at.k: at for at in predict(config, sample=90).ladder}
+    config = dataclasses.replace(config, truncation=Truncation(k=64), shard_targets=10_000)
+    totals = dump(config).totals
+    assert totals is not None
+    assert ladder[64].bytes_per_target == pytest.approx(totals.bytes / totals.targets, rel=0.05)
 
 
 def test_a_plan_writes_nothing(config: DumpConfig, cache: Path, tmp_path: Path):
     """No output is made, and one that is there is neither opened nor changed."""
-    plan(config, sample=2)
+    predict(config, sample=2)
     assert list(tmp_path.iterdir()) == []
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    plan(dataclasses.replace(config, output=str(cache), truncation=Truncation(k=3)), sample=2)
+    predict(dataclasses.replace(config, output=str(cache), truncation=Truncation(k=3)), sample=2)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
 def test_a_plan_is_the_same_at_every_run(config: DumpConfig):
     """The sample is drawn with a fixed seed; only the measured time differs."""
-    tables = [plan(config, sample=5).splitlines() for _ in range(2)]
-    assert len(tables[0]) > 10
-    for first, second in zip(*tables, strict=True):
-        assert first == second or first.startswith("time ")
+
+    def fixed(prediction: Prediction) -> Prediction:
+        return dataclasses.replace(prediction, engines=(), disk_free=None)
+
+    assert fixed(predict(config, sample=5)) == fixed(predict(config, sample=5))
 
 
 def test_random_entries_have_no_retained_mass(config: DumpConfig):
-    """Truncation.method: sample keeps no top entries to speak of."""
-    table = plan(dataclasses.replace(config, truncation=Truncation(method="sample", draws=9)), 2)
-    assert "retained" not in table and numbers(table, "bytes")[1] > 0
-    head = Truncation(method="topk+sample", k=4, draws=9)
-    assert list(retained(plan(dataclasses.replace(config, truncation=head), 2))) == [1, 2, 4]
+    """Truncation.method: sample keeps no top entries; the table is of top k all the same."""
+    draws = Truncation(method="sample", draws=9)
+    predicted = predict(dataclasses.replace(config, truncation=draws, temperatures=[1.0]), 2)
+    assert predicted.mass is None and predicted.bytes > 0
+    assert predicted.ladder[-1].mass_mean == pytest.approx(1, abs=1e-5)
+    assert "configured truncation" not in plan_text(predicted, config)
+
+
+def test_every_file_and_length_is_in_the_sample(config: DumpConfig, tmp_path: Path):
+    """A small file of long records is not missed for a large file of short ones."""
+    short = [{"text": "the quick fox"} for _ in range(300)]
+    save_records(tmp_path / "texts" / "a.jsonl", *short)
+    save_records(tmp_path / "texts" / "b.jsonl", {"text": "lazy dog " * 20}, {"text": "a fox"})
+    config = change(config, "source.path", str(tmp_path / "texts"))
+    predicted = predict(config, sample=4)
+    whole = predict(config, sample=302)
+    assert predicted.sample_sequences == 4
+    for few, all_ in zip(predicted.ladder, whole.ladder, strict=True):  # equal texts: no variance
+        assert few.mass_mean == pytest.approx(all_.mass_mean, rel=1e-5)
+        assert few.kl == pytest.approx(all_.kl, rel=1e-3, abs=1e-6)
+
+
+def test_weights_give_back_all_targets():
+    """Whatever the strata, the sample stands for the targets that were offered."""
+    generator = np.random.default_rng(1)
+    for size in (1, 3, 10, 64, 1000):
+        sample, targets = StratifiedSample(size), 0
+        for index in range(500):
+            length = int(generator.integers(2, 300))
+            is_target = np.arange(length) > 0
+            sequence = TokenSequence(str(index), np.zeros(length, np.int32), is_target)
+            sample.offer(sequence, index % 3)
+            targets += length - 1
+        drawn = sample.draw()
+        assert len(drawn) == min(size, 500)
+        assert len({entry.sequence.sample_id for entry in drawn}) == len(drawn)
+        stands_for = sum(entry.weight * entry.sequence.is_target.sum() for entry in drawn)
+        assert stands_for == pytest.approx(targets)
+
+
+def test_what_the_dump_would_refuse_is_counted(
+    config: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Overlong records, those without targets, and an output that is too small."""
+    records = [{"text": "the quick fox " * n} for n in (1, 2, 40, 50)]
+    nothing = {"input_ids": [5, 6], "loss_mask": [1, 0]}
+    save_records(tmp_path / "records.jsonl", *records, nothing)
+    config = change(config, "source.path", str(tmp_path / "records.jsonl"))
+    config = change(config, "sequences.overlong", "error")
+    with pytest.raises(SourceError, match="overlong"):
+        dump(config)
+    predicted = predict(config)
+    text = plan_text(predicted, config)
+    assert "warning: 2 records are longer than max_length=64" in text
+    assert "warning: 1 of 5 records have no target" in text
+    assert "MB free" not in text
+    monkeypatch.setattr("shutil.disk_usage", lambda _: collections.namedtuple("u", "free")(1000))
+    predicted = predict(config)
+    assert predicted.disk_free == 1000
+    assert "which has 0 MB free" in plan_text(predicted, config)
+
+
+def test_engines_are_timed_or_said_to_be_missing(config: DumpConfig, tmp_path: Path):
+    """One line for each; --json has the same figures."""
+    file = save_config(config, tmp_path)
+    result = command(MODULE, "plan", "--config", file, "--sample", "2", "--engines", "vllm")
+    assert result.code == 0, result.stderr
+    assert "vllm: not measured: " in result.stdout and "targets/s" in result.stdout
+    result = command(MODULE, "plan", "--config", file, "--sample", "2", "--json")
+    found = json.loads(result.stdout)
+    assert found["counts"]["records"] == 90 and len(found["engines"]) == 1
+    assert found["engines"][0]["targets_per_second"] > 0
 
 
 def test_a_plan_refuses_what_the_dump_refuses(config: DumpConfig, tmp_path: Path):
     """By the same checks, before any scoring."""
     with pytest.raises(ValueError, match="only 300 ids"):
-        plan(dataclasses.replace(config, truncation=Truncation(k=301)))
+        predict(dataclasses.replace(config, truncation=Truncation(k=301)))
     with pytest.raises(ValueError, match="at most 128 positions"):
-        plan(dataclasses.replace(config, sequences=SequenceConfig(max_length=129)))
+        predict(dataclasses.replace(config, sequences=SequenceConfig(max_length=129)))
     with pytest.raises(ValueError, match="sample must be at least 1, found 0"):
-        plan(config, sample=0)
+        predict(config, sample=0)
     empty = tmp_path / "records.jsonl"
     empty.write_text('{"input_ids": [5, 6], "loss_mask": [1, 0]}\n')
     source = dataclasses.replace(config.source, path=str(empty))
     with pytest.raises(SourceError, match="no sequence with a target"):
-        plan(dataclasses.replace(config, source=source))
+        predict(dataclasses.replace(config, source=source))

@@ -5,12 +5,14 @@ commands are processes of their own and find it as users would point them at the
 variables.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -424,6 +426,30 @@ def test_a_store_that_does_not_answer_is_one_clean_line(server: Server, tmp_path
     assert_clean(done, f"s3://{BUCKET}/cache/manifest.json: Could not connect")
 
 
+def test_a_mute_store_is_given_up(server: Server) -> None:
+    """One that accepts and never answers: after six waits, or as many as the variables say."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    held.append(mute.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        place = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{mute.getsockname()[1]}",
+            "FSSPEC_S3": '{"config_kwargs": {"read_timeout": 0.3}}',
+        }
+        for more, expected in (({}, 6), ({"AWS_MAX_ATTEMPTS": "1"}, 2)):
+            before = len(held)
+            done = run(server, "storage", "verify", f"s3://{BUCKET}/cache", **place, **more)
+            assert_clean(done, f"s3://{BUCKET}/cache", "Read timeout", place["AWS_ENDPOINT_URL"])
+            assert len(held) - before == expected
+        for connection in held:
+            connection.close()
+
+
 def test_without_s3fs_the_message_says_what_to_install(server: Server) -> None:
     """Exit code 2."""
     script = "import runpy, sys; sys.modules['s3fs'] = None; sys.argv = ['storage', *sys.argv[1:]]"
@@ -487,7 +513,8 @@ def test_opening_takes_two_requests_and_a_row_group_one(
         expected = ["GET " + names[group.shard] + ".parquet"] * (2 if group.index == 0 else 1)
         assert server.take() == expected
     assert verify(url).ok
-    assert len(server.take()) == 3 + 1 + 7 * (1 + 1 + 2) + 7 + len(groups)
+    of_shard = 1 + 1 + 2  # its record, its size, its footer and the magic before the row groups
+    assert len(server.take()) == 3 + 1 + 7 * of_shard + len(groups)
 
 
 def test_what_others_write_is_seen_at_once(server: Server, url: str) -> None:

@@ -274,14 +274,14 @@ def test_sequences_have_their_types():
         ({"prompt": "a", "text": None}, r"its fields are \['prompt'\]: expected exactly one of"),
         ({"text": "a", "input_ids": [1, 2]}, "both text and input_ids"),
         ({"text": "a", "loss_mask": [1]}, "loss_mask belongs to input_ids"),
-        ({"text": ""}, "text is '': expected a non-empty string"),
+        ({"text": ""}, "text is '': expected a non-empty string.* or set empty: drop"),
         ({"text": 5}, "text is 5"),
         ({"prompt": ["a"], "response": "b"}, "prompt is .* expected a string"),
         ({"messages": []}, "expected a non-empty list of objects with a role"),
         ({"messages": [{"content": "a"}]}, "expected a non-empty list of objects with a role"),
         ({"messages": CHAT, "tools": "[]"}, "expected a list of objects"),
         ({"input_ids": []}, r"sample 's' has 0 token\(s\): expected at least 2"),
-        ({"input_ids": [1]}, r"sample 's' has 1 token\(s\)"),
+        ({"input_ids": [1]}, r"sample 's' has 1 token\(s\).* or set empty: drop"),
         ({"input_ids": [1, VOCAB_SIZE]}, "token id 300 at position 1: expected ids from 0 to 299"),
         ({"input_ids": [-1, 1]}, "token id -1 at position 0"),
         ({"input_ids": [1.0, 2.0]}, "expected a list of integers"),
@@ -314,6 +314,8 @@ def test_a_prompt_may_stand_beside_messages():
         ({"max_length": 1}, "max_length is 1"),
         ({"overlong": "drop"}, "overlong is 'drop'"),
         ({"packing": "best"}, "packing is 'best'"),
+        ({"empty": "keep"}, "empty is 'keep'"),
+        ({"duplicates": "error"}, "duplicates is 'error'"),
         ({"targets": "last"}, "targets is 'last'"),
         ({"packing": "concat", "add_eos": False}, "set add_eos: true"),
         ({"packing": "concat", "overlong": "split"}, "no effect with packing"),
@@ -373,6 +375,43 @@ def test_records_without_targets_are_left_out_and_counted():
     assert counts.truncated_records == 2
 
 
+EMPTY = (
+    {"text": ""},
+    {"messages": []},
+    {"input_ids": []},
+    {"input_ids": np.zeros(0, np.int32)},
+    {"input_ids": [7]},
+)
+
+
+def test_empty_records_can_be_left_out():
+    """They are counted, with the one token that some have; what is no record is still an error."""
+    records = [record(f"{n}", **fields) for n, fields in enumerate(EMPTY)]
+    sequences, counts = run(*records, record("good", input_ids=[1, 2]), empty="drop")
+    assert [s.sample_id for s in sequences] == ["good"]
+    assert (counts.records, counts.empty_records, counts.dropped_tokens) == (6, 5, 1)
+    with pytest.raises(SourceError, match="text is 5"):
+        run(record(text=5), empty="drop")
+
+
+@pytest.mark.parametrize("packing", ["none", "concat"])
+def test_duplicates_are_counted_and_can_be_left_out(packing):
+    """Of equal tokens and targets under other ids, the first one stays."""
+    texts = ["hello", "world", "hello", "hello you", "hello"]
+    records = [record(f"{n}", text=text) for n, text in enumerate(texts)]
+    sequences, counts = run(*records, packing=packing)
+    assert counts.duplicate_records == 2
+    left, dropped = run(*records, packing=packing, duplicates="drop")
+    assert dropped.duplicate_records == 2
+    assert dropped.tokens + dropped.dropped_tokens == counts.tokens
+    assert dropped.dropped_tokens == 2 * len([BOS, *bare("hello"), EOS])
+    if packing == "none":
+        assert [s.sample_id for s in sequences] == list("01234")
+        assert [s.sample_id for s in left] == list("013")
+        masked = (record(str(n), input_ids=[1, 2, 3], loss_mask=[0, n, 1]) for n in (0, 1))
+        assert len(run(*masked, duplicates="drop")[0]) == 2
+
+
 RECORDS = st.lists(
     st.lists(st.tuples(st.integers(0, VOCAB_SIZE - 1), st.booleans()), min_size=2, max_size=20),
     max_size=8,
@@ -380,21 +419,30 @@ RECORDS = st.lists(
 
 
 @settings(max_examples=100, deadline=None)
-@given(RECORDS, st.integers(2, 9), st.sampled_from(["truncate", "split"]))
-def test_every_token_is_kept_or_counted(records, max_length, overlong):
+@given(
+    RECORDS,
+    st.integers(2, 9),
+    st.sampled_from(["truncate", "split"]),
+    st.sampled_from(["keep", "drop"]),
+)
+def test_every_token_is_kept_or_counted(records, max_length, overlong, duplicates):
     """Nothing is a target twice or by mistake, and the counts add up, however records are cut."""
     named = [
         record(f"{n}", input_ids=[i for i, _ in rows], loss_mask=[m for _, m in rows])
         for n, rows in enumerate(records)
     ]
-    sequences, counts = run(*named, tokenizer=None, max_length=max_length, overlong=overlong)
+    options = {"max_length": max_length, "overlong": overlong, "duplicates": duplicates}
+    sequences, counts = run(*named, tokenizer=None, **options)
     assert counts.records == len(records)
+    distinct = {(tuple(i for i, _ in rows), tuple(m for _, m in rows)) for rows in records}
+    assert counts.duplicate_records == len(records) - len(distinct)
+    dropped = counts.duplicate_records if duplicates == "drop" else 0
     assert counts.sequences == len(sequences)
     assert counts.tokens == sum(len(s.input_ids) for s in sequences)
     assert counts.targets == sum(int(s.is_target.sum()) for s in sequences)
     assert counts.tokens + counts.dropped_tokens == sum(len(rows) for rows in records)
     kept = {s.sample_id.split("#")[0] for s in sequences}
-    assert len(kept) + counts.records_without_targets == len(records)
+    assert len(kept) + counts.records_without_targets + dropped == len(records)
     for sequence in sequences:
         assert len(sequence.input_ids) <= max_length
         assert sequence.is_target.any()

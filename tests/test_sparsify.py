@@ -104,6 +104,20 @@ def test_log_probs_masses_and_labels_are_those_of_the_dense_distribution(truncat
     assert_exact(reduce(logits, truncation), logits)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
+def test_the_entropy_of_draws_is_that_of_the_dense_distribution(spread: float):
+    """Flat to peaked, with ids that are ruled out; no other method has it."""
+    logits = random_logits(20, 5003, spread=spread)
+    logits[:, 7:9] = -np.inf
+    x = logits.astype(np.float64)
+    logp = x - log_sum_exp(x)[:, None]
+    expected = -np.where(np.isinf(logp), 0, np.exp(logp) * np.maximum(logp, -1e9)).sum(axis=1)
+    sparse = reduce(logits, Truncation(method="sample", draws=5), (1.0,))
+    assert sparse.entropy is not None
+    np.testing.assert_allclose(sparse.entropy.numpy(), expected, rtol=2e-5, atol=1e-6)
+    assert reduce(logits, Truncation(k=5)).entropy is None
+
+
 def test_topk_keeps_the_k_most_probable_ids_in_order():
     """Ids are those of a full sort."""
     logits = random_logits(40, 1003)

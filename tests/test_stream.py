@@ -17,7 +17,8 @@ from schemas import FormatError, Truncation
 from storage import CacheReader
 from student_train import CacheStream
 from student_train.batch import decode_compact
-from student_train.stream import _taken, heldout_batches, select_part
+from student_train.order import permutation, select_part, taken_in_turn
+from student_train.stream import heldout_batches
 from tests import caches
 
 SETTINGS = caches.Settings(truncation=Truncation(k=3), vocab_size=20)
@@ -137,7 +138,7 @@ def test_turns_are_counted_as_they_are_taken(totals: list[int], share: float) ->
             if left and expected[lane] < total:
                 expected[lane] += 1
                 left -= 1
-    assert _taken(np.array(totals), count).tolist() == expected
+    assert taken_in_turn(np.array(totals), count).tolist() == expected
 
 
 def test_a_rank_reads_its_own_lanes_alone(many_groups: Path) -> None:
@@ -147,19 +148,19 @@ def test_a_rank_reads_its_own_lanes_alone(many_groups: Path) -> None:
         stream = CacheStream(many_groups, batch_size=1, rank=rank, world_size=3, lanes=3)
         shortest = min(int(t) for t in lane_totals(stream))
         mine = itertools.islice(stream._mine(0, 1, 0), shortest)
-        groups_of.append({visit for _, visit, _ in mine})
+        groups_of.append({visit for _, visit, _, _ in mine})
     assert not set.intersection(*groups_of) and all(groups_of)
     assert len(set.union(*groups_of)) == sum(map(len, groups_of))
 
 
 def lane_totals(stream: CacheStream) -> list[int]:
-    lanes = [0] * stream.lanes
-    for lane, _, _ in stream._epoch(0, 0):
+    lanes = [0] * stream.order.lanes
+    for lane, _, _, _ in stream.order.epoch(0):
         lanes[lane] += 1
     return lanes
 
 
-@pytest.mark.parametrize("method", ["topk", "sample", "topp"])
+@pytest.mark.parametrize("method", ["topk", "topk+sample", "topp"])
 @pytest.mark.parametrize("precision", ["f32", "f16", "compact"])
 @pytest.mark.parametrize("vocab_size", [60, 70_000])
 def test_batches_are_decoded_as_the_reader_decodes(
@@ -168,7 +169,7 @@ def test_batches_are_decoded_as_the_reader_decodes(
     """Every layout, on the CPU to the last bit and by the device path within float32 rounding."""
     truncation = {
         "topk": Truncation(k=5),
-        "sample": Truncation(method="sample", draws=7, seed=1),
+        "topk+sample": Truncation(method="topk+sample", k=3, draws=7, seed=1),
         "topp": Truncation(method="topp", k=9, p=0.8),
     }[method]
     chosen = caches.Settings(truncation=truncation, vocab_size=vocab_size, precision=precision)
@@ -287,10 +288,8 @@ def test_an_empty_part_is_refused(cache: Path) -> None:
 
 def test_random_order_uses_raw_words() -> None:
     """The permutation is pinned: it must never change, or runs could not be resumed."""
-    from student_train.stream import _permutation
-
     assert (
-        _permutation(8, 0, 0, 0).tolist()
+        permutation(8, 0, 0, 0).tolist()
         == np.argsort(np.random.Philox(key=[0, 0]).random_raw(8), kind="stable").tolist()
     )
-    assert sorted(_permutation(1000, 3, 2, 1).tolist()) == list(range(1000))
+    assert sorted(permutation(1000, 3, 2, 1).tolist()) == list(range(1000))

@@ -4,6 +4,8 @@ Shapes: L tokens, n targets, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,19 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
+    BitsAndBytesConfig,
     CohereConfig,
+    Gemma2Config,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
 )
 
 from schemas import ScoredSequence, Truncation
 from teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from teacher_dump.engines.base import SequenceError
 from teacher_dump.engines.transformers_engine import WINDOW_BATCHES, TransformersEngine
 from teacher_dump.sequences import TokenSequence
 from tests import models
@@ -31,10 +38,25 @@ K, V = 12, models.VOCAB_SIZE
 TEMPERATURES = (1.0, 2.0)
 LENGTHS = [5, 64, 33, 2, 64, 17, 40, 3, 9]
 TOLERANCE = 2e-4
-SCALED: dict[str, Any] = {
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+"""Multiples of the 64 weights that bitsandbytes quantises together."""
+BERT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": models.MAX_POSITIONS,
+}
+MORE: dict[str, Any] = {
     "cohere": (CohereConfig, {**models.DECODER, "logit_scale": 0.25}),
     "granite": (GraniteConfig, {**models.DECODER, "logits_scaling": 4.0}),
+    "mistral, window 8": (MistralConfig, {**models.DECODER, "sliding_window": 8}),
+    "gemma2, window 8": (
+        Gemma2Config,
+        {**models.DECODER, "head_dim": 16, "final_logit_softcapping": 10.0, "sliding_window": 8},
+    ),
+    "both ways": (BertConfig, {**models.SIZES, "hidden_size": 32, **BERT, "is_decoder": False}),
 }
+"""Beyond `models.CONFIGS`: other final steps, sliding windows, and one that is not causal."""
 
 
 class OddConfig(LlamaConfig):
@@ -89,8 +111,8 @@ def open_teacher(path: Path, vocab_size: int = V, **options: Any) -> Transformer
 
 def save(folder: Path, architecture: str, **options: Any) -> Any:
     """Save a model and return it."""
-    if architecture in SCALED:
-        kind, settings = SCALED[architecture]
+    if architecture in MORE:
+        kind, settings = MORE[architecture]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(kind(**settings), dtype=torch.float32).eval()
     elif architecture == "odd":
@@ -139,12 +161,14 @@ def disagreement(scored: ScoredSequence, logits: NDArray[np.float64]) -> float:
     return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
 
 
-@pytest.mark.parametrize("architecture", [*models.CONFIGS, *SCALED, "odd"])
+@pytest.mark.parametrize("architecture", [*models.CONFIGS, *MORE, "odd"])
 def test_scores_are_those_of_a_plain_forward(architecture, tmp_path):
     """In a ragged batch, whatever comes behind the head (caps, scales, an unknown step)."""
     model = save(tmp_path, architecture)
     engine = open_teacher(tmp_path)
-    assert (engine._head is None) == (architecture == "odd")  # else: never the whole [B, L, V]
+    own_head = architecture in ("odd", "both ways")
+    assert (engine._head is None) == own_head  # else: never the whole [B, L, V]
+    assert engine._masks == (architecture == "both ways")
     sequences = sequences_of(LENGTHS)
     scored = list(engine.score(sequences, 0))
     assert [s.sample_id for s in scored] == [s.sample_id for s in sequences]
@@ -164,9 +188,12 @@ def test_an_off_by_one_would_show(llama):
         assert disagreement(scored, dense_logits(model, sequence, shift)) > 1
 
 
-def test_a_sequence_scores_the_same_alone_and_in_a_batch(llama):
-    """Padding and neighbours change nothing beyond rounding."""
-    _, _, engine = llama
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2, window 8", "both ways"])
+def test_a_sequence_scores_the_same_alone_and_in_a_batch(architecture, attention, tmp_path):
+    """Padding and neighbours change nothing beyond rounding, whatever computes the attention."""
+    save(tmp_path, architecture)
+    engine = open_teacher(tmp_path, attention=attention)
     sequences = sequences_of(LENGTHS)
     together = list(engine.score(sequences, 0))
     for sequence, batched in zip(sequences, together, strict=True):
@@ -233,8 +260,9 @@ def test_a_nan_names_its_sample(tmp_path, architecture):
         sequence.input_ids[sequence.input_ids == 77] = 78
     assert len(list(engine.score(sequences, 0))) == 6
     sequences[4].input_ids[10] = 77
-    with pytest.raises(EngineError, match=r"sample sample-4\b"):
+    with pytest.raises(SequenceError, match=r"sample sample-4\b") as caught:
         list(engine.score(sequences, 0))
+    assert caught.value.index == 4
 
 
 def test_draws_belong_to_the_sequence_and_not_to_its_batch(llama):
@@ -273,13 +301,103 @@ def test_half_precision_is_that_of_a_plain_forward(llama, dtype):
     np.testing.assert_allclose(mass, 1, atol=1e-5)
 
 
-def test_eager_attention_agrees(llama):
-    """The attention implementation is an option that changes nothing but speed."""
-    model, path, _ = llama
+@pytest.mark.parametrize(
+    ("architecture", "memory"),
+    [("llama", "90KB"), ("llama", "0KB"), ("qwen2", "60KB"), ("gemma2", "70KB")],
+)
+def test_a_teacher_larger_than_the_memory_scores_the_same(tmp_path, architecture, memory, caplog):
+    """Weights that no device holds are read from disk at each forward."""
+    model = save(tmp_path / "model", architecture)
+    with caplog.at_level("INFO"):
+        engine = open_teacher(
+            tmp_path / "model",
+            device="auto",
+            max_memory={"cpu": memory},
+            offload_folder=str(tmp_path / "offload"),
+        )
+    assert "disk" in caplog.text
+    assert list((tmp_path / "offload").iterdir()) or list(engine._model.hf_device_map.values())
+    assert any(p.device.type == "meta" for p in engine._model.parameters())
     sequences = sequences_of(LENGTHS)
-    engine = open_teacher(path, attention="eager")
-    for sequence, scored in zip(sequences, engine.score(sequences, 0), strict=True):
-        assert disagreement(scored, dense_logits(model, sequence)) < TOLERANCE
+    for sequence, ours in zip(sequences, engine.score(sequences, 0), strict=True):
+        assert disagreement(ours, dense_logits(model, sequence)) < TOLERANCE
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["while loading", "as saved"])
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
+def test_a_quantised_teacher_scores_as_transformers_runs_it(tmp_path, quantization, saved):
+    """The numbers are those of transformers' own quantised model, not of the full one."""
+    pytest.importorskip("bitsandbytes")
+    model, path = save(tmp_path / "full", "llama", **WIDE), tmp_path / "full"
+    settings = (
+        BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        if quantization == "bnb-4bit"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, device_map="cpu", quantization_config=settings
+    )
+    if saved:
+        theirs.save_pretrained(tmp_path / "quantised")
+        engine = open_teacher(tmp_path / "quantised")
+    else:
+        engine = open_teacher(path, quantization=quantization)
+    sequences = sequences_of(LENGTHS)
+    if quantization == "bnb-4bit":
+        scored = list(engine.score(sequences, 0))
+    else:  # LLM.int8 treats columns of outliers apart, those of whatever is in the batch
+        scored = [ours for sequence in sequences for ours in engine.score([sequence], 0)]
+    for sequence, ours in zip(sequences, scored, strict=True):
+        assert disagreement(ours, dense_logits(theirs, sequence)) < TOLERANCE
+    assert disagreement(scored[1], dense_logits(model, sequences[1])) > 0.1
+
+
+@contextmanager
+def little_memory(tokens: int) -> Iterator[list[int]]:
+    """Forwards of more tokens ask for more memory than any machine has; gives their sizes."""
+    sizes: list[int] = []
+
+    def ask(module: torch.nn.Module, arguments: tuple) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            sizes.append(arguments[0].numel())
+            if arguments[0].numel() > tokens:
+                torch.empty(1 << 60, dtype=torch.uint8)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved(llama, caplog):
+    """Again and again until it fits; the smaller size is kept and each halving logged once."""
+    model, path, _ = llama
+    engine = open_teacher(path, max_batch_tokens=1024)
+    sequences = sequences_of([20] * 100)
+    with little_memory(300) as sizes:
+        scored = list(engine.score(sequences, 0))
+    assert sizes[:3] == [1020, 500, 240] and max(sizes[2:]) <= 300
+    assert [r.message.split(",")[0] for r in caplog.records] == [
+        "out of memory with 51 x 20 tokens",
+        "out of memory with 25 x 20 tokens",
+    ]
+    for index in (0, 50, 99):
+        assert disagreement(scored[index], dense_logits(model, sequences[index])) < TOLERANCE
+
+
+def test_a_sequence_that_alone_does_not_fit_is_named(llama):
+    """By its index among those given; the rest can be scored afterwards."""
+    _, path, _ = llama
+    engine = open_teacher(path)
+    sequences = sequences_of([20, 20, 20, 60, 20])
+    with little_memory(50):
+        with pytest.raises(SequenceError, match="out of memory with sample sample-3 alone") as bad:
+            list(engine.score(sequences, 0))
+        assert bad.value.index == 3
+        assert len(list(engine.score(sequences[:3], 0))) == 3
 
 
 @pytest.mark.parametrize(

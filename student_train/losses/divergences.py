@@ -117,15 +117,19 @@ class Divergence:
         """
         real_NK = targets.is_real()
         x_NK = torch.where(real_NK, x_NK, MASKED_LOGIT)
-        log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
         if self.tail == "renormalize":
             log_q_NC = x_NK.log_softmax(1)
         else:
             log_q_NC = torch.cat([x_NK, lse_tail_N[:, None]], dim=1).log_softmax(1)
         log_q_NK = torch.where(real_NK, log_q_NC[:, : x_NK.shape[1]], LOG_FLOOR)
         if targets.draws is not None:
-            weights_NK = targets.draw_weights(log_p_NK)
+            weights_NK = targets.draw_weights(x_NK.dtype)
+            if targets.logprobs is None:
+                assert targets.entropy is not None
+                return self.scale * (-(weights_NK * log_q_NK).sum(1) - targets.entropy)
+            log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
             return self.scale * (weights_NK * (log_p_NK - log_q_NK)).sum(1)
+        log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
         if self.tail == "bucket":
             log_p_tail_N = targets.log_tail.to(x_NK.dtype).clamp(min=LOG_FLOOR)
             has_tail_N = lse_tail_N > _NO_TAIL

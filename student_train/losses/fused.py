@@ -34,7 +34,7 @@ class FusedLoss:
     """The loss of a batch of targets and its parts, all 0-d and divided by the same number."""
 
     loss: Tensor
-    """kd_weight · kd + ce_weight · ce, with a gradient."""
+    """kd_weight · kd + ce_weight · ce, each target with its weights; has a gradient."""
     kd: Tensor
     """The divergence, T² included, detached."""
     ce: Tensor
@@ -48,8 +48,8 @@ class _Job:
     divergence: Divergence
     targets: SparseTargets
     labels: Tensor | None
-    kd_weight: float
-    ce_weight: float
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
     logit_scale: float
     softcap: float | None
     num_targets: float
@@ -64,8 +64,8 @@ def fused_linear_divergence(
     targets: SparseTargets,
     labels_N: Tensor | None = None,
     kind: str = "fkl",
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
     tail: str = "bucket",
     chunk_size: int | None = None,
@@ -86,13 +86,18 @@ def fused_linear_divergence(
         (kd_weight · sparse_divergence(z, targets, ...).sum()
          + ce_weight · cross_entropy(z, labels, ignore_index=-100, reduction="sum")) / num_targets
 
-    `num_targets` (default N) is the count to divide by: that of the whole optimizer step when it
-    has several microbatches or ranks. `chunk_size` is in rows, by default 64 MiB of logits but at
-    least 256 rows. Matrix products run in the inputs' dtype, or autocast's; logits, losses and sums
-    of gradients are float32. Backward may run once: the gradients are handed over, not copied.
+    The weights may be tensors [N], one weight per target. `num_targets` (default N) is the count to
+    divide by: that of the whole optimizer step when it has several microbatches or ranks.
+    `chunk_size` is in rows, by default 64 MiB of logits but at least 256 rows. Matrix products run
+    in the inputs' dtype, or autocast's; logits, losses and sums of gradients are float32. Backward
+    may run once: the gradients are handed over, not copied.
     """
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
-    if labels_N is None and ce_weight != 0:
+    for weight_name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        if isinstance(weight, Tensor) and weight.shape != (len(targets),):
+            shape = tuple(weight.shape)
+            raise ValueError(f"{weight_name} must be a number or [{len(targets)}], got {shape}")
+    if labels_N is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
         raise ValueError(f"ce_weight={ce_weight} needs labels")
     for name, value in (
         ("softcap", softcap),
@@ -166,7 +171,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         grad_hidden = new_zeros(hidden_NH.shape) if wants_hidden else None
         grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
         grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
-        kd_sum, ce_sum = new_zeros(()), new_zeros(())
+        loss_sum, kd_sum, ce_sum = new_zeros(()), new_zeros(()), new_zeros(())
         loss_of_chunk = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_VH = weight_VH[: job.vocab_size].to(narrow)
@@ -178,9 +183,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 hidden_RH = hidden_NH[rows].to(narrow)
                 logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = _finish_logits(logits_RV, bias_V, job)
-                kd, ce, grad_RV = loss_of_chunk(logits_RV, rows, job, wants_any)
-                kd_sum += kd
-                ce_sum += ce
+                kd_R, ce_R, grad_RV = loss_of_chunk(logits_RV, rows, job, wants_any)
+                loss_sum += _sum(job.kd_weight, kd_R, rows) + _sum(job.ce_weight, ce_R, rows)
+                kd_sum += kd_R.sum()
+                ce_sum += ce_R.sum()
                 if grad_RV is None:
                     continue
                 if slope_RV is not None:
@@ -197,8 +203,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
             (grad_weight, weight_VH.dtype),
             (grad_bias, None if bias_V is None else bias_V.dtype),
         ]
-        kd_mean, ce_mean = kd_sum / job.num_targets, ce_sum / job.num_targets
-        loss = job.kd_weight * kd_mean + job.ce_weight * ce_mean
+        loss, kd_mean, ce_mean = (x / job.num_targets for x in (loss_sum, kd_sum, ce_sum))
         ctx.mark_non_differentiable(kd_mean, ce_mean)
         return loss, kd_mean, ce_mean
 
@@ -238,7 +243,7 @@ def _finish_logits(logits_RV: Tensor, bias_V: Tensor | None, job: _Job) -> Tenso
 def _reduced_chunk(
     logits_RV: Tensor, rows: slice, job: _Job, wants_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (Σ kd, Σ ce, gradient [R, V]) and overwrite the logits with the gradient.
+    """Return (kd [R], ce [R], gradient [R, V]) and overwrite the logits with the gradient.
 
     For j outside the kept ids, dL/dz_j = G_* · softmax(tail)_j / T with G_* = dL/d lse_tail; so one
     exp over [R, V] serves the logsumexp and the gradient.
@@ -262,25 +267,27 @@ def _reduced_chunk(
     with torch.enable_grad():
         x_RK = (kept_RK / temperature).requires_grad_()
         lse_tail_R = (top_R1 / temperature + sum_R1.log()).squeeze(1).requires_grad_()
-        kd = job.divergence.of_reduced(x_RK, lse_tail_R, targets).sum()
-    ce = kd.new_zeros(())
+        kd_R = job.divergence.of_reduced(x_RK, lse_tail_R, targets)
+    ce_R = kd_R.new_zeros(len(kd_R))
     if job.labels is not None:
         sum_t1_R1 = sum_R1 if exps_t1_RV is exps_RV else exps_t1_RV.sum(1, keepdim=True)
         kept_RK = torch.where(real_RK, kept_RK, MASKED_LOGIT)
         classes_RC = torch.cat([kept_RK, top_R1 + sum_t1_R1.log()], dim=1)
         lse_R1 = classes_RC.logsumexp(1, keepdim=True)
-        ce = torch.where(has_label_R1, lse_R1 - label_logit_R1, 0.0).sum()
+        ce_R = torch.where(has_label_R1, lse_R1 - label_logit_R1, 0.0).squeeze(1)
     if not wants_gradient:
-        return kd.detach(), ce, None
+        return kd_R.detach(), ce_R, None
 
-    grad_x_RK, grad_tail_R = torch.autograd.grad(kd, (x_RK, lse_tail_R), materialize_grads=True)
-    kd_factor = job.kd_weight * job.logit_scale / temperature
+    grad_x_RK, grad_tail_R = torch.autograd.grad(
+        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R), materialize_grads=True
+    )
+    kd_factor = _column(job.kd_weight, rows) * job.logit_scale / temperature
     grad_kept_RK = kd_factor * grad_x_RK
     tail_factor_R1 = kd_factor * grad_tail_R[:, None] / sum_R1
-    if job.ce_weight == 0:
+    if not isinstance(job.ce_weight, Tensor) and job.ce_weight == 0:
         exps_RV.mul_(tail_factor_R1)
     else:
-        ce_factor_R1 = job.ce_weight * job.logit_scale * has_label_R1
+        ce_factor_R1 = _column(job.ce_weight, rows) * job.logit_scale * has_label_R1
         grad_kept_RK += ce_factor_R1 * (kept_RK - lse_R1).exp()
         ce_tail_factor_R1 = ce_factor_R1 * (top_R1 - lse_R1).exp()
         if exps_t1_RV is exps_RV:
@@ -288,7 +295,7 @@ def _reduced_chunk(
         else:
             exps_RV.mul_(tail_factor_R1).addcmul_(exps_t1_RV, ce_tail_factor_R1)
         exps_RV.scatter_add_(1, label_R1, -ce_factor_R1)
-    return kd.detach(), ce, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
+    return kd_R.detach(), ce_R, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
 
 
 def _dense_chunk(
@@ -299,14 +306,27 @@ def _dense_chunk(
     with torch.enable_grad():
         logits_RV = logits_RV.detach().requires_grad_()
         x_RV = logits_RV / job.divergence.temperature
-        kd = job.divergence.of_dense(x_RV, job.targets[rows]).sum()
-        ce = kd.new_zeros(())
+        kd_R = job.divergence.of_dense(x_RV, job.targets[rows])
+        ce_R = kd_R.new_zeros(len(kd_R))
         if job.labels is not None:
             nll_R1 = -logits_RV.log_softmax(1).gather(1, label_R1)
-            ce = torch.where(has_label_R1, nll_R1, 0.0).sum()
-        loss = job.logit_scale * (job.kd_weight * kd + job.ce_weight * ce)
-    gradient = torch.autograd.grad(loss, logits_RV)[0] if wants_gradient else None
-    return kd.detach(), ce.detach(), gradient
+            ce_R = torch.where(has_label_R1, nll_R1, 0.0).squeeze(1)
+        loss = _sum(job.kd_weight, kd_R, rows) + _sum(job.ce_weight, ce_R, rows)
+        loss = job.logit_scale * loss
+    if not wants_gradient:
+        return kd_R.detach(), ce_R.detach(), None
+    gradient = torch.autograd.grad(loss, logits_RV)[0]
+    return kd_R.detach(), ce_R.detach(), gradient
+
+
+def _column(weight: float | Tensor, rows: slice) -> float | Tensor:
+    """Return a weight fit to multiply [R, ...] of a chunk."""
+    return weight[rows, None] if isinstance(weight, Tensor) else weight
+
+
+def _sum(weight: float | Tensor, loss_R: Tensor, rows: slice) -> Tensor:
+    """Return the sum over a chunk, each row by its weight."""
+    return (weight[rows] * loss_R).sum() if isinstance(weight, Tensor) else weight * loss_R.sum()
 
 
 def _labels(job: _Job, rows: slice) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Owns the choice between a device that can write a wide result (CUDA) and one tha
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,24 @@ def product_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if _has_wide_output(a.device, a.dtype, out.dtype):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return out.copy_(a @ b)
+
+
+def wide_linear(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None
+) -> Callable[[slice], Tensor]:
+    """Return a function that gives float32 logits [R, V] of some rows, without a gradient."""
+    narrow = product_dtype(hidden_NH, weight_VH)
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    head_HV = weight_VH.detach().to(narrow).T
+
+    def logits_of(rows: slice) -> Tensor:
+        hidden_RH = hidden_NH[rows].detach().to(narrow)
+        out = hidden_RH.new_empty(len(hidden_RH), head_HV.shape[1], dtype=wide)
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            product_into(hidden_RH, head_HV, out)
+        return out if bias_V is None else out.add_(bias_V.detach())
+
+    return logits_of
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -39,14 +39,17 @@ class SparseTargets:
 
     token_ids: Tensor
     """[N, K] int64 kept ids, -1 in unused slots, no id twice in a row."""
-    logprobs: Tensor
-    """[N, K] float32 log probs at T=1 over the full vocabulary, -inf in unused slots."""
+    logprobs: Tensor | None
+    """[N, K] float32 log probs at T=1 over the full vocabulary, -inf in unused slots; None where
+    the draws alone are known."""
     log_z: Tensor
     """[N] float32: log Σ_v p(v)^(1/T) over the full vocabulary, 0 at T=1."""
     log_tail: Tensor
     """[N] float32: log of the mass under p_T of everything not kept, -inf when there is none."""
     draws: Tensor | None = None
     """[N, K] integer: how often each id was drawn, 0 for an exact head entry; None if unsampled."""
+    entropy: Tensor | None = None
+    """[N] float32 nats of the whole distribution at T=1; where there are no log probs."""
     checked_for: tuple[int, float] | None = None
     """(student vocabulary, temperature) that `validate` has passed; kept by `to` and by slices."""
 
@@ -63,14 +66,17 @@ class SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
-        draws = None if self.draws is None else function(self.draws)
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
         return dataclasses.replace(
             self,
             token_ids=function(self.token_ids),
-            logprobs=function(self.logprobs),
             log_z=function(self.log_z),
             log_tail=function(self.log_tail),
-            draws=draws,
+            logprobs=optional(self.logprobs),
+            draws=optional(self.draws),
+            entropy=optional(self.entropy),
         )
 
     def validate(self, vocab_size: int, temperature: float = 1.0) -> SparseTargets:
@@ -100,7 +106,10 @@ class SparseTargets:
             "log_z": (num_targets,),
             "log_tail": (num_targets,),
             "draws": self.token_ids.shape,
+            "entropy": (num_targets,),
         }
+        if self.logprobs is None and (self.draws is None or self.entropy is None):
+            raise ValueError("targets without log probs need draws and the teacher's entropy")
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is None:
@@ -122,8 +131,6 @@ class SparseTargets:
 
     def _check_values(self, vocab_size: int, temperature: float) -> None:
         ids, real = self.token_ids, self.is_real()
-        log_p = torch.where(real, self.logprobs / temperature - self.log_z[:, None], -torch.inf)
-        mass = log_p.exp().sum(1) + self.log_tail.exp()
         ordered = ids.sort(dim=1).values
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         fewest_draws = ids.new_zeros(len(self)) if self.draws is None else self.draws.amin(1)
@@ -149,8 +156,39 @@ class SparseTargets:
             ),
             (~real.any(1), lambda row: "no kept id: a target needs at least one"),
             (
-                (real & ~(self.logprobs <= _LOGPROB_TOLERANCE)).any(1),
-                lambda row: f"log probs must be <= 0, got {self.logprobs[row][real[row]].tolist()}",
+                fewest_draws < 0,
+                lambda row: f"draws must be >= 0, got {int(fewest_draws[row])}",
+            ),
+            *(self._draw_rules() if self.logprobs is None else self._logprob_rules(temperature)),
+        ]
+        if not bool(torch.stack([rows for rows, _ in rules]).any()):
+            return
+        for rows, message in rules:
+            if bool(rows.any()):
+                row = int(rows.nonzero()[0])
+                raise ValueError(f"target {row} of {len(self)}: {message(row)}")
+
+    def _draw_rules(self) -> list[tuple[Tensor, Callable[[int], str]]]:
+        draws, entropy = self.draws, self.entropy
+        assert draws is not None and entropy is not None
+        bad = ((draws > 0) != self.is_real()).any(1)
+        return [
+            (bad, lambda row: f"every kept id needs draws and no other, got {draws[row].tolist()}"),
+            (
+                ~(entropy.isfinite() & (entropy >= -_LOGPROB_TOLERANCE)),
+                lambda row: f"the entropy must be finite and >= 0, got {float(entropy[row])}",
+            ),
+        ]
+
+    def _logprob_rules(self, temperature: float) -> list[tuple[Tensor, Callable[[int], str]]]:
+        real, logprobs = self.is_real(), self.logprobs
+        assert logprobs is not None
+        log_p = torch.where(real, logprobs / temperature - self.log_z[:, None], -torch.inf)
+        mass = log_p.exp().sum(1) + self.log_tail.exp()
+        return [
+            (
+                (real & ~(logprobs <= _LOGPROB_TOLERANCE)).any(1),
+                lambda row: f"log probs must be <= 0, got {logprobs[row][real[row]].tolist()}",
             ),
             (
                 ~self.log_z.isfinite() | ~(self.log_tail <= _LOGPROB_TOLERANCE),
@@ -166,17 +204,7 @@ class SparseTargets:
                     f"log_z and log_tail must be those of temperature {temperature}"
                 ),
             ),
-            (
-                fewest_draws < 0,
-                lambda row: f"draws must be >= 0, got {int(fewest_draws[row])}",
-            ),
         ]
-        if not bool(torch.stack([rows for rows, _ in rules]).any()):
-            return
-        for rows, message in rules:
-            if bool(rows.any()):
-                row = int(rows.nonzero()[0])
-                raise ValueError(f"target {row} of {len(self)}: {message(row)}")
 
     def is_real(self) -> Tensor:
         """Return [N, K]: True in the slots that hold an id."""
@@ -197,6 +225,7 @@ class SparseTargets:
 
     def log_p(self, temperature: float) -> Tensor:
         """Return [N, K]: log p_T of the kept ids, not below LOG_FLOOR, LOG_FLOOR if unused."""
+        assert self.logprobs is not None
         log_p = self.logprobs / temperature - self.log_z[:, None]
         return torch.where(self.is_real(), log_p, LOG_FLOOR).clamp(min=LOG_FLOOR)
 
@@ -208,14 +237,16 @@ class SparseTargets:
         """Count the targets whose kept mass is under `mu`: there the akl split is not exact."""
         return int((self.kept_mass(temperature) < mu).sum())
 
-    def draw_weights(self, log_p: Tensor) -> Tensor:
+    def draw_weights(self, dtype: torch.dtype) -> Tensor:
         """Return [N, K]: weights w with E[Σ w f] = Σ_v p(v) f(v) for the sampled targets, T=1.
 
         w = p(v) in the exact head; beyond it R · draws(v) / Σ draws, where R is the mass outside
-        the head, summed from the drawn entries and `log_tail`.
+        the head, summed from the drawn entries and `log_tail`; 1 where the draws alone are known.
         """
         assert self.draws is not None
-        real = self.is_real()
+        if self.logprobs is None:
+            return self.draws.to(dtype) / self.draws.sum(1, keepdim=True)
+        real, log_p = self.is_real(), self.log_p(1.0).to(dtype)
         is_head = real & (self.draws == 0)
         drawn = torch.where(real, self.draws, 0).to(log_p.dtype)
         probs = log_p.exp()

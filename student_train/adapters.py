@@ -1,0 +1,186 @@
+"""LoRA students: peft's layers inside the student, small checkpoints, saved alone or merged.
+
+peft is imported here alone, and only when an adapter is asked for. The layers are put into the
+transformers model in place, so everything else of the trainer sees a student like any other, most
+of whose weights are frozen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+QUANTIZATIONS = ("", "4bit", "8bit")
+WEIGHTS = "adapter.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class AdapterConfig:
+    """LoRA on a student whose own weights stay as they are."""
+
+    r: int = 0
+    """Rank; 0 = no adapter, all weights are trained."""
+    alpha: int = 16
+    """Scale of the adapter is alpha / r."""
+    dropout: float = 0.0
+    """Dropout before the adapter."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the linear layers that get one, for example [q_proj, v_proj]; none = all of them
+    but the head."""
+    quantization: str = ""
+    """4bit (NF4) or 8bit: hold the frozen weights so, through bitsandbytes (QLoRA)."""
+    merge: bool = True
+    """Save a student with the adapter merged into its weights; false saves the adapter alone."""
+
+    def __post_init__(self) -> None:
+        if self.r < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"adapter needs r >= 0, alpha > 0 and 0 <= dropout < 1, found r {self.r}, "
+                f"alpha {self.alpha}, dropout {self.dropout}"
+            )
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"adapter.quantization {self.quantization!r} is not one of {QUANTIZATIONS}"
+            )
+        others = (self.alpha, self.dropout, self.target_modules, self.quantization, self.merge)
+        if self.r == 0 and others != (16, 0.0, [], "", True):
+            raise ValueError("adapter: the other keys have no effect without r above 0")
+
+
+def load_options(config: AdapterConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes to hold frozen weights as configured.
+
+    Raises ImportError if bitsandbytes is not installed.
+    """
+    if not config.quantization:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "adapter.quantization needs bitsandbytes: pip install '.[quantised]'"
+        ) from error
+    if config.quantization == "8bit":
+        quantised = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": quantised, "device_map": {"": device}}
+
+
+def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
+    """Put adapters into a student, in place, and freeze the rest; return peft's model around it.
+
+    Raises ImportError if peft is not installed, ValueError if no layer has a name asked for.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapter needs peft: pip install '.[peft]'") from error
+    lora = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    for module in student.modules():
+        # bitsandbytes would repack 4-bit weights for inference on a CPU at every evaluation,
+        # rounding their scales to bfloat16 on the way: the base has to stay as it is.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    try:
+        return peft.get_peft_model(student, lora)
+    except ValueError as error:
+        raise ValueError(f"adapter.target_modules {config.target_modules}: {error}") from error
+
+
+def checkpoint_adapter_only(accelerator: Accelerator) -> None:
+    """Let `save_state` and `load_state` leave out what is frozen.
+
+    Only where accelerate itself writes the weights: not under FSDP and DeepSpeed.
+    """
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        weights.clear()  # and nothing is left for accelerate to write
+        if accelerator.is_main_process:
+            for model in models:
+                save_file(trainable_weights(accelerator.unwrap_model(model)), _file(folder))
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            load_trainable(model, load_file(_file(folder)), where=str(_file(folder)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name, detached and contiguous."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
+    """Set the weights that are trained. Raises ValueError unless these are all of them."""
+    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if differing := sorted(ours.keys() ^ weights.keys()):
+        raise ValueError(
+            f"{where} holds other weights than the adapter of this run, first {differing[:3]}"
+        )
+    for name, parameter in ours.items():
+        parameter.copy_(weights[name])
+
+
+def save_adapter(adapter: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter alone: its config, which names the base, and its weights."""
+    adapter.save_pretrained(
+        folder,
+        state_dict={_PREFIX + name: value for name, value in weights.items()},
+        save_embedding_layers=False,
+    )
+
+
+def merged(
+    adapter: Any, weights: dict[str, Tensor], load_base: Callable[[], PreTrainedModel]
+) -> PreTrainedModel:
+    """The student with the adapter's weights merged into a base loaded anew.
+
+    A quantised base is unpacked first, so the merged student is the one that was trained, not the
+    base's unquantised weights with an adapter that never met them.
+    """
+    import peft
+
+    base = load_base()
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize()
+    config = adapter.peft_config["default"]
+    fresh = peft.get_peft_model(base, config)
+    ours = {
+        _PREFIX + name: value
+        for name, value in weights.items()
+        if ".lora_" in name  # those of the base are loaded already
+    }
+    missing = fresh.load_state_dict(ours, strict=False).missing_keys
+    assert not [name for name in missing if ".lora_" in name], missing
+    return fresh.merge_and_unload()
+
+
+def _file(folder: str) -> Path:
+    return Path(folder) / WEIGHTS

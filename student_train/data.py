@@ -1,0 +1,90 @@
+"""Which data a run trains and evaluates on: one cache, a mixture, or a cache still being dumped."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from accelerate import Accelerator
+
+from storage import CacheReader
+from student_train.config import TrainConfig
+from student_train.follow import FollowStream
+from student_train.mixture import MixtureStream, check_same_vocabulary
+from student_train.objective import Weight
+from student_train.stream import CacheStream, SequenceStream
+
+
+def training_stream(config: TrainConfig, accelerator: Accelerator) -> SequenceStream:
+    """This process's share of the training data."""
+    part = "train" if config.eval.heldout_fraction else "all"
+    if config.follow:
+        return FollowStream(
+            config.cache,
+            batch_size=config.batch_size,
+            temperature=config.loss.temperatures,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+    if config.mixture:
+        return MixtureStream(
+            [share.cache for share in config.mixture],
+            [share.weight for share in config.mixture],
+            batch_size=config.batch_size,
+            temperature=config.loss.temperatures,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            part=part,
+            heldout_fraction=config.eval.heldout_fraction,
+        )
+    return CacheStream(
+        config.cache,
+        batch_size=config.batch_size,
+        temperature=config.loss.temperatures,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        part=part,
+        heldout_fraction=config.eval.heldout_fraction,
+    )
+
+
+def heldout_streams(
+    config: TrainConfig, reader: CacheReader, accelerator: Accelerator
+) -> dict[str, CacheStream]:
+    """This process's share of the data to evaluate on, by name; empty if there is none.
+
+    Raises ValueError if a cache of its own has another tokenizer or vocabulary than `reader`.
+    """
+    if config.eval.cache:
+        urls = [config.eval.cache]
+        check_same_vocabulary(reader, CacheReader(config.eval.cache))
+    elif config.eval.heldout_fraction:
+        urls = [share.cache for share in config.mixture] or [config.cache]
+    else:
+        urls = []
+    return {
+        name: CacheStream(
+            url,
+            batch_size=config.eval.batch_size,
+            temperature=config.loss.temperatures,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            part="heldout" if config.eval.heldout_fraction else "all",
+            heldout_fraction=config.eval.heldout_fraction,
+        )
+        for name, url in zip(_names(urls), urls, strict=True)
+    }
+
+
+def overrides(config: TrainConfig) -> Sequence[tuple[Weight | None, Weight | None]]:
+    """The kd and CE weight that each cache sets for itself, for `LossConfig.at`."""
+    return [(share.kd_weight, share.ce_weight) for share in config.mixture] or [(None, None)]
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """Last parts of the paths, numbered where they are not distinct."""
+    names = [PurePosixPath(url.rstrip("/")).name for url in urls]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}-{i}" for i, name in enumerate(names)]

@@ -1,0 +1,89 @@
+"""Draw `metrics.jsonl`: what a run has learned, at a glance.
+
+matplotlib is imported here alone; without it there is a line in the log and no picture.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+PLOT = "metrics.png"
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("training loss, nats per target", ("loss", "kd", "ce")),
+    (
+        "held-out, nats per target",
+        ("heldout_ce", "heldout_divergence", "heldout_loss", "teacher_ce"),
+    ),
+    (
+        "held-out, shares",
+        ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper", "ece"),
+    ),
+    ("ROUGE", ("rouge1", "rouge2", "rougeL")),
+    ("learning rate", ("lr",)),
+    ("gradient norm", ("grad_norm",)),
+    ("schedules of the loss", ("kd_weight", "ce_weight", "temperature", "mu")),
+    ("targets per second", ("targets_per_s",)),
+)
+SMOOTHED = ("loss", "kd", "ce", "grad_norm")
+
+
+def draw(metrics: Path, target: Path) -> bool:
+    """Draw the lines of a `metrics.jsonl` into a PNG; false if matplotlib is not there.
+
+    Panels without values are left out. A file without lines draws nothing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("no %s: matplotlib is not installed (pip install '.[plots]')", target.name)
+        return False
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = [
+        (title, present)
+        for title, names in PANELS
+        if (present := [name for name in names if any(name in line for line in lines)])
+    ]
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (title, names) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for name in names:
+            _curve(axes, lines, name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+    temporary = target.with_name(f".{target.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, target)
+    return True
+
+
+def _curve(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    steps, values = [list(column) for column in zip(*points, strict=True)]
+    if name not in SMOOTHED or len(values) < 50:
+        axes.plot(steps, values, label=name, marker="o" if len(values) < 50 else None, markersize=3)
+        return
+    (faint,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(values), label=name, color=faint.get_color())
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run, without a bias at its begin."""
+    keep = 1 - 1 / max(2.0, len(values) / 50)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed

@@ -1,0 +1,174 @@
+"""From a config to what the loop works with: data, student, optimizer, checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from schemas import Manifest
+from storage import Store
+from student_train.adapters import attach, checkpoint_adapter_only, load_options
+from student_train.checkpoint import (
+    Checkpoints,
+    batch_record,
+    config_record,
+    refuse_other_batches,
+    refuse_other_config,
+)
+from student_train.config import TrainConfig
+from student_train.data import heldout_streams, overrides, training_stream
+from student_train.distiller import Distiller
+from student_train.distributed import is_deepspeed, of_first_process, shards_weights
+from student_train.evaluate import Evaluation
+from student_train.generation import Generation
+from student_train.optimizer import adamw
+from student_train.packing import packing_refused
+from student_train.save import SUMMARY
+from student_train.stream import SequenceStream
+from student_train.student import compile_layers, load_student
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What the loop works with."""
+
+    stream: SequenceStream
+    """This process's share of the training data, at the place where the run goes on."""
+    manifests: list[Manifest]
+    """Those of the caches that are trained on."""
+    evaluation: Evaluation
+    """What to evaluate on; false if nothing."""
+    model: Any
+    """The `Distiller`, wrapped by accelerate."""
+    optimizer: Any
+    """AdamW, wrapped by accelerate."""
+    tokenizer: Any | None
+    """The tokenizer to save with the student."""
+    adapter: Any | None
+    """peft's model around the student, if an adapter is trained."""
+    load_base: Callable[[], PreTrainedModel]
+    """Loads the student anew, as it was before training."""
+    checkpoints: Checkpoints
+    """Where the run's state goes."""
+    first_step: int
+    """Steps that were done before."""
+    steps: int
+    """Steps when the run is complete."""
+
+
+@contextlib.contextmanager
+def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs out of the output folder. Raises Busy if one is in it."""
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(Store(output).lock())
+        yield
+
+
+def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str, Any] | None:
+    """The summary of a run that is complete already, else None.
+
+    Raises ValueError if it was of another config.
+    """
+    if not (output / SUMMARY).exists():
+        return None
+    record = json.loads((output / SUMMARY).read_text())
+    refuse_other_config(record.pop("config"), config_record(config), str(output))
+    refuse_other_batches(record.pop("batches"), batch_record(config, num_processes), str(output))
+    log.info("%s is complete already", output)
+    return record
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
+    """Open the data, build or load the student, resume. Raises ValueError if they do not fit."""
+    stream = training_stream(config, accelerator)
+    reader = stream.reader
+    heldout = heldout_streams(config, reader, accelerator)
+    held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
+    student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
+    generation = None
+    if config.eval.generation.path:
+        if shards_weights(accelerator):
+            raise ValueError("eval.generation needs the whole student on every device")
+        add_bos = bool(reader.manifest.sequences.get("add_bos"))
+        generation = Generation(
+            config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed
+        )
+    figure, _, one = config.eval.keep_best.partition("/")
+    if one and (len(heldout) < 2 or one not in heldout):
+        raise ValueError(
+            f"eval.keep_best {figure}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
+        )
+    if config.eval.keep_best and is_deepspeed(accelerator):
+        raise ValueError("eval.keep_best cannot be had with DeepSpeed: use DDP or FSDP2")
+    if not shards_weights(accelerator) and not held_as:
+        student.to(accelerator.device)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    adapter = attach(student, config.adapter) if config.adapter.r else None
+    if adapter and not (shards_weights(accelerator) or is_deepspeed(accelerator)):
+        checkpoint_adapter_only(accelerator)
+    with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
+        model = Distiller(student, config.loss, reader.manifest.shared_vocab_size)
+        refusal = packing_refused(student, config.packing)
+    # FSDP may load the weights on the first process alone: what others find out counts for nothing.
+    model.head = of_first_process(model.head)
+    if refusal := of_first_process(refusal):
+        raise refusal
+    if config.compile:
+        compile_layers(student)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model, optimizer = accelerator.prepare(model, adamw(model, config.optimizer))
+
+    checkpoints = Checkpoints(
+        Path(config.output) / "checkpoints",
+        config_record(config),
+        batch_record(config, accelerator.num_processes),
+        accelerator,
+    )
+    first_step = checkpoints.resume(stream)
+    sequences_per_step = (
+        config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    )
+    to_come = (config.epochs - stream.epoch) * stream.num_sequences
+    steps = config.steps or first_step + max(0, math.ceil(to_come / sequences_per_step - 1e-9))
+    log.info(
+        "%s of %s parameters are trained, world size %d, %d steps, from %d on of %d sequences, "
+        "epoch %.2f to %.2f",
+        f"{num_trainable:,}",
+        f"{num_parameters:,}",
+        accelerator.num_processes,
+        steps,
+        first_step,
+        sequences_per_step,
+        stream.epoch,
+        stream.epoch + (steps - first_step) * sequences_per_step / stream.num_sequences,
+    )
+    return Run(
+        stream=stream,
+        manifests=[reader.manifest for reader in stream.readers],
+        evaluation=Evaluation(
+            streams=heldout,
+            generation=generation,
+            terms=config.loss.at(steps - 1, steps, overrides(config)),
+        ),
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        load_base=lambda: load_student(config.student, reader, config.seed, **held_as)[0],
+        checkpoints=checkpoints,
+        first_step=first_step,
+        steps=steps,
+    )
