@@ -8,7 +8,6 @@ the first 100 sequences of the order at rank 3 of 8; `seek` takes them in the mi
 """
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -31,7 +30,7 @@ from schemas import (
     Truncation,
 )
 from storage import CacheReader, CacheWriter, Store, paths
-from storage.writer import publish_records
+from storage.writer import seal
 from student_train import CacheStream
 
 SEQUENCES, LENGTH = 64, 256
@@ -134,8 +133,7 @@ def simulate(folder: Path, shards: int, row_groups: int) -> float:
     start = time.perf_counter()
     store = Store(folder)
     records = simulated_records(manifest, row_groups)
-    segment, totals = publish_records(store, manifest, records)
-    final = dataclasses.replace(manifest, records=segment, totals=totals)
+    final = seal(store, manifest, records)
     store.publish_json(paths.MANIFEST, final.to_json())
     return time.perf_counter() - start
 
@@ -162,6 +160,7 @@ def simulated_records(manifest: Manifest, row_groups: int) -> Iterator[CommitRec
             num_sequences=SEQUENCES * row_groups,
             rows=rows * row_groups,
             targets=targets * row_groups,
+            rejected=(),
             bytes=end + 9000,
             xxh3_128=digest(shard, -1),
             row_groups=groups,

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from schemas import to_json
 from storage import cli
-from teacher_dump.config import DumpConfig
+from teacher_dump.config import DumpConfig, ServeConfig
 from teacher_dump.engines import TeacherConfig
 from teacher_dump.engines.base import DTYPES, ENGINES
+from teacher_dump.ray_executor import RayConfig
 
 DESCRIPTION = """Score a text source with a teacher once, into a cache that students train from.
 
@@ -20,6 +21,8 @@ DESCRIPTION = """Score a text source with a teacher once, into a cache that stud
   python -m teacher_dump run --config dump.yaml    the job; run it again to resume
   python -m teacher_dump run --config dump.yaml --truncation.k 32 --output caches/k32
   python -m teacher_dump run --config dump.yaml --worker-index 3 --num-workers 16   one of many
+  python -m teacher_dump run --config dump.yaml --executor ray   on all machines of a Ray cluster
+  python -m teacher_dump serve --config serve.yaml  the teacher as a service for jobs elsewhere
   python -m teacher_dump audit DIR --teacher PATH  does the cache say what this teacher says?
 
 `run --help` lists every key; `run --config dump.yaml --print_config` writes the resolved YAML.
@@ -28,6 +31,15 @@ COMMANDS = {
     "run": "Fill the cache; a rerun scores only what is missing.",
     "plan": "Score a sample, predict bytes, hours and retained mass per k; writes nothing.",
 }
+SERVE = """Offer a teacher to dump jobs on other machines, on the machine with the GPUs.
+
+  python -m teacher_dump serve --teacher.path path/or/hub-id --teacher.engine vllm --port 8000
+  python -m teacher_dump serve --config serve.yaml --host 0.0.0.0 --api_key_env TEACHER_KEY
+
+A job uses it with `teacher: {engine: http, endpoints: [http://host:8000]}`: it needs neither the
+model's files nor vLLM. Truncation and temperatures come with each job, so that one service is
+enough for several. GET /health answers 200 once the teacher is loaded.
+"""
 AUDIT = """Score a random sample of a cache again with a live teacher and compare.
 
   python -m teacher_dump audit caches/mine --teacher path/or/hub-id
@@ -52,7 +64,7 @@ def parser() -> ArgumentParser:
         prog="python -m teacher_dump",
         description=DESCRIPTION,
         formatter_class=cli.HelpFormatter,
-        usage="%(prog)s {run,plan} --config FILE [...] | audit DIR --teacher PATH [...]",
+        usage="%(prog)s {run,plan,serve} --config FILE [...] | audit DIR --teacher PATH [...]",
         exit_on_error=False,
     )
     commands = root.add_subcommands(dest="command", required=True)
@@ -62,6 +74,14 @@ def parser() -> ArgumentParser:
             command.add_argument(
                 "--sample", type=int, default=64, help="sequences to score for the prediction"
             )
+            command.add_argument(
+                "--engines",
+                nargs="+",
+                default=[],
+                choices=ENGINES,
+                help="further engines to time on the sample",
+            )
+            command.add_argument("--json", action="store_true", help="print one JSON object")
         else:
             command.add_argument(
                 "--worker-index", type=int, default=0, help="which of the workers this is, from 0"
@@ -72,8 +92,23 @@ def parser() -> ArgumentParser:
                 default=1,
                 help="processes that fill this cache together, each its share of the shards",
             )
+            command.add_argument(
+                "--retry-rejected",
+                action="store_true",
+                help="score shards again of which the teacher could not score all sequences",
+            )
+            command.add_argument(
+                "--executor",
+                choices=("local", "ray"),
+                default="local",
+                help="who fills the shards: this process, or actors of a Ray cluster",
+            )
+            command.add_class_arguments(RayConfig, "ray")
         commands.add_subcommand(name, command, help=text)
         command.prog = f"python -m teacher_dump {name}"
+    service = cli.config_parser(ServeConfig, description=SERVE, exit_on_error=False)
+    commands.add_subcommand("serve", service, help=SERVE.split("\n")[0])
+    service.prog = "python -m teacher_dump serve"
     audit = _audit_parser()
     commands.add_subcommand("audit", audit, help=AUDIT.split("\n")[0])
     audit.prog = "python -m teacher_dump audit"
@@ -86,7 +121,13 @@ def _audit_parser() -> ArgumentParser:
     )
     add = command.add_argument
     add("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
-    add("--teacher", required=True, metavar="PATH", help="directory or hub id of the teacher")
+    add(
+        "--teacher",
+        required=True,
+        metavar="PATH",
+        help="directory or hub id of the teacher; with engine http the URL of a service",
+    )
+    add("--api-key-env", default="", metavar="NAME", help="http: variable with the service's key")
     add("--revision", default="", help="branch, tag or commit of a hub id")
     add("--tokenizer", default="", metavar="PATH", help="unless the teacher's own")
     add("--engine", default="transformers", choices=ENGINES, help="which runs it")
@@ -109,7 +150,7 @@ def main(arguments: list[str]) -> int:
         files = [a for option, a in itertools.pairwise(arguments) if option == "--config"]
         where = "".join(f"{file}: " for file in files)
         message = " ".join(str(error).split())
-        command = "audit" if "audit" in arguments[:1] else "run"
+        command = arguments[0] if arguments[:1] in (["audit"], ["serve"]) else "run"
         raise ValueError(
             f"{where}{message} (`{root.prog} {command} --help` lists the keys)"
         ) from error
@@ -119,20 +160,38 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"a group of keys has a single value: {error}") from error
     if parsed.command == "audit":
         return _audit(values)
+    if parsed.command == "serve":
+        service = ServeConfig(**{name: values[name] for name in ServeConfig.__dataclass_fields__})
+        _quiet()
+        from teacher_dump.serve import serve
+
+        serve(service)
+        return cli.DONE
     config = DumpConfig(**{name: values[name] for name in DumpConfig.__dataclass_fields__})
 
     _quiet()
     if parsed.command == "plan":
-        from teacher_dump.plan import plan
+        from teacher_dump.plan import plan_text, predict
 
-        print(plan(config, sample=values["sample"]))
+        prediction = predict(config, values["sample"], values["engines"])
+        print(_json(prediction) if values["json"] else plan_text(prediction, config))
         return cli.DONE
     from teacher_dump.dump import Worker, dump
 
-    manifest = dump(config, Worker(values["worker_index"], values["num_workers"]))
+    worker = Worker(values["worker_index"], values["num_workers"])
+    manifest = dump(config, worker, _ray(values), retry_rejected=values["retry_rejected"])
     state = "" if manifest.is_final else ", not all of them committed yet"
     print(f"{config.output}: {manifest.num_targets} targets in {manifest.num_shards} shards{state}")
     return cli.DONE
+
+
+def _ray(values: Any) -> RayConfig | None:
+    ray = values["ray"]
+    if values["executor"] == "local" and ray != RayConfig():
+        raise ValueError("ray.* have no effect with executor local: add --executor ray")
+    if values["executor"] == "ray" and values["num_workers"] != 1:
+        raise ValueError("num-workers has no effect with executor ray, which counts its actors")
+    return ray if values["executor"] == "ray" else None
 
 
 def _audit(options: Any) -> int:
@@ -140,7 +199,9 @@ def _audit(options: Any) -> int:
     from teacher_dump.audit import audit, report_text
 
     config = TeacherConfig(
-        path=options["teacher"],
+        path="" if options["engine"] == "http" else options["teacher"],
+        endpoints=(options["teacher"],) if options["engine"] == "http" else (),
+        api_key_env=options["api_key_env"],
         revision=options["revision"],
         tokenizer=options["tokenizer"],
         engine=options["engine"],
@@ -162,14 +223,15 @@ def _audit(options: Any) -> int:
             progress=progress,
         )
     if options["json"]:
-        print(
-            json.dumps(
-                {"ok": report.ok, **to_json(report)}, indent=1, ensure_ascii=False, allow_nan=False
-            )
-        )
+        print(_json({"ok": report.ok, **to_json(report)}))
     else:
         print(report_text(report))
     return cli.DONE if report.ok else cli.BAD_DATA
+
+
+def _json(value: Any) -> str:
+    fields = value if isinstance(value, dict) else to_json(value)
+    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ from schemas.arrow import log_tail_column, log_z_column
 from storage import CacheReader
 from storage.codec import logprob_bound
 from teacher_dump.engines import TeacherConfig, open_engine
-from teacher_dump.engines.base import DTYPES
+from teacher_dump.engines.base import DTYPES, QUANTIZATIONS
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
@@ -135,15 +135,20 @@ def audit(
     manifest = reader.manifest
     if not len(reader):
         raise ValueError(f"{url}: no shard is committed yet; there is nothing to compare")
-    if config.dtype == "auto" and manifest.teacher.dtype in DTYPES:
-        config = dataclasses.replace(config, dtype=manifest.teacher.dtype)
+    dtype, _, quantization = manifest.teacher.dtype.partition("+")
+    if config.dtype == "auto" and dtype in DTYPES and config.engine != "http":
+        config = dataclasses.replace(config, dtype=dtype)
+    if config.engine == "transformers" and quantization in QUANTIZATIONS:
+        config = dataclasses.replace(config, quantization=quantization)
     teacher = hash_weights(describe_teacher(config), progress=log.info)
     findings, notes = _identity(manifest, teacher)
     if not manifest.is_final:
         notes.append(Finding(kind="incomplete", text="the cache is not complete yet"))
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(reader), min(sample, len(reader)), replace=False)
-    cached = [reader[int(i)] for i in np.sort(chosen)]
+    cached = [s for s in (reader[int(i)] for i in np.sort(chosen)) if s.num_targets]
+    if not cached:
+        raise ValueError(f"{url}: none of {len(chosen)} sequences chosen at random has a target")
     quantities: list[Quantity] = []
     if teacher.info.vocab_size >= manifest.shared_vocab_size:
         live, alone = _score(config, teacher, manifest, cached, progress)
@@ -253,6 +258,7 @@ def _rows(
 
 def _stored(cached: ScoredSequence, rows: NDArray[np.intp]) -> _Values:
     """What the cache says."""
+    assert cached.logprobs is not None and cached.log_tail is not None
     return _Values(
         cached.logprobs[rows].astype(np.float64),
         np.zeros(len(rows)),
@@ -269,6 +275,7 @@ def _said(
     temperatures: tuple[float, ...],
 ) -> _Values:
     """What the live teacher says of these ids."""
+    assert live.logprobs is not None and live.log_tail is not None
     logprobs_NM = live.logprobs[rows].astype(np.float64)
     slot_NK = _find(token_ids_NK, live.token_ids[rows])
     used, found = token_ids_NK >= 0, slot_NK >= 0
@@ -333,6 +340,15 @@ def _deviation(
 ) -> Deviations:
     """How far the cache is from what the live teacher says `shift` tokens later."""
     ours, theirs = _rows(cached, live, shift)
+    assert live.logprobs is not None
+    if cached.logprobs is None:
+        assert cached.entropy is not None
+        low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
+        label = cached.label_logprob[ours] - live.label_logprob[theirs]
+        return {
+            "entropy": np.maximum(low - cached.entropy[ours], cached.entropy[ours] - high).clip(0),
+            "label_logprob": np.abs(label.astype(np.float64)),
+        }
     said = _said(live, theirs, cached.token_ids[ours], manifest.temperatures)
     bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
     deviations = _between(_stored(cached, ours), said, bound, manifest)
@@ -347,12 +363,32 @@ def _apart(
     """How far two live scores are apart on the cache's ids."""
     ours, rows = _rows(cached, one)
     ids = cached.token_ids[ours]
-    return _between(
+    deviations = _between(
         _said(one, rows, ids, manifest.temperatures),
         _said(other, rows, ids, manifest.temperatures),
         0.0,
         manifest,
     )
+    low, _ = _entropy_bounds(one, rows, manifest.shared_vocab_size)
+    other_low, _ = _entropy_bounds(other, rows, manifest.shared_vocab_size)
+    return {**deviations, "entropy": np.abs(low - other_low)}
+
+
+def _entropy_bounds(
+    live: ScoredSequence, rows: NDArray[np.intp], vocab_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[n] between which the entropy lies at T=1, for M entries of mass 1 - r and the last p_M.
+
+    No id of the tail has more than p_M, and the tail's own entropy is at most log(V - M).
+    """
+    assert live.logprobs is not None and live.log_tail is not None
+    logprobs_NM = live.logprobs[rows].astype(np.float64)
+    log_tail = live.log_tail[rows, 0].astype(np.float64)
+    kept = -(np.exp(logprobs_NM) * logprobs_NM).sum(axis=1)
+    tail, others = np.exp(log_tail), vocab_size - logprobs_NM.shape[1]
+    log_tail = np.where(tail > 0, log_tail, 0.0)
+    low = kept - tail * logprobs_NM[:, -1]
+    return low, np.maximum(kept + tail * (np.log(max(others, 1)) - log_tail), low)
 
 
 def _selection(
@@ -394,6 +430,7 @@ def _draws(
         assert old.draws is not None
         ours, theirs = _rows(old, new)
         slot = _find(old.token_ids[ours], new.token_ids[theirs])
+        assert new.logprobs is not None and new.log_tail is not None
         p_NM = np.exp(new.logprobs[theirs].astype(np.float64))
         drawn_NM = np.zeros_like(p_NM)
         each, _ = np.nonzero(slot >= 0)
@@ -494,16 +531,18 @@ def _causes(
     """The usual causes that explain the numbers."""
     tolerance = {q.name: q.tolerance for q in quantities}
     pairs = list(zip(cached, live, strict=True))
-    logprob = tolerance["logprob"]
+    name = "logprob" if manifest.layout.has_logprobs else "entropy"
     bad = [
         (old, new)
         for old, new in pairs
-        if _median(_deviation(old, new, manifest)["logprob"]) > logprob
+        if _median(_deviation(old, new, manifest)[name]) > tolerance[name]
     ]
     findings = []
     for shift in (1, -1):
         shifted = [
-            (old, new) for old, new in bad if _is_shifted(old, new, manifest, shift, logprob)
+            (old, new)
+            for old, new in bad
+            if _is_shifted(old, new, manifest, shift, name, tolerance[name])
         ]
         if shifted:
             text = (
@@ -512,8 +551,8 @@ def _causes(
             )
             findings.append(Finding(kind="shift", text=text))
             bad = [pair for pair in bad if pair not in shifted]
-    if bad:
-        findings += _scaled(bad, manifest, logprob)
+    if bad and name == "logprob":
+        findings += _scaled(bad, manifest, tolerance[name])
     off = [t for t in manifest.temperatures if t != 1]
     wrong = {q.name for q in quantities if not q.agrees}
     if not wrong & {"logprob", "ids"}:
@@ -524,9 +563,14 @@ def _causes(
 
 
 def _is_shifted(
-    cached: ScoredSequence, live: ScoredSequence, manifest: Manifest, shift: int, tolerance: float
+    cached: ScoredSequence,
+    live: ScoredSequence,
+    manifest: Manifest,
+    shift: int,
+    name: str,
+    tolerance: float,
 ) -> bool:
-    deviation = _deviation(cached, live, manifest, shift)["logprob"]
+    deviation = _deviation(cached, live, manifest, shift)[name]
     return len(deviation) > 0 and _median(deviation) <= tolerance
 
 
@@ -544,6 +588,7 @@ def _scaled(
     offsets: list[NDArray[np.float64]] = []
     for cached, live in pairs:
         ours, theirs = _rows(cached, live)
+        assert cached.logprobs is not None
         values = _said(live, theirs, cached.token_ids[ours], manifest.temperatures).logprobs
         bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
         known = np.isfinite(values) & np.isfinite(bound)
@@ -612,6 +657,8 @@ def _precision(
 ) -> list[Finding]:
     """A note if log probs disagree by no more than what computing in 16 bits does."""
     if all(q.agrees for q in quantities if q.name == "logprob"):
+        return []
+    if config.engine == "http":  # a service has the dtype it has
         return []
     runs = {config.dtype: live}
     for dtype in ("float32", "bfloat16"):

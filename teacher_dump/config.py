@@ -1,4 +1,4 @@
-"""The configuration of a dump: one frozen tree, the important fields first."""
+"""The configurations of a dump and of a service: frozen trees, the important fields first."""
 
 from dataclasses import dataclass, field
 
@@ -32,6 +32,9 @@ class DumpConfig:
     """How kept log probs are stored: compact (1 byte, KL error about 5e-5 nats) | f16 | f32."""
     shard_targets: int = 2_000_000
     """Targets per shard, at least: about 256 MiB at k=64. A crash loses at most one shard."""
+    max_rejected: float = 0.01
+    """Share of a shard's sequences that may be left out, and listed, because the teacher cannot
+    score them (3 always may); 0: the first one stops the dump."""
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -40,8 +43,34 @@ class DumpConfig:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
         if self.shard_targets < 1:
             raise ValueError(f"shard_targets is {self.shard_targets}, must be at least 1")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"max_rejected is {self.max_rejected}, must lie in [0, 1]")
         check_temperatures(tuple(self.temperatures))
         if min(self.temperatures) < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperatures must be at least {LOWEST_TEMPERATURE}, found {self.temperatures}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Offer a teacher to dump jobs with `teacher.engine: http`."""
+
+    teacher: TeacherConfig
+    """Who scores, and which engine runs it: transformers or vllm."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: int = 8000
+    """Port to listen on."""
+    api_key_env: str = ""
+    """Environment variable that holds the API key clients must send; "" asks for none."""
+    max_length: int = 0
+    """Longest sequence in tokens; 0 = what the model's configuration allows."""
+
+    def __post_init__(self) -> None:
+        if self.teacher.engine == "http":
+            raise ValueError("a service cannot have teacher.engine http: use vllm or transformers")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}, must lie in [0, 65536)")
+        if self.max_length < 0:
+            raise ValueError(f"max_length is {self.max_length}, must be >= 0")

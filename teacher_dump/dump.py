@@ -1,9 +1,7 @@
 """The dump job: open or start the cache, score every missing shard, seal it."""
 
-import collections
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,16 +10,16 @@ from tqdm import tqdm
 from schemas import Manifest, ShardPlan
 from storage import CacheWriter, Store, paths
 from teacher_dump.config import DumpConfig
-from teacher_dump.engines import Engine, open_engine
-from teacher_dump.inputs import read_inputs, restore_inputs
+from teacher_dump.engines import Engine
+from teacher_dump.fill import fill_shards, open_teacher
+from teacher_dump.inputs import restore_inputs
 from teacher_dump.prepare import is_sealed, missing_shards, open_or_create, refuse_misfits
+from teacher_dump.ray_executor import RayConfig, fill_with_ray, import_ray
 from teacher_dump.sequences import SequenceCounts
 from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
 
-WRITES_AHEAD = 256
-"""Scored sequences that may wait for the writing thread."""
 POLL_S = 2.0
 """How often a worker looks whether worker 0 has started the cache, where no lock says so."""
 
@@ -45,14 +43,24 @@ class Worker:
         return shard % self.count == self.index
 
 
-def dump(config: DumpConfig, worker: Worker = Worker()) -> Manifest:
+def dump(
+    config: DumpConfig,
+    worker: Worker = Worker(),
+    ray: RayConfig | None = None,
+    *,
+    retry_rejected: bool = False,
+) -> Manifest:
     """Fill the cache at `config.output`; shards that are committed already are left alone.
 
     Several workers of one `count` share the shards of the same plan; the last one to end makes the
-    cache final. Raises ValueError (or a subclass) if the user must change something, storage.Busy
-    if another process writes this cache. An interruption or error loses the shard in progress, no
-    other.
+    cache final. With `ray`, actors of a cluster fill the shards, and this process does the rest.
+    Sequences that the teacher could not score stay rejected, unless told to `retry_rejected`: their
+    shards are scored again.
+    Raises ValueError (or a subclass) if the user must change something, storage.Busy if another
+    process writes this cache. An interruption or error loses the shard in progress, no other.
     """
+    if ray is not None:
+        import_ray()
     store = Store(config.output)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
@@ -60,7 +68,7 @@ def dump(config: DumpConfig, worker: Worker = Worker()) -> Manifest:
         teacher = hash_weights(teacher, progress=log.info)
         _await_start(store, worker)
         with _alone(store, worker):
-            writer, missing = _set_up(config, store, teacher, worker)
+            writer, missing = _set_up(config, store, teacher, worker, retry_rejected)
             if not missing and is_sealed(writer):
                 log.info("%s is complete already", config.output)
                 store.remove_folder(paths.INPUTS)
@@ -73,17 +81,12 @@ def dump(config: DumpConfig, worker: Worker = Worker()) -> Manifest:
             len(missing),
             f" by worker {worker.index} of {worker.count}" if worker.count > 1 else "",
         )
-        if missing:
-            engine = open_engine(
-                config.teacher,
-                teacher.model_path,
-                vocab_size=teacher.shared_vocab_size,
-                truncation=config.truncation,
-                temperatures=tuple(config.temperatures),
-                max_length=config.sequences.max_length,
-            )
+        if missing and ray is not None:
+            fill_with_ray(config, teacher, writer, missing, ray)
+        elif missing:
+            engine = open_teacher(config, teacher)
             try:
-                _fill(writer, engine, missing, worker)
+                _fill(writer, engine, missing, worker, config.max_rejected)
             finally:
                 engine.close()
         with _alone(store, worker):
@@ -99,11 +102,12 @@ def dump(config: DumpConfig, worker: Worker = Worker()) -> Manifest:
             manifest = writer.finalize()
         assert manifest.totals is not None
         log.info(
-            "%s is complete: %d targets, %.1f MB, %.1f bytes per target",
+            "%s is complete: %d targets, %.1f MB, %.1f bytes per target%s",
             config.output,
             manifest.totals.targets,
             manifest.totals.bytes / 1e6,
-            manifest.totals.bytes / manifest.totals.targets,
+            manifest.totals.bytes / max(manifest.totals.targets, 1),
+            f", {manifest.totals.rejected} sequences rejected" if manifest.totals.rejected else "",
         )
         return manifest
 
@@ -124,7 +128,7 @@ def _await_start(store: Store, worker: Worker) -> None:
 
 
 def _set_up(
-    config: DumpConfig, store: Store, teacher: Teacher, worker: Worker
+    config: DumpConfig, store: Store, teacher: Teacher, worker: Worker, retry_rejected: bool
 ) -> tuple[CacheWriter, list[ShardPlan]]:
     """The started cache and the shards that this worker must score, with their inputs in place."""
     with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
@@ -137,16 +141,22 @@ def _set_up(
             store.remove_temporaries(folder)
         if worker.count == 1:
             store.remove_temporaries(paths.SHARDS)
-        missing = missing_shards(writer, worker.fills)
+        missing = missing_shards(writer, worker.fills, retry_rejected=retry_rejected)
         restore_inputs(config, writer, teacher, missing, tokenised)
     return writer, missing
 
 
-def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan], worker: Worker) -> None:
-    num_shards = writer.manifest.num_shards
+def _fill(
+    writer: CacheWriter,
+    engine: Engine,
+    missing: list[ShardPlan],
+    worker: Worker,
+    max_rejected: float,
+) -> None:
+    """Fill the missing shards one after another, with a bar over all that this worker has."""
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
-    start, scored_targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
+    start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
     with tqdm(
         desc="score",
         total=mine,
@@ -155,34 +165,25 @@ def _fill(writer: CacheWriter, engine: Engine, missing: list[ShardPlan], worker:
         unit_scale=True,
         disable=None,
     ) as bar:
-        for plan in missing:
-            files = (paths.shard(plan.shard), paths.record(plan.shard))
-            with writer.store.claim(paths.inputs(plan.shard)) as ours:
-                if not ours or writer.store.exists(files[1]):
-                    log.info("shard %d of %d is another process's", plan.shard + 1, num_shards)
-                    continue
-                writer.store.remove_temporaries(paths.SHARDS, files)
-                inputs = read_inputs(writer.store, plan)
-                pending: collections.deque[Future[None]] = collections.deque()
-                with writer.shard(plan.shard) as shard, ThreadPoolExecutor(1) as pool:
-                    for scored in engine.score(inputs, plan.first_sequence):
-                        if len(pending) >= WRITES_AHEAD:
-                            pending.popleft().result()
-                        pending.append(pool.submit(shard.write, scored))
-                        sequences += 1
-                        scored_targets += scored.num_targets
-                        bar.update(scored.num_targets)
-                        bar.set_postfix_str(
-                            f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
-                        )
-                    while pending:
-                        pending.popleft().result()
-            written_bytes += shard.bytes_written
-            seconds = time.monotonic() - start
+
+        def done(num_targets: int) -> None:
+            nonlocal targets, sequences
+            sequences += 1
+            targets += num_targets
+            bar.update(num_targets)
+            bar.set_postfix_str(
+                f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
+            )
+
+        for filled in fill_shards(
+            writer, engine, missing, max_rejected=max_rejected, progress=done
+        ):
+            written_bytes += filled.bytes
             log.info(
-                "shard %d of %d committed: %.1f MB, %.0f targets/s",
-                plan.shard + 1,
-                num_shards,
-                shard.bytes_written / 1e6,
-                scored_targets / seconds,
+                "shard %d of %d committed: %.1f MB, %.0f targets/s%s",
+                filled.plan.shard + 1,
+                writer.manifest.num_shards,
+                filled.bytes / 1e6,
+                targets / (time.monotonic() - start),
+                f", {filled.rejected} sequences rejected" if filled.rejected else "",
             )

@@ -84,6 +84,39 @@ class Encoder:
                 encoded.append(next(chats) if kind == "messages" else _given(record))
         return encoded
 
+    def prompts(self, batch: list[Record]) -> list[Ids]:
+        """Ids of each record up to where an answer is to begin: its prompt, or all its messages.
+
+        Raises SourceError naming the first record that has neither, or ends with an answer.
+        """
+        return [self._prompt(record) for record in batch]
+
+    def _prompt(self, record: Record) -> Ids:
+        kinds = [name for name in ("prompt", "messages") if record.fields.get(name) is not None]
+        if len(kinds) != 1:
+            raise SourceError(
+                f"{record.where}: the record has {' and '.join(kinds) or 'nothing'} to answer, its "
+                f"fields are {sorted(record.fields)}: expected either prompt or messages"
+            )
+        if kinds == ["prompt"]:
+            ids = self._tokenize([_string(record, "prompt")])[0]
+            head, _ = self._affixes
+            return np.array(ids if ids[: len(head)] == head else head + ids, dtype=np.int64)
+        chat = _messages(record)
+        if _is_answer(chat[-1]):
+            raise SourceError(
+                f"{record.where}: the messages end with the assistant's, so there is nothing left "
+                "to answer: drop the last message"
+            )
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"{record.where}: found messages, but the tokenizer has no chat template:"
+                " use that of an instruction-tuned model, or give prompt"
+            )
+        tools = record.fields.get("tools")
+        (ids,) = self._apply([(record, chat)], tools, return_dict=False, add_generation_prompt=True)
+        return np.array(ids, dtype=np.int64)
+
     def _kind(self, record: Record) -> str:
         present = {name for name, value in record.fields.items() if value is not None}
         kinds = [kind for kind, names in KINDS.items() if present.issuperset(names)]
@@ -253,7 +286,7 @@ def _string(record: Record, name: str) -> str:
     if not isinstance(value, str) or (name == "text" and not value):
         raise SourceError(
             f"{record.where}: {name} is {value!r:.60}: expected a{' non-empty' * (name == 'text')}"
-            " string; repair or remove the record"
+            f" string; repair or remove the record{', or set empty: drop' * (value == '')}"
         )
     return value
 

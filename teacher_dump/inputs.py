@@ -16,8 +16,10 @@ import xxhash
 from schemas import FormatError, ShardPlan
 from storage import CacheWriter, Store, paths
 from teacher_dump.config import DumpConfig
+from teacher_dump.generate import describe_generation, sampled_records
+from teacher_dump.records import Record
 from teacher_dump.sequences import SequenceCounts, TokenSequence, iter_sequences
-from teacher_dump.sources import iter_records
+from teacher_dump.sources import describe_source, iter_records
 from teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -26,11 +28,14 @@ MADE_AGAIN = "delete it, and the same command makes it from the source again"
 
 
 def sequences_of(
-    config: DumpConfig, teacher: Teacher, counts: SequenceCounts
+    config: DumpConfig,
+    teacher: Teacher,
+    counts: SequenceCounts,
+    records: Iterable[Record] | None = None,
 ) -> Iterator[TokenSequence]:
-    """The token sequences of the source, checked against the vocabulary."""
+    """The token sequences of the source, or of `records`, checked against the vocabulary."""
     return iter_sequences(
-        iter_records(config.source),
+        source_records(config, teacher) if records is None else records,
         teacher.tokenizer,
         config.sequences,
         vocab_size=teacher.shared_vocab_size,
@@ -38,16 +43,28 @@ def sequences_of(
     )
 
 
+def source_records(config: DumpConfig, teacher: Teacher) -> Iterator[Record]:
+    """The records of the source; or, if asked for, the teacher's own responses to them."""
+    if not config.source.generate.n:
+        return iter_records(config.source)
+    described = describe_generation(config, teacher, describe_source(config.source))
+    return sampled_records(config, teacher, Store(config.output), described["fingerprint"])
+
+
 def sharded(
     config: DumpConfig,
     teacher: Teacher,
     counts: SequenceCounts,
     progress: Callable[[SequenceCounts], None],
+    records: Iterable[Record] | None = None,
 ) -> Iterator[list[TokenSequence]]:
-    """The sequences of each shard: as many as reach `shard_targets`, in the source's order."""
+    """The sequences of each shard: as many as reach `shard_targets`, in the source's order.
+
+    `records` are those of the source unless given.
+    """
     shard: list[TokenSequence] = []
     targets = 0
-    for sequence in sequences_of(config, teacher, counts):
+    for sequence in sequences_of(config, teacher, counts, records):
         shard.append(sequence)
         targets += int(sequence.is_target.sum())
         progress(counts)

@@ -15,11 +15,12 @@ from typing import Any
 
 import xxhash
 
-from schemas import FormatError, Manifest, ShardPlan, tokenizer_fingerprint
+from schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokenizer_fingerprint
 from schemas.strict import canonical
 from storage import CacheWriter, Store, paths
 from storage.writer import read_records
 from teacher_dump.config import DumpConfig
+from teacher_dump.generate import describe_generation, hash_parts, refuse_generation
 from teacher_dump.inputs import sharded, write_input
 from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceCounts
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 STARTED = (paths.TOKENIZER, paths.PLAN, paths.INPUTS)
 """Folders that an interrupted start may leave; anything else is somebody's data."""
+LATER = {"sequences.empty": "error", "sequences.duplicates": "keep"}
+"""What caches did that were started before they could say so."""
 PART = re.compile(r"part-\d{6}\.parquet")
 
 
@@ -45,16 +48,23 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
     slots, vocab_size = config.truncation.slots, teacher.shared_vocab_size
     if slots > vocab_size:
         raise ValueError(
-            f"truncation keeps {slots} entries per target, but {config.teacher.path} has only "
+            f"truncation keeps {slots} entries per target, but {teacher.info.name} has only "
             f"{vocab_size} ids: lower truncation.k (or draws)"
+        )
+    refuse_generation(config, teacher)
+    store = Store(config.output)
+    draws_alone = config.truncation.method == "sample" and not store.exists(paths.MANIFEST)
+    if draws_alone and tuple(config.temperatures) != (1,):  # those of older versions have more
+        raise ValueError(
+            "truncation.method sample draws at temperature 1 and stores no log probs: temperatures "
+            f"must be [1.0], found {list(config.temperatures)}"
         )
     length, limit = config.sequences.max_length, teacher.max_positions
     if limit and length > limit:
         raise ValueError(
-            f"sequences.max_length is {length}, but {config.teacher.path} takes at most {limit} "
+            f"sequences.max_length is {length}, but {teacher.info.name} takes at most {limit} "
             "positions: lower it"
         )
-    store = Store(config.output)
     if not store.is_local:
         store.exists(paths.MANIFEST)  # raises OSError if the store cannot be asked
         return
@@ -87,6 +97,8 @@ def open_or_create(
     config gives; FileExistsError if the directory holds something else.
     """
     source = describe_source(config.source)
+    if config.source.generate.n:
+        source = describe_generation(config, teacher, source)
     if store.exists(paths.MANIFEST):
         try:
             writer = CacheWriter(config.output)
@@ -99,7 +111,7 @@ def open_or_create(
         if not all(store.exists(file) for file in files):
             save_tokenizer(store, teacher.tokenizer)
         return writer
-    foreign = _foreign(store)
+    foreign = _foreign(store, sampling=config.source.generate.n > 0)
     if foreign:
         raise FileExistsError(
             f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
@@ -135,6 +147,8 @@ def _create(
         raise SourceError(
             f"{config.source.path}: {counts.records} records give no sequence with a target"
         )
+    if config.source.generate.n:
+        source = {**source, "generated": hash_parts(store)}
     draft = Manifest.draft(
         teacher=teacher.info,
         tokenizer=save_tokenizer(store, teacher.tokenizer, new=True),
@@ -149,9 +163,11 @@ def _create(
     return CacheWriter.create(config.output, draft, plan)
 
 
-def _foreign(store: Store) -> list[str]:
+def _foreign(store: Store, sampling: bool) -> list[str]:
     """What lies in the output that no start of a dump can have left there."""
     top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
+    if sampling and store.exists(paths.GENERATION):  # which says itself what it is of
+        top.remove(paths.GENERATED)
     if not store.names(paths.SHARDS):  # made to be locked
         top = [name for name in top if name != paths.SHARDS]
     foreign = [name for name in top if name not in STARTED]
@@ -178,11 +194,14 @@ def _clear(store: Store) -> None:
         store.remove_folder(folder)
 
 
-def missing_shards(writer: CacheWriter, mine: Callable[[int], bool]) -> list[ShardPlan]:
+def missing_shards(
+    writer: CacheWriter, mine: Callable[[int], bool], *, retry_rejected: bool = False
+) -> list[ShardPlan]:
     """The shards to score: those without a commit record, or whose file is gone or cut short.
 
-    Of the latter the record is removed first, so that no state in between says they are whole;
-    shards that are not `mine` are left to the worker whose they are.
+    With `retry_rejected`, those with rejected sequences too. Of a shard that is to be scored again
+    the record is removed first, so that no state in between says it is whole; shards that are not
+    `mine` are left to the worker whose they are.
     """
     store = writer.store
     whole = set()
@@ -191,10 +210,14 @@ def missing_shards(writer: CacheWriter, mine: Callable[[int], bool]) -> list[Sha
         for record in writer.committed():
             name = paths.shard(record.shard)
             size = sizes.get(PurePath(name).name, -1)
-            if size == record.bytes or not mine(record.shard):
+            retried = retry_rejected and bool(record.rejected)
+            if (size == record.bytes and not retried) or not mine(record.shard):
                 whole.add(record.shard)
                 continue
-            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
+            if size == record.bytes:
+                found = f"has {len(record.rejected)} rejected sequences"
+            else:
+                found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
             log.warning("%s %s: scoring it again", store.path(name), found)
             store.remove(paths.record(record.shard))
     except FormatError as error:
@@ -246,11 +269,13 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, A
 def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
     stored = writer.manifest.to_json()
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
+    if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
+        del ours["precision"]
     differing = []
     for name, value in ours.items():
         theirs: Any = stored
         for part in name.split("."):
-            theirs = theirs.get(part)
+            theirs = theirs.get(part, LATER.get(name))
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
     if differing:

@@ -5,6 +5,7 @@ record becomes is `encoding.py`. Knows nothing about files, models or scores. Th
 passed in.
 """
 
+import array
 import datetime
 import itertools
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from teacher_dump.encoding import Encoder, Ids, Mask
 from teacher_dump.records import Record, SourceError
@@ -32,6 +34,12 @@ class SequenceConfig:
 
     overlong: str = "truncate"
     """Longer records: truncate, split (into windows "id#1", "id#2", ...), or error."""
+
+    empty: str = "error"
+    """Records without text, messages, or two tokens: error, or drop."""
+
+    duplicates: str = "keep"
+    """Records of the same tokens and targets as an earlier one: keep, or drop; both count them."""
 
     packing: str = "none"
     """none, or concat: plain texts joined and cut into windows of exactly max_length."""
@@ -55,6 +63,8 @@ class SequenceConfig:
         """Refuse unknown values, and options without effect in this combination."""
         for name, allowed in (
             ("overlong", ("truncate", "split", "error")),
+            ("empty", ("error", "drop")),
+            ("duplicates", ("keep", "drop")),
             ("packing", ("none", "concat")),
             ("targets", ("response", "all")),
         ):
@@ -104,6 +114,10 @@ class SequenceCounts:
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
+    empty_records: int = 0
+    """Left out, as `empty: drop` says."""
+    duplicate_records: int = 0
+    """Of the same tokens and targets as an earlier one: kept or left out, as `duplicates` says."""
     truncated_records: int = 0
     split_records: int = 0
     records_without_targets: int = 0
@@ -111,7 +125,7 @@ class SequenceCounts:
     windows_without_targets: int = 0
     """Left out of a split record of which other windows were kept."""
     dropped_tokens: int = 0
-    """Cut off by truncation, left out for want of targets, or alone in a last window."""
+    """Cut off, alone in a last window, or of records and windows that were left out."""
 
 
 def iter_sequences(
@@ -136,12 +150,16 @@ def iter_sequences(
         chat_template_kwargs=config.chat_template_kwargs,
         chat_date=config.chat_date,
     )
+    if config.empty == "drop":
+        records = _without_empty(records, counts)
     documents: Iterator[Document] = (
         (record, ids, mask)
         for batch in _batches(records, BATCH_RECORDS)
         for record, (ids, mask) in zip(batch, encode(batch), strict=True)
     )
-    documents = _checked(documents, vocab_size, counts)
+    documents = _checked(documents, vocab_size, config.empty, counts)
+    distinct = _without_duplicates if config.duplicates == "drop" else _counting_duplicates
+    documents = distinct(documents, counts)
     windows = _packed if config.packing == "concat" else _cut
     for sample_id, ids, is_target in windows(documents, config, counts):
         counts.sequences += 1
@@ -156,15 +174,30 @@ def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
+def _without_empty(records: Iterable[Record], counts: SequenceCounts) -> Iterator[Record]:
+    """Leave out what has no content at all, which could not even be encoded."""
+    for record in records:
+        contents = (record.fields.get(name) for name in ("text", "messages", "input_ids"))
+        if any(isinstance(c, str | list | np.ndarray) and len(c) == 0 for c in contents):
+            counts.records += 1
+            counts.empty_records += 1
+        else:
+            yield record
+
+
 def _checked(
-    documents: Iterator[Document], vocab_size: int, counts: SequenceCounts
+    documents: Iterator[Document], vocab_size: int, empty: str, counts: SequenceCounts
 ) -> Iterator[Document]:
     for record, ids, mask in documents:
         counts.records += 1
+        if len(ids) < 2 and empty == "drop":
+            counts.empty_records += 1
+            counts.dropped_tokens += len(ids)
+            continue
         if len(ids) < 2:
             raise SourceError(
                 f"{record.where}: sample {record.sample_id!r} has {len(ids)} token(s): expected at"
-                " least 2, nothing predicts the first; remove the record"
+                " least 2, nothing predicts the first; remove the record, or set empty: drop"
             )
         outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if len(outside):
@@ -174,6 +207,37 @@ def _checked(
                 " tokenizer that belongs to the teacher"
             )
         yield record, ids, mask
+
+
+def _counting_duplicates(
+    documents: Iterator[Document], counts: SequenceCounts
+) -> Iterator[Document]:
+    """Count at the end, which takes 8 bytes per record."""
+    digests = array.array("Q")
+    for record, ids, mask in documents:
+        digests.append(_digest(ids, mask))
+        yield record, ids, mask
+    counts.duplicate_records = len(digests) - len(np.unique(np.frombuffer(digests, np.uint64)))
+
+
+def _without_duplicates(
+    documents: Iterator[Document], counts: SequenceCounts
+) -> Iterator[Document]:
+    """Leave them out, which takes about 100 bytes per record."""
+    seen: set[int] = set()
+    for record, ids, mask in documents:
+        digest = _digest(ids, mask)
+        if digest in seen:
+            counts.duplicate_records += 1
+            counts.dropped_tokens += len(ids)
+            continue
+        seen.add(digest)
+        yield record, ids, mask
+
+
+def _digest(ids: Ids, mask: Mask) -> int:
+    """64 bits: of 100 million records, two are wrongly taken for equal in one run of 3,700."""
+    return xxhash.xxh3_64_intdigest(ids.tobytes() + mask.tobytes())
 
 
 def _cut(

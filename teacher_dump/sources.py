@@ -6,13 +6,14 @@ or one batch of rows, plus one 64-bit hash per sample id. Knows nothing about to
 which fields of a record matter: that is `sequences.py`.
 """
 
+import dataclasses
 import glob
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,48 @@ SUFFIXES = {
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PARQUET_BATCH_ROWS = 256
 HASH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class GenerateConfig:
+    """Responses of the teacher's own, in place of a text that is given."""
+
+    n: int = 0
+    """Responses to sample for each record's prompt or messages; 0 = score the given text."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling; 0 = always the most probable token."""
+
+    top_p: float = 1.0
+    """Sample from the smallest set of most probable tokens with this mass."""
+
+    max_new_tokens: int = 512
+    """Longest response; a prompt with its response never exceeds sequences.max_length."""
+
+    seed: int = 0
+    """Of the sampling; a response depends on it, the prompt's number and its own."""
+
+    part_prompts: int = 256
+    """Prompts whose responses are kept, or lost by an interruption, together: one file."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be sampled, and settings without effect."""
+        for name, least in (("n", 0), ("max_new_tokens", 1), ("part_prompts", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected a mass in (0, 1]")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: expected 0 to 2^63 - 1")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if self.n == 0 and given:
+            raise ValueError(f"source.generate: {given} have no effect with n: 0: set n")
+        if self.temperature == 0 and (self.n > 1 or self.top_p < 1):
+            raise ValueError(
+                "temperature: 0 gives the same response every time: n must be 1 and top_p 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +99,9 @@ class SourceConfig:
 
     limit: int = 0
     """Read only this many records from the start (0 = all)."""
+
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """Let the teacher answer the records, and score what it says."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be right for any source."""
@@ -113,6 +159,12 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
 def source_files(config: SourceConfig) -> list[Path]:
     """The local files that are read; none for a dataset of the Hub."""
     return [path for _, path in _resolve(config)[1]]
+
+
+def source_names(config: SourceConfig) -> list[str]:
+    """What `Record.where` calls the files that are read, in their order; none for datasets."""
+    source_format, files = _resolve(config)
+    return [] if source_format == "hf" else [name for name, _ in files]
 
 
 def _resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:

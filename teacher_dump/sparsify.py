@@ -19,6 +19,8 @@ LOGPROB_FLOOR = -10_000.0
 """Log probs are floored here, so that a teacher's -inf logits stay finite numbers."""
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Float32 logits reduced at a time: near the cache on a CPU, enough to fill a GPU."""
+ID_BITS = (1 << 29) - 1
+"""What float32 leaves unused of a float64."""
 PRODUCT_ROWS = 128
 """Rows per product with the head, at least: fewer leave a wide head bound by its own reading."""
 
@@ -48,6 +50,8 @@ class Sparse:
     """[n, T] float32."""
     label_logprob: Tensor
     """[n] float32."""
+    entropy: Tensor | None = None
+    """[n] float32 nats of the whole distribution at T=1, with method `sample`."""
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -64,12 +68,13 @@ def sparsify_hidden(
     truncation: Truncation,
     temperatures: tuple[float, ...],
     uniforms: Tensor | None = None,
+    check: bool = True,
 ) -> Iterator[Sparse]:
     """Apply a head to hidden states a few rows at a time and sparsify its logits, cut to the ids.
 
     At no time are there more logits than `chunk_rows` or `PRODUCT_ROWS` say. Yields nothing where
     the head gives None, as on the ranks of a tensor-parallel model that see no logits.
-    Raises NotFinite with the row of `hidden_NH`.
+    Raises NotFinite with the row of `hidden_NH`; without `check`, see `sparsify`.
     """
     size = chunk_rows(vocab_size, hidden_NH.device)
     step = max(size, PRODUCT_ROWS)
@@ -88,6 +93,7 @@ def sparsify_hidden(
                     truncation,
                     temperatures,
                     None if uniforms is None else uniforms[rows].to(chunk_NV.device),
+                    check=check,
                 )
             except NotFinite as error:
                 raise NotFinite(first + error.row) from None
@@ -105,28 +111,34 @@ def sparsify(
     truncation: Truncation,
     temperatures: tuple[float, ...],
     uniforms: Tensor | None = None,
+    *,
+    check: bool = True,
 ) -> Sparse:
     """Reduce logits [n, V] (cut to the shared vocabulary) to what a cache stores.
 
     With x the logits: log p = x - lse(x); log Z_T = lse(x/T) - lse(x)/T; the tail mass is the
     logsumexp over the complement of the kept ids, never 1 - sum p, which cancels.
     `uniforms` [n, draws] in [0, 1) are the random numbers of a sampling truncation.
-    `logits` may be overwritten. Raises NotFinite on NaN or +inf.
+    `logits` may be overwritten. Raises NotFinite on NaN or +inf, for which a GPU is waited for;
+    without `check` its row holds NaN instead, which `first_not_finite` finds later.
     """
     x = logits.float()
     token_ids, draws = _chosen(x, truncation, uniforms)
-    used = token_ids >= 0
-    safe_ids = token_ids.clamp(min=0).long()
-    kept = x.gather(1, safe_ids).masked_fill(~used, -math.inf)
+    entropy = _entropy(x) if truncation.method == "sample" else None
+    if truncation.method == "topk":
+        used, kept_ids = None, token_ids
+        kept = x.gather(1, kept_ids)
+        bound = kept[:, -1:]  # of the rest too: no pass for a maximum is needed
+    else:
+        used, kept_ids = token_ids >= 0, token_ids.clamp(min=0)
+        kept = x.gather(1, kept_ids).masked_fill(~used, -math.inf)
     label = x.gather(1, labels.long().unsqueeze(1)).squeeze(1)
-
-    # Unused slots point at id 0: let them write what is there already, or -inf if 0 is kept.
-    zero_is_kept = ((token_ids == 0) & used).any(dim=1, keepdim=True)
-    at_zero = x[:, :1].masked_fill(zero_is_kept, -math.inf)
-    rest = x.scatter_(1, safe_ids, torch.where(used, -math.inf, at_zero))
-
-    # With the k largest kept, the last of them bounds the rest and no pass for a maximum is needed.
-    bound = kept[:, -1:] if truncation.method == "topk" else rest.amax(dim=1, keepdim=True)
+    if used is not None:
+        # Unused slots point at id 0: let them write what is there already, or -inf if 0 is kept.
+        zero_is_kept = ((token_ids == 0) & used).any(dim=1, keepdim=True)
+        at_zero = x[:, :1].masked_fill(zero_is_kept, -math.inf)
+        x.scatter_(1, kept_ids, torch.where(used, -math.inf, at_zero))
+        bound = x.amax(dim=1, keepdim=True)
     bound = bound.clamp(min=torch.finfo(torch.float32).min)
 
     # From here on relative to the first kept logit, so that an offset of all costs no digits.
@@ -135,27 +147,37 @@ def sparsify(
     log_sums, log_tails = [], []
     for temperature in temperatures:
         last = temperature == temperatures[-1]
-        tail = _log_sum_exp_(rest if last else rest.clone(), bound, temperature)
+        tail = _log_sum_exp_(
+            x if last else x.clone(), bound, temperature, kept_ids if used is None else None
+        )
         tail += rest_bound / temperature
         log_sum = torch.logaddexp(torch.logsumexp(kept / temperature, dim=1), tail)
         log_sums.append(log_sum)
         log_tails.append(tail - log_sum)
     base = log_sums[0]
-    if not bool(torch.isfinite(base).all()):
-        raise NotFinite(int((~torch.isfinite(base)).nonzero()[0]))
     log_z = [
         log_sum - base / temperature
         for log_sum, temperature in zip(log_sums, temperatures, strict=True)
     ]
-    logprobs = (kept - base[:, None]).clamp(min=LOGPROB_FLOOR)
-    return Sparse(
+    logprobs = (kept - base[:, None]).clamp_(min=LOGPROB_FLOOR)
+    sparse = Sparse(
         token_ids=token_ids.int(),
-        logprobs=logprobs.masked_fill(~used, -math.inf),
+        logprobs=logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
         draws=draws,
         log_z=torch.stack(log_z, dim=1),
         log_tail=torch.stack(log_tails, dim=1),
         label_logprob=(label - base).clamp(min=LOGPROB_FLOOR),
+        entropy=entropy,
     )
+    if check and (row := first_not_finite(sparse)) is not None:
+        raise NotFinite(row)
+    return sparse
+
+
+def first_not_finite(sparse: Sparse) -> int | None:
+    """The first row made of logits that are NaN or +inf, if there is one."""
+    bad = torch.isnan(sparse.log_z[:, 0])  # log Z - log Z at T=1: else 0
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
 def _chosen(
@@ -201,13 +223,19 @@ def _drawn(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     return distinct.gather(1, order), counts.gather(1, order).int()
 
 
+def _entropy(x: Tensor) -> Tensor:
+    """[n] -sum p log p of softmax(x) in nats; an id of probability 0 adds nothing."""
+    log_p = torch.log_softmax(x, dim=1).clamp_(min=LOGPROB_FLOOR)
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
 def _top(x: Tensor, k: int) -> Tensor:
     """Ids of the k largest entries of each row, largest first."""
     return _top_blocks(x, k) if x.device.type == "cpu" else x.topk(k).indices
 
 
 def _top_blocks(x: Tensor, k: int) -> Tensor:
-    """`_top` on a CPU, with numpy's vectorised selection: torch's own takes twice as long.
+    """`_top` on a CPU, with numpy's vectorised selection: torch's own takes 2 to 10 times as long.
 
     In a wide row the k largest entries lie in the k blocks with the largest maxima, so only those
     blocks are looked through. Block b holds the ids congruent to b, so that the maxima run along
@@ -215,32 +243,49 @@ def _top_blocks(x: Tensor, k: int) -> Tensor:
     """
     n, vocab = x.shape
     width = round(math.sqrt(vocab / k))
-    ids = None
-    if width >= 3:
-        num_blocks = vocab // width
-        whole = num_blocks * width
-        maxima = x[:, :whole].view(n, width, num_blocks).amax(dim=1)
-        starts = torch.arange(0, whole, num_blocks)
-        ids = (_largest(maxima, k)[:, :, None] + starts).view(n, -1)
-        if whole < vocab:
-            ids = torch.cat([ids, torch.arange(whole, vocab).expand(n, -1)], dim=1)
-    candidates = x if ids is None else x.gather(1, ids)
-    best = _largest(candidates, k)
-    order = np.argsort(candidates.gather(1, best).neg_().numpy(), axis=1)
-    best = best.gather(1, torch.from_numpy(order))
-    return best if ids is None else ids.gather(1, best)
+    if width < 3:
+        return _sorted_top(x, torch.arange(vocab), k)
+    num_blocks = vocab // width
+    whole = num_blocks * width
+    maxima = x[:, :whole].view(n, width, num_blocks).amax(dim=1)
+    starts = torch.arange(0, whole, num_blocks)
+    ids = (_largest(maxima, k)[:, None, :] + starts[:, None]).view(n, -1)
+    if whole < vocab:
+        ids = torch.cat([ids, torch.arange(whole, vocab).expand(n, -1)], dim=1)
+    return _sorted_top(x.gather(1, ids), ids, k)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
     """[n, k] where the k largest entries of each row are, in any order."""
     if k == x.shape[1]:
-        return torch.arange(k).repeat(len(x), 1)
+        return torch.arange(k).expand(len(x), -1)
     return torch.from_numpy(np.argpartition(x.numpy(), -k, axis=1)[:, -k:].copy())
 
 
-def _log_sum_exp_(x: Tensor, shift: Tensor, temperature: float) -> Tensor:
-    """[n] log sum exp((x - shift) / T) of rows [n, V] none above their shift; overwrites x."""
+def _sorted_top(x: Tensor, ids: Tensor, k: int) -> Tensor:
+    """[n, k] ids of the k largest entries of each row, largest first; `ids` are those of x.
+
+    A float32 as a float64 has 29 bits to spare. They carry the id, so that values alone are moved,
+    which is far faster than to move places by values. Of rows with NaN or +inf any id is given.
+    """
+    floor = torch.finfo(torch.float32).min  # -inf would become NaN
+    keys = x.clamp(min=floor).double().view(torch.int64).bitwise_or_(ids).numpy()
+    values = keys.view(np.float64)
+    if k < values.shape[1]:
+        values = np.partition(values, -k, axis=1)[:, -k:].copy()
+    values.sort(axis=1)
+    return torch.from_numpy(values.view(np.int64)[:, ::-1] & ID_BITS)
+
+
+def _log_sum_exp_(x: Tensor, shift: Tensor, temperature: float, without: Tensor | None) -> Tensor:
+    """[n] log sum exp((x - shift) / T) of rows [n, V] but their ids `without` [n, k].
+
+    None of the ids summed may be above the shift. Overwrites x.
+    """
     x.sub_(shift)
     if temperature != 1:
         x.div_(temperature)
-    return x.exp_().sum(dim=1).log_()
+    x.exp_()  # before the ids are cut: an exponential of -inf takes several times as long
+    if without is not None:
+        x.scatter_(1, without, 0.0)
+    return x.sum(dim=1).log_()
