@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
     from student_train.config import TrainConfig
 
+    cli.interrupt_on_terminate()
     command = parser()
     values = command.instantiate(command.parse_args(_spelled_out(arguments)))
     config = TrainConfig(**{name: values[name] for name in TrainConfig.__dataclass_fields__})

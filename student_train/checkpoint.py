@@ -115,6 +115,10 @@ class Checkpoints:
         log.info("resumed from %s", latest)
         return int(state["step"])
 
+    def remove(self) -> None:
+        """Drop them all, on the first process, once the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def save(self, step: int, stream_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`."""
         temporary, target = self.folder / f".step-{step:08d}.tmp", self.folder / f"step-{step:08d}"

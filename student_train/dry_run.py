@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from student_train.distributed import backward, microbatch, start_accelerator, s
 from student_train.generation import Generation
 from student_train.hub import check_hub
 from student_train.loader import StepData, steps_of
-from student_train.prepare import Run, prepare
+from student_train.prepare import Run, check_output, finished, prepare
 from student_train.progress import peak_memory_bytes
 
 WAIT_SECONDS = 10.0
@@ -23,8 +24,12 @@ WAIT_SECONDS = 10.0
 
 def dry_run(config: TrainConfig) -> str:
     """A report for people; raises what `train` would raise before its first step."""
+    check_output(config)
     accelerator = start_accelerator(config)
     set_seed(config.seed)
+    output = Path(config.output)
+    if finished(output, config, accelerator.num_processes) is not None:
+        return f"{output} is complete already: the run would do nothing"
     if config.push_to_hub and accelerator.is_main_process:
         check_hub(config.push_to_hub)
     run = prepare(config, accelerator)

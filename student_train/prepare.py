@@ -31,7 +31,8 @@ from student_train.evaluate import Evaluation
 from student_train.generation import Generation
 from student_train.optimizer import adamw
 from student_train.packing import packing_refused
-from student_train.save import SUMMARY
+from student_train.progress import METRICS
+from student_train.save import STUDENT, SUMMARY
 from student_train.stream import SequenceStream
 from student_train.student import compile_layers, load_student
 
@@ -73,6 +74,22 @@ def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             stack.enter_context(Store(output).lock())
         yield
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raise ValueError if the output is no folder, or holds a student that no run wrote there."""
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is not a directory: choose another")
+    student = output / STUDENT
+    if config.student.path and Path(config.student.path).resolve() == student.resolve():
+        raise ValueError(
+            f"output {output} would replace student.path {config.student.path}: choose another"
+        )
+    if student.exists() and not any((output / name).exists() for name in (METRICS, SUMMARY)):
+        raise ValueError(
+            f"{student} was not written by a training, and would be replaced: choose another output"
+        )
 
 
 def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str, Any] | None:

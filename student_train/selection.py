@@ -33,11 +33,24 @@ class Best:
     Nothing but files: `metrics.jsonl` tells how many evaluations followed, so a run resumes.
     """
 
-    def __init__(self, metric: str, patience: int, output: Path, accelerator: Accelerator) -> None:
-        """`metric` is a name of an evaluation's figures; patience 0 = never stop early."""
+    def __init__(
+        self,
+        metric: str,
+        patience: int,
+        output: Path,
+        accelerator: Accelerator,
+        *,
+        resumed_at: int,
+    ) -> None:
+        """`metric` is a name of an evaluation's figures; patience 0 = never stop early.
+
+        At step 0 what another run, perhaps of another config, has left is removed.
+        """
         self.metric, self.patience, self.accelerator = metric, patience, accelerator
         self.sign = -1.0 if metric.split("/")[0] in (*HIGHER_IS_BETTER, *ROUGE) else 1.0
         self.folder = output / BEST
+        if not resumed_at:
+            self.remove()
         # What the first process finds counts: it has dropped lines that others may still see.
         self.step, self.figures, self.since = of_first_process(self._found(output))
         """Step and figures of the best, and evaluations since."""

@@ -26,7 +26,7 @@ from student_train.loader import StepData, steps_of
 from student_train.model_card import model_card
 from student_train.optimizer import learning_rate
 from student_train.plots import PLOT, draw
-from student_train.prepare import Run, finished, held, prepare
+from student_train.prepare import Run, check_output, finished, held, prepare
 from student_train.progress import Metrics, Window, bar_text, peak_memory_bytes, progress_bar
 from student_train.save import STUDENT, save_student, save_summary
 from student_train.selection import Best
@@ -45,11 +45,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     must change something, Busy if another run is writing to the output, NotFinite (naming the
     samples) if the loss stops being a number.
     """
+    check_output(config)
     accelerator = start_accelerator(config)
     set_seed(config.seed)
     output = Path(config.output)
     with held(output, accelerator):
         if (summary := finished(output, config, accelerator.num_processes)) is not None:
+            if config.push_to_hub and accelerator.is_main_process:
+                check_hub(config.push_to_hub)
+                _push(config, output)
             return summary
         if config.push_to_hub and accelerator.is_main_process:
             check_hub(config.push_to_hub)
@@ -57,7 +61,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         metrics = Metrics(output, accelerator, resumed_at=run.first_step)
         best = None
         if config.eval.keep_best:
-            best = Best(config.eval.keep_best, config.eval.patience, output, accelerator)
+            best = Best(
+                config.eval.keep_best,
+                config.eval.patience,
+                output,
+                accelerator,
+                resumed_at=run.first_step,
+            )
         if config.trackers:
             accelerator.init_trackers("decant", config=config_record(config))
         try:
@@ -93,13 +103,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "batches": batch_record(config, accelerator.num_processes),
             }
             save_summary({**summary, **records}, output)
-            if config.push_to_hub:
-                folder = output / STUDENT
-                log.info(push(folder, config.push_to_hub, private=config.hub_private))
+            if not config.save_every_steps:
+                run.checkpoints.remove()
         if best:
             best.remove()
         accelerator.end_training()
+        if config.push_to_hub and accelerator.is_main_process:
+            _push(config, output)
     return summary
+
+
+def _push(config: TrainConfig, output: Path) -> None:
+    log.info(push(output / STUDENT, config.push_to_hub, private=config.hub_private))
 
 
 def _loop(
@@ -111,6 +126,8 @@ def _loop(
     data: StepData | None = None
     consumed = run.stream.consumed
     sequences_per_step = run.stream.sequences_per_step * config.gradient_accumulation
+    if best and best.should_stop:  # it did, before it was interrupted
+        return {"steps": step, "epochs": round(epoch, 4)}
     with (
         Interrupt() as interrupted,
         progress_bar(run.steps, step, accelerator) as bar,
@@ -179,12 +196,13 @@ def _loop(
                         log.info(
                             "stopped at step %d: %s is best at %d", step, best.metric, best.step
                         )
-                        return {"steps": step, "epochs": round(epoch, 4)}
+                        break
             if _due(config.save_every_steps, step) and step < run.steps:
                 run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
-    if step < run.steps:
-        if data:
-            run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+        stopped = interrupted.anywhere(accelerator)
+    if data and (stopped or run.evaluation):  # which takes its time, and may fail
+        run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+    if stopped:
         raise KeyboardInterrupt
     return {"steps": step, "epochs": round(epoch, 4)}
 

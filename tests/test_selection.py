@@ -132,3 +132,16 @@ def test_a_best_of_nothing_is_refused() -> None:
         EvalConfig(heldout_fraction=0.1, every_steps=1, patience=2)
     with pytest.raises(ValueError, match="no effect without"):
         EvalConfig(heldout_fraction=0.1, keep_best="heldout_ce")
+
+
+def test_the_best_of_a_dead_run_is_not_the_next_ones(cache: Path, tmp_path: Path) -> None:
+    """A run without a checkpoint begins anew, whatever weights another config left as the best."""
+    run = config(cache, tmp_path / "run", eval=EVERY_2, steps=4)
+    train_now(dataclasses.replace(run, output=str(tmp_path / "other")))
+    left = tmp_path / "run/best"
+    left.mkdir(parents=True)
+    (left / "best.json").write_text(json.dumps({"step": 3, "figures": {"heldout_ce": 0.0}}))
+    (left / "weights.pt").write_bytes(b"of another run")
+    summary, expected = train_now(run), json.loads((tmp_path / "other/summary.json").read_text())
+    assert summary["best_step"] == expected["best_step"] != 3
+    assert summary["heldout_ce"] == expected["heldout_ce"]

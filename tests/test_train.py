@@ -287,3 +287,34 @@ def _saved(tmp_path: Path, fields: dict) -> Path:
 def _tokenizer_of(cache: Path, target: Path) -> None:
     for file in (cache / "tokenizer").iterdir():
         (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_a_run_that_fails_behind_its_last_step_repeats_none(cache: Path, tmp_path: Path) -> None:
+    """What the last steps learned is kept until the student is saved, and only until then."""
+    run = config(cache, tmp_path / "run", eval=EvalConfig(heldout_fraction=0.3))
+    blocked = tmp_path / "run/.student.tmp"
+    blocked.parent.mkdir()
+    blocked.write_text("in the way of the student's files")
+    with pytest.raises(OSError, match="student"):
+        train(run)
+    assert (tmp_path / "run/checkpoints/step-00000006").is_dir()
+    before = losses(tmp_path / "run")
+    blocked.unlink()
+    assert train(run)["steps"] == 6
+    assert losses(tmp_path / "run") == before
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_output_that_is_somebody_elses_is_refused(cache: Path, tmp_path: Path) -> None:
+    """A file; a folder that holds a student from elsewhere, which stays as it is."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not a directory"):
+        train(config(cache, tmp_path / "file"))
+    (tmp_path / "mine/student").mkdir(parents=True)
+    (tmp_path / "mine/student/notes").write_text("precious")
+    with pytest.raises(ValueError, match="not written by a training"):
+        train(config(cache, tmp_path / "mine"))
+    pretrained = StudentConfig(path=str(tmp_path / "mine/student"))
+    with pytest.raises(ValueError, match=r"would replace student\.path"):
+        train(config(cache, tmp_path / "mine", student=pretrained))
+    assert (tmp_path / "mine/student/notes").read_text() == "precious"
