@@ -111,12 +111,15 @@ class CacheWriter:
         done = committed_shards(self.store)
         return [shard for shard in self.plan if shard.shard not in done]
 
-    def shard(self, index: int) -> "ShardWriter":
-        """A context manager that writes one shard and commits it on a clean exit."""
-        return ShardWriter(self.store, self.manifest, self.plan[index])
+    def shard(self, index: int, *, replace: bool = False) -> "ShardWriter":
+        """A context manager that writes one shard and commits it on a clean exit.
 
-    def finalize(self) -> Manifest:
-        """Seal the commit records into the manifest and drop the inputs.
+        With `replace` it takes the place of a committed one, which is valid until then.
+        """
+        return ShardWriter(self.store, self.manifest, self.plan[index], replace=replace)
+
+    def finalize(self, *, keep_inputs: bool = False) -> Manifest:
+        """Seal the commit records into the manifest and drop the inputs, unless told to keep them.
 
         Raises FormatError naming the missing shards if any is not committed.
         """
@@ -128,16 +131,20 @@ class CacheWriter:
             )
         self.manifest = seal(self.store, self.manifest, self.committed())
         self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
-        self.store.remove_folder(paths.INPUTS)
+        if not keep_inputs:
+            self.store.remove_folder(paths.INPUTS)
         return self.manifest
 
 
 class ShardWriter:
     """Writes the sequences of one shard, in plan order, into one Parquet file."""
 
-    def __init__(self, store: Store, manifest: Manifest, plan: ShardPlan) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, plan: ShardPlan, *, replace: bool = False
+    ) -> None:
         """Prepare; nothing is touched before the context is entered."""
         self._store, self._manifest, self._plan = store, manifest, plan
+        self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
         self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
@@ -233,7 +240,8 @@ class ShardWriter:
     ) -> None:
         """Commit, unless an exception passes or the counts differ from the plan.
 
-        A shard that has a commit record by now is another process's: ours is dropped.
+        A shard that has a commit record by now is another process's: ours is dropped, unless it is
+        to replace it; then the record goes before the file does, so that the two always agree.
         """
         try:
             if error is None and self._buffer:
@@ -244,7 +252,9 @@ class ShardWriter:
         except BaseException as failure:
             self._staging.__exit__(type(failure), failure, failure.__traceback__)
             raise
-        if error is None and self._store.exists(paths.record(self._plan.shard)):
+        if error is None and self._replace:
+            self._store.remove(paths.record(self._plan.shard))
+        elif error is None and self._store.exists(paths.record(self._plan.shard)):
             theirs = FileExistsError("another process has committed this shard meanwhile")
             self._staging.__exit__(FileExistsError, theirs, None)  # removes ours
             return
