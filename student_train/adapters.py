@@ -82,7 +82,8 @@ def load_options(config: AdapterConfig, dtype: torch.dtype, device: torch.device
 def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
     """Put adapters into a student, in place, and freeze the rest; return peft's model around it.
 
-    Raises ImportError if peft is not installed, ValueError if no layer has a name asked for.
+    Raises ImportError if peft is not installed, ValueError if a name asked for is of no layer that
+    can have one, or if the adapter could not be merged as it was trained.
     """
     try:
         import peft
@@ -101,9 +102,26 @@ def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     try:
-        return peft.get_peft_model(student, lora)
+        adapter = peft.get_peft_model(student, lora)
     except ValueError as error:
         raise ValueError(f"adapter.target_modules {config.target_modules}: {error}") from error
+    adapted = [f".{name}" for name in adapter.targeted_module_names]
+    for name in config.target_modules:
+        if not any(path.endswith(f".{name}") for path in adapted):
+            raise ValueError(f"adapter.target_modules: the student has no layer {name!r} to adapt")
+    if config.merge and getattr(student.config.get_text_config(), "tie_word_embeddings", False):
+        tied = {
+            "head": student.get_output_embeddings(),
+            "input embedding": student.get_input_embeddings(),
+        }
+        for (name, layer), other in zip(tied.items(), reversed(tied), strict=True):
+            if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                raise ValueError(
+                    f"adapter.target_modules {config.target_modules}: the {name} is tied to the "
+                    f"{other}: a merge would change both; leave it out of target_modules, or set "
+                    "adapter.merge: false"
+                )
+    return adapter
 
 
 def checkpoint_adapter_only(accelerator: Accelerator) -> None:

@@ -17,6 +17,7 @@ from student_train.stream import SequenceStream
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 FREE_TO_CHANGE = (
     "output",
     "log_every_steps",
@@ -115,9 +116,9 @@ class Checkpoints:
         log.info("resumed from %s", latest)
         return int(state["step"])
 
-    def remove(self) -> None:
-        """Drop them all, on the first process, once the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self, step: int) -> None:
+        """Drop the one of a step, on the first process, once what it was kept for is done."""
+        shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
 
     def save(self, step: int, stream_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`."""

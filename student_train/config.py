@@ -8,6 +8,7 @@ from student_train.figures import NAMES
 from student_train.generation import ROUGE, GenerationConfig
 from student_train.mixture import CacheShare
 from student_train.objective import LossConfig
+from student_train.schedule import values_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -60,8 +61,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule {self.schedule!r} is not one of {SCHEDULES}")
-        if self.lr <= 0 or self.warmup_steps < 0 or self.max_grad_norm < 0:
-            raise ValueError("optimizer.lr must be > 0, warmup_steps and max_grad_norm >= 0")
+        if self.lr <= 0 or min(self.warmup_steps, self.weight_decay, self.max_grad_norm) < 0:
+            raise ValueError(
+                "optimizer needs lr > 0, warmup_steps, weight_decay and max_grad_norm >= 0, found "
+                f"{self.lr}, {self.warmup_steps}, {self.weight_decay} and {self.max_grad_norm}"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1), found {self.betas}")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -161,7 +165,8 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
     save_every_steps: int = 0
-    """Checkpoint every so many steps; 0 = only when the run is interrupted."""
+    """Checkpoint every so many steps; 0 = only when the run is interrupted. Before the last
+    evaluation there is always one, until the student is saved."""
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     log_every_steps: int = 10
@@ -180,6 +185,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output must be given")
+        if "://" in self.output:
+            raise ValueError(
+                f"output {self.output} must be a local directory; copy or push afterwards"
+            )
         if bool(self.cache) == bool(self.mixture):
             raise ValueError("give a cache or a mixture of caches, not both, not neither")
         if self.student.config and (self.adapter.quantization or not self.adapter.merge):
@@ -196,6 +205,19 @@ class TrainConfig:
             raise ValueError("the caches of a mixture end at different times: give steps")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"give steps or epochs: steps is {self.steps}, epochs {self.epochs}")
+        if self.steps and self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than the run's "
+                f"{self.steps} steps: the learning rate would never reach lr"
+            )
+        for share in self.mixture:
+            kd = self.loss.kd_weight if share.kd_weight is None else share.kd_weight
+            ce = self.loss.ce_weight if share.ce_weight is None else share.ce_weight
+            if max(*values_of(kd), *values_of(ce)) == 0:
+                raise ValueError(
+                    f"mixture: kd_weight and ce_weight of {share.cache} are both 0: nothing would "
+                    "be learned from it; leave it out, or give it a weight"
+                )
         for name in ("batch_size", "gradient_accumulation", "log_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")

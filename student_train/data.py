@@ -54,11 +54,20 @@ def heldout_streams(
 ) -> dict[str, CacheStream]:
     """This process's share of the data to evaluate on, by name; empty if there is none.
 
-    Raises ValueError if a cache of its own has another tokenizer or vocabulary than `reader`.
+    Raises ValueError if a cache of its own has another tokenizer or vocabulary than `reader`, or is
+    trained on.
     """
     if config.eval.cache:
         urls = [config.eval.cache]
-        check_same_vocabulary(reader, CacheReader(config.eval.cache))
+        heldout = CacheReader(config.eval.cache)
+        check_same_vocabulary(reader, heldout)
+        readers = [CacheReader(share.cache) for share in config.mixture] or [reader]
+        if heldout.manifest.cache_id in [trained.manifest.cache_id for trained in readers]:
+            raise ValueError(
+                f"eval.cache {config.eval.cache} is trained on (cache id "
+                f"{heldout.manifest.cache_id}): give another, or hold out a part of it with "
+                "eval.heldout_fraction"
+            )
     elif config.eval.heldout_fraction:
         urls = [share.cache for share in config.mixture] or [config.cache]
     else:

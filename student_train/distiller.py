@@ -22,6 +22,7 @@ from student_train.losses import SparseTargets, fused_linear_divergence, sparse_
 from student_train.losses.fused import FusedLoss
 from student_train.losses.products import wide_linear
 from student_train.objective import LossConfig, LossTerms
+from student_train.packing import refuse_sight_of_later_tokens
 from student_train.student import layer_classes
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Distiller(nn.Module):
     def __init__(self, student: PreTrainedModel, loss: LossConfig, vocab_size: int) -> None:
         """`vocab_size` is the cache's shared vocabulary: the student's rows beyond it are masked.
 
-        Raises ValueError if the student has fewer rows.
+        Raises ValueError if the student has fewer rows, or sees later tokens.
         """
         super().__init__()
         self.student = student
@@ -45,6 +46,7 @@ class Distiller(nn.Module):
                 f"the student has {rows} output rows, the cache's vocabulary {vocab_size} ids; "
                 "use a student of the teacher's tokenizer"
             )
+        refuse_sight_of_later_tokens(student)
         name = type(student).__name__
         self.head: dict[str, Any] | None = None
         """Options of the fused loss for this student's head; None if its own logits are used."""

@@ -160,9 +160,13 @@ def _head(tokenizer: Any, add_bos: bool) -> list[int]:
 
 def _records(path: Path, limit: int) -> list[dict[str, str]]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"eval.generation.path {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"eval.generation.path {path} is not UTF-8, give plain JSON lines: {error}"
+        ) from error
     records: list[dict[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if limit and len(records) == limit:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from huggingface_hub import EvalResult, ModelCardData
 
 from schemas import Manifest
@@ -49,7 +50,7 @@ def model_card(config: TrainConfig, manifests: Sequence[Manifest], summary: dict
                 dataset_type="decant-cache",
                 dataset_name="held-out targets",
                 metric_type=figure,
-                metric_name=MEANINGS[figure],
+                metric_name=figure,
                 metric_value=round(value, 6),
             )
             for figure, value in figures.items()
@@ -92,7 +93,12 @@ def _truncation(manifest: Manifest) -> str:
     fields = dataclasses.asdict(manifest.truncation)
     method = fields.pop("method")
     defaults = {f.name: f.default for f in dataclasses.fields(manifest.truncation)}
-    shown = [f"{name}={value}" for name, value in fields.items() if value != defaults[name]]
+    always = {"topk": ("k",), "topk+sample": ("k",), "topp": ("p",)}.get(method, ())
+    shown = [
+        f"{name}={value}"
+        for name, value in fields.items()
+        if name in always or value != defaults[name]
+    ]
     return f"{method} {', '.join(shown)}".strip()
 
 
@@ -101,16 +107,32 @@ def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[s
         ("loss", _yaml(dataclasses.asdict(config.loss))),
         ("student", config.student.path or f"from scratch: {_yaml(config.student.config)}"),
         ("steps", f"{summary['steps']:,} ({summary['epochs']} epochs)"),
+        ("sequences per step", _step(config)),
+        ("packing", config.packing),
         ("optimizer", _yaml(dataclasses.asdict(config.optimizer))),
         ("precision", f"{config.student.dtype}, mixed precision {config.mixed_precision}"),
         ("seed", str(config.seed)),
     ]
+    if config.eval.cache:
+        rows.append(("held-out targets", f"all of `{config.eval.cache}`"))
+    elif config.eval.heldout_fraction:
+        part = f"{config.eval.heldout_fraction:g} of the sequences, never trained on"
+        rows.append(("held-out targets", part))
     if config.mixture:
         shares = ", ".join(f"{share.weight:g}" for share in config.mixture)
         rows.insert(1, ("mixture", f"weights {shares}"))
     if config.adapter.r:
         rows.insert(2, ("adapter", _yaml(dataclasses.asdict(config.adapter))))
     return rows
+
+
+def _step(config: TrainConfig) -> str:
+    sizes = f"batch size {config.batch_size} x accumulation {config.gradient_accumulation}"
+    if not PartialState._shared_state:  # outside of a run the number of processes is not known
+        return f"{sizes}, per process"
+    count = PartialState().num_processes
+    total = config.batch_size * config.gradient_accumulation * count
+    return f"{total}: {sizes} x processes {count}"
 
 
 def _yaml(value: dict[str, Any]) -> str:

@@ -8,7 +8,10 @@ across steps: the same sequences go into a step whatever `packing` is.
 Shapes: B sequences, R rows, L length of a row, N targets.
 """
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from transformers import PreTrainedModel
 
 from student_train.batch import Batch, PackedTargets
 from student_train.head import attention_of, probing
+
+log = logging.getLogger(__name__)
 
 BY_POSITION = ("input_ids", "attention_mask")
 """Tensors of a padded batch whose second axis are positions."""
@@ -199,6 +204,52 @@ def packing_refused(student: PreTrainedModel, packing: str) -> ValueError | None
     num_rows = 2 if packing == "rows" else 1
     rows = tokens.expand(num_rows, -1)
     positions = torch.cat([counts, counts[:second]]).expand(num_rows, -1)
+    try:
+        with probing(student), _embedding(student) as embedded:
+            packed = student.base_model(input_ids=rows, position_ids=positions, use_cache=False)[0]
+            seen = packed[:, first:].float()
+            ramp = torch.linspace(-1, 1, seen[0].numel(), device=device).view_as(seen[0])
+            (slope,) = torch.autograd.grad((seen * ramp).sum(), embedded[-1])
+            alone = student.base_model(input_ids=tokens[None, first:], use_cache=False)[0]
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        return _refusal(student, packing, f"it refuses position ids: {error}")
+    if not slope[:, first:].isfinite().all():
+        return None  # a broken student is for the loss to find
+    if slope[:, :first].any() or not slope[:, first:].any():
+        return _refusal(student, packing, "a sequence sees the one before it in its row")
+    if (seen - alone.float()).norm() > POSITION_TOLERANCE * seen.norm():
+        return _refusal(student, packing, "a sequence comes out otherwise than alone")
+    return None
+
+
+def refuse_sight_of_later_tokens(student: PreTrainedModel) -> None:
+    """Raise ValueError if what comes out at a place has a gradient at a later one.
+
+    An encoder would be trained to copy the very token it is asked for. A student that cannot be
+    asked, or puts out no numbers, is for the loss to find.
+    """
+    device = student.get_input_embeddings().weight.device
+    first, second = PROBED_LENGTHS
+    tokens = torch.arange(1, first + second + 1, device=device).unsqueeze(0)
+    tokens %= student.config.get_text_config().vocab_size
+    try:
+        with probing(student), _embedding(student) as embedded:
+            seen = student.base_model(input_ids=tokens, use_cache=False)[0][:, :first].float()
+            ramp = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen)
+            (slope,) = torch.autograd.grad((seen * ramp).sum(), embedded[-1])
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        log.info("student %s: not asked whether it is causal: %s", type(student).__name__, error)
+        return
+    if slope.isfinite().all() and slope[:, first:].any():
+        raise ValueError(
+            f"the student sees later tokens: {type(student).__name__} is no causal language model "
+            "as configured; for BERT-like models set is_decoder: true"
+        )
+
+
+@contextlib.contextmanager
+def _embedding(student: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """What the input embedding puts out, call by call, as leaves that take gradients."""
     embedded: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -207,23 +258,10 @@ def packing_refused(student: PreTrainedModel, packing: str) -> ValueError | None
 
     hook = student.get_input_embeddings().register_forward_hook(keep)
     try:
-        with probing(student), torch.enable_grad():
-            packed = student.base_model(input_ids=rows, position_ids=positions, use_cache=False)[0]
-            seen = packed[:, first:].float()
-            ramp = torch.linspace(-1, 1, seen[0].numel(), device=device).view_as(seen[0])
-            (slope,) = torch.autograd.grad((seen * ramp).sum(), embedded[-1])
-            alone = student.base_model(input_ids=tokens[None, first:], use_cache=False)[0]
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        return _refusal(student, packing, f"it refuses position ids: {error}")
+        with torch.enable_grad():
+            yield embedded
     finally:
         hook.remove()
-    if not slope[:, first:].isfinite().all():
-        return None  # a broken student is for the loss to find
-    if slope[:, :first].any() or not slope[:, first:].any():
-        return _refusal(student, packing, "a sequence sees the one before it in its row")
-    if (seen - alone.float()).norm() > POSITION_TOLERANCE * seen.norm():
-        return _refusal(student, packing, "a sequence comes out otherwise than alone")
-    return None
 
 
 def _refusal(student: PreTrainedModel, packing: str, reason: str) -> ValueError:

@@ -12,6 +12,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 PLOT = "metrics.png"
+SCHEDULES = "schedules of the loss"
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("training loss, nats per target", ("loss", "kd", "ce")),
     (
@@ -25,9 +26,11 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ROUGE", ("rouge1", "rouge2", "rougeL")),
     ("learning rate", ("lr",)),
     ("gradient norm", ("grad_norm",)),
-    ("schedules of the loss", ("kd_weight", "ce_weight", "temperature", "mu")),
+    (SCHEDULES, ()),
     ("targets per second", ("targets_per_s",)),
 )
+NO_PANEL = ("step", "epoch", "tokens_per_s", "data_wait_share")
+"""What else a logged line holds: the rest of it are the loss's scheduled numbers, as configured."""
 SMOOTHED = ("loss", "kd", "ce", "grad_norm")
 
 
@@ -43,10 +46,18 @@ def draw(metrics: Path, target: Path) -> bool:
         log.info("no %s: matplotlib is not installed (pip install '.[plots]')", target.name)
         return False
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    named = {name for _, names in PANELS for name in names} | set(NO_PANEL)
+    others = {name: None for line in lines if "lr" in line for name in line if name not in named}
     panels = [
         (title, present)
         for title, names in PANELS
-        if (present := [name for name in names if any(name in line for line in lines)])
+        if (
+            present := [
+                name
+                for name in (others if title == SCHEDULES else names)
+                if any(name in line for line in lines)
+            ]
+        )
     ]
     if not panels:
         return False
@@ -61,7 +72,7 @@ def draw(metrics: Path, target: Path) -> bool:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 or title == SCHEDULES:
             axes.legend(fontsize=8)
     temporary = target.with_name(f".{target.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")

@@ -17,6 +17,7 @@ from schemas import Manifest
 from storage import Store
 from student_train.adapters import attach, checkpoint_adapter_only, load_options
 from student_train.checkpoint import (
+    CHECKPOINTS,
     Checkpoints,
     batch_record,
     config_record,
@@ -86,7 +87,8 @@ def check_output(config: TrainConfig) -> None:
         raise ValueError(
             f"output {output} would replace student.path {config.student.path}: choose another"
         )
-    if student.exists() and not any((output / name).exists() for name in (METRICS, SUMMARY)):
+    ours = any((output / name).exists() for name in (METRICS, SUMMARY, CHECKPOINTS))
+    if student.exists() and not ours:
         raise ValueError(
             f"{student} was not written by a training, and would be replaced: choose another output"
         )
@@ -149,7 +151,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     model, optimizer = accelerator.prepare(model, adamw(model, config.optimizer))
 
     checkpoints = Checkpoints(
-        Path(config.output) / "checkpoints",
+        Path(config.output) / CHECKPOINTS,
         config_record(config),
         batch_record(config, accelerator.num_processes),
         accelerator,

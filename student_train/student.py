@@ -1,15 +1,29 @@
 """Load or make the student and its tokenizer, and check that both fit the cache."""
 
+import difflib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from schemas import check_same_tokenizer
 from storage import CacheReader, Store, paths
 from student_train.config import StudentConfig
+
+OLDER_NAMES = (
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
+    *("rotary_pct", "rotary_emb_base"),
+)
+"""What transformers takes besides a configuration's fields: it makes rope_parameters of them."""
 
 
 def load_tokenizer(reader: CacheReader) -> Any | None:
@@ -39,11 +53,15 @@ def load_student(
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
+        if Path(config.path, "adapter_config.json").exists():
+            raise ValueError(
+                f"student.path {config.path} holds an adapter alone: merge it into its base first"
+            )
         try:
             student = AutoModelForCausalLM.from_pretrained(
                 config.path, dtype=dtype, **attention, **options
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, StrictDataclassError) as error:
             raise ValueError(f"student.path {config.path} cannot be loaded: {error}") from error
         if tokenizer is not None:
             try:
@@ -62,11 +80,25 @@ def load_student(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
     try:
+        _refuse_unknown(config.config, AutoConfig.for_model(model_type))
         settings = AutoConfig.for_model(model_type, **fields)
         student = AutoModelForCausalLM.from_config(settings, dtype=dtype, **attention)
-    except (ValueError, TypeError, ImportError) as error:
+    except (
+        *(ValueError, TypeError, ImportError),
+        *(StrictDataclassError, ArithmeticError, RuntimeError),  # transformers' and torch's checks
+    ) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def _refuse_unknown(fields: dict[str, Any], defaults: PreTrainedConfig) -> None:
+    """Raise ValueError for names that the configuration would keep without any effect."""
+    known = {*defaults.to_dict(), *defaults.attribute_map}
+    for name in fields:
+        if name not in known and name not in OLDER_NAMES and not hasattr(defaults, name):
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{type(defaults).__name__} has no field {name!r}{meant}")
 
 
 def compile_layers(student: PreTrainedModel) -> None:

@@ -103,8 +103,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "batches": batch_record(config, accelerator.num_processes),
             }
             save_summary({**summary, **records}, output)
-            if not config.save_every_steps:
-                run.checkpoints.remove()
+            run.checkpoints.remove(summary["steps"])
         if best:
             best.remove()
         accelerator.end_training()

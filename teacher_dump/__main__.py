@@ -180,8 +180,12 @@ def main(arguments: list[str]) -> int:
 
     worker = Worker(values["worker_index"], values["num_workers"])
     manifest = dump(config, worker, _ray(values), retry_rejected=values["retry_rejected"])
-    state = "" if manifest.is_final else ", not all of them committed yet"
-    print(f"{config.output}: {manifest.num_targets} targets in {manifest.num_shards} shards{state}")
+    targets, state = manifest.num_targets, ", not all of them committed yet"
+    if manifest.totals is not None:
+        targets, state = manifest.totals.targets, ""
+        if manifest.totals.rejected:
+            state = f", {manifest.totals.rejected} sequences rejected"
+    print(f"{config.output}: {targets} targets in {manifest.num_shards} shards{state}")
     return cli.DONE
 
 

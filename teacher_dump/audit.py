@@ -20,7 +20,7 @@ from schemas.arrow import log_tail_column, log_z_column
 from storage import CacheReader
 from storage.codec import logprob_bound
 from teacher_dump.engines import TeacherConfig, open_engine
-from teacher_dump.engines.base import DTYPES, QUANTIZATIONS
+from teacher_dump.engines.base import DTYPES, QUANTIZATIONS, SequenceError
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
@@ -74,8 +74,8 @@ class Finding:
     """What a disagreement looks like, or a remark."""
 
     kind: str
-    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, or the name of a quantity;
-    of notes: precision, files, unknown, incomplete."""
+    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, unscored, or the name of a
+    quantity; of notes: precision, files, unknown, incomplete."""
     text: str
 
 
@@ -131,6 +131,8 @@ def audit(
     """
     if sample < 1:
         raise ValueError(f"sample must be at least 1, found {sample}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, found {seed}")
     reader = CacheReader(url, allow_incomplete=True)
     manifest = reader.manifest
     if not len(reader):
@@ -151,7 +153,8 @@ def audit(
         raise ValueError(f"{url}: none of {len(chosen)} sequences chosen at random has a target")
     quantities: list[Quantity] = []
     if teacher.info.vocab_size >= manifest.shared_vocab_size:
-        live, alone = _score(config, teacher, manifest, cached, progress)
+        cached, live, alone, failed = _score(config, teacher, manifest, cached, progress)
+        findings += failed
         control = [_apart(c, a, b, manifest) for c, a, b in zip(cached, live, alone, strict=True)]
         tolerances = _tolerances(control)
         quantities = _quantities(manifest, cached, live, tolerances)
@@ -208,10 +211,12 @@ def _score(
     cached: list[ScoredSequence],
     progress: Callable[[int, int], None] | None = None,
     temperatures: tuple[float, ...] = (),
-) -> tuple[list[ScoredSequence], list[ScoredSequence]]:
-    """The live scores of the sample in common batches and, if there is `progress`, one by one.
+) -> tuple[list[ScoredSequence], list[ScoredSequence], list[ScoredSequence], list[Finding]]:
+    """What of the sample the teacher can score, its scores, and a finding for each of the others.
 
-    Neighbours of the targets are scored too, so that a shift can be recognised.
+    The live scores are in common batches and, if there is `progress`, one by one too. Neighbours
+    of the targets are scored as well, so that a shift can be recognised. Raises EngineError if
+    the teacher can score none.
     """
     engine = open_engine(
         config,
@@ -232,18 +237,28 @@ def _score(
         inputs.append(TokenSequence(s.sample_id, s.input_ids, near))
     together: list[ScoredSequence] = []
     alone: list[ScoredSequence] = []
+    failed: list[Finding] = []
+    cached = list(cached)
     try:
-        for live in engine.score(inputs, 0):
-            together.append(live)
-            if progress:
-                progress(len(together), 2 * len(inputs))
+        while (done := len(together)) < len(inputs):
+            try:
+                for live in engine.score(inputs[done:], done):
+                    together.append(live)
+                    if progress:
+                        progress(len(together), 2 * len(inputs))
+            except SequenceError as error:
+                bad = done + error.index
+                failed.append(Finding(kind="unscored", text=str(error)))
+                if len(inputs) == 1:
+                    raise
+                del inputs[bad], cached[bad]
         for index, sequence in enumerate(inputs if progress else []):
             alone += engine.score([sequence], index)
             if progress:
                 progress(len(inputs) + len(alone), 2 * len(inputs))
     finally:
         engine.close()
-    return together, alone
+    return cached, together, alone, failed
 
 
 def _rows(
@@ -632,7 +647,7 @@ def _mislabelled(
     """Which temperature a stored log Z, which grows with it, belongs to."""
     some = cached[:8]
     ladder = tuple(float(t) for t in np.geomspace(temperature / 4, temperature * 4, 25) if t > 0.01)
-    live, _ = _score(config, teacher, manifest, some, temperatures=(1.0, *ladder))
+    some, live, _, _ = _score(config, teacher, manifest, some, temperatures=(1.0, *ladder))
     column = manifest.temperatures.index(temperature)
     found = []
     for old, new in zip(some, live, strict=True):
@@ -664,7 +679,9 @@ def _precision(
     for dtype in ("float32", "bfloat16"):
         if dtype not in runs:
             other = dataclasses.replace(config, dtype=dtype)
-            runs[dtype], _ = _score(other, teacher, manifest, cached)
+            scored, runs[dtype], *_ = _score(other, teacher, manifest, cached)
+            if len(scored) < len(cached):  # half precision overflows on some
+                return []
     one, other_run = runs["float32"], runs["bfloat16"]
     control = [_apart(c, a, b, manifest) for c, a, b in zip(cached, one, other_run, strict=True)]
     tolerances = _tolerances(control)

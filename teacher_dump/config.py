@@ -10,6 +10,8 @@ from teacher_dump.sources import SourceConfig
 
 LOWEST_TEMPERATURE = 0.01
 """Float32 log probs divided by less keep too few digits for the masses to sum to 1."""
+HIGHEST_TEMPERATURE = 1e4
+"""Every distribution is uniform long before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +48,10 @@ class DumpConfig:
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"max_rejected is {self.max_rejected}, must lie in [0, 1]")
         check_temperatures(tuple(self.temperatures))
-        if min(self.temperatures) < LOWEST_TEMPERATURE:
+        low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
+        if not all(low <= temperature <= high for temperature in self.temperatures):
             raise ValueError(
-                f"temperatures must be at least {LOWEST_TEMPERATURE}, found {self.temperatures}"
+                f"temperatures must lie in [{low:g}, {high:g}], found {self.temperatures}"
             )
 
 

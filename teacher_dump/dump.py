@@ -81,14 +81,20 @@ def dump(
             len(missing),
             f" by worker {worker.index} of {worker.count}" if worker.count > 1 else "",
         )
-        if missing and ray is not None:
-            fill_with_ray(config, teacher, writer, missing, ray)
-        elif missing:
-            engine = open_teacher(config, teacher)
-            try:
-                _fill(writer, engine, missing, worker, config.max_rejected)
-            finally:
-                engine.close()
+        try:
+            if missing and ray is not None:
+                fill_with_ray(config, teacher, writer, missing, ray, retry_rejected=retry_rejected)
+            elif missing:
+                engine = open_teacher(config, teacher)
+                try:
+                    _fill(writer, engine, missing, worker, config.max_rejected, retry_rejected)
+                finally:
+                    engine.close()
+        except BaseException:
+            with _alone(store, worker):
+                if writer.manifest.is_final and not writer.missing():  # some may be replaced
+                    writer.finalize(keep_inputs=worker.count > 1)
+            raise
         with _alone(store, worker):
             left = writer.missing()
             if left and worker.count > 1:
@@ -99,7 +105,8 @@ def dump(
                     writer.manifest.num_shards,
                 )
                 return writer.manifest
-            manifest = writer.finalize()
+            # Of shards that are scored again, none is missing while others still need the inputs.
+            manifest = writer.finalize(keep_inputs=retry_rejected and worker.count > 1)
         assert manifest.totals is not None
         log.info(
             "%s is complete: %d targets, %.1f MB, %.1f bytes per target%s",
@@ -152,6 +159,7 @@ def _fill(
     missing: list[ShardPlan],
     worker: Worker,
     max_rejected: float,
+    retry_rejected: bool,
 ) -> None:
     """Fill the missing shards one after another, with a bar over all that this worker has."""
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
@@ -176,7 +184,12 @@ def _fill(
             )
 
         for filled in fill_shards(
-            writer, engine, missing, max_rejected=max_rejected, progress=done
+            writer,
+            engine,
+            missing,
+            max_rejected=max_rejected,
+            retry_rejected=retry_rejected,
+            progress=done,
         ):
             written_bytes += filled.bytes
             log.info(

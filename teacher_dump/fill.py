@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from schemas import ScoredSequence, ShardPlan
 from storage import CacheWriter, paths
+from storage.writer import read_record
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import Engine, open_engine
 from teacher_dump.inputs import read_inputs
@@ -55,23 +56,39 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
     )
 
 
+def is_done(writer: CacheWriter, shard: int, *, retry_rejected: bool = False) -> bool:
+    """Whether a shard has a commit record, with `retry_rejected` one without rejected sequences."""
+    if not writer.store.exists(paths.record(shard)):
+        return False
+    return not (retry_rejected and read_record(writer.store, writer.manifest, shard).rejected)
+
+
 def fill_shard(
     writer: CacheWriter,
     engine: Engine,
     plan: ShardPlan,
     *,
     max_rejected: float,
+    retry_rejected: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Filled | None:
     """Score one shard and commit it; None if another process has it or has committed it.
 
     `progress` is called for each sequence with the targets that are through. The shard's inputs
     must lie in the cache (`inputs.restore_inputs`). Several processes may be given the same shard:
-    one fills it. Raises TooManyRejected where the teacher cannot score more than `max_rejected` of
-    the sequences; that or whatever else the engine or the disk raises leaves the shard as if it had
-    not been begun.
+    one fills it. With `retry_rejected`, a committed shard that has rejected sequences is scored
+    again and valid until it is replaced. Raises TooManyRejected where the teacher cannot score more
+    than `max_rejected` of the sequences; that or whatever else the engine or the disk raises leaves
+    the shard as if it had not been begun.
     """
-    for filled in fill_shards(writer, engine, [plan], max_rejected=max_rejected, progress=progress):
+    for filled in fill_shards(
+        writer,
+        engine,
+        [plan],
+        max_rejected=max_rejected,
+        retry_rejected=retry_rejected,
+        progress=progress,
+    ):
         return filled
     return None
 
@@ -82,6 +99,7 @@ def fill_shards(
     plans: Iterable[ShardPlan],
     *,
     max_rejected: float,
+    retry_rejected: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Filled]:
     """`fill_shard` over many, scoring one while the one before is still being committed.
@@ -96,7 +114,7 @@ def fill_shards(
         for plan in plans:
             with contextlib.ExitStack() as claim:
                 ours = claim.enter_context(writer.store.claim(paths.inputs(plan.shard)))
-                if not ours or writer.store.exists(paths.record(plan.shard)):
+                if not ours or is_done(writer, plan.shard, retry_rejected=retry_rejected):
                     count = writer.manifest.num_shards
                     log.info("shard %d of %d is another process's", plan.shard + 1, count)
                     continue
@@ -106,7 +124,7 @@ def fill_shards(
                 held = claim.pop_all()
             waiting = _Waiting()
             try:
-                writing = threads.submit(_write, held, writer, plan, waiting)
+                writing = threads.submit(_write, held, writer, plan, waiting, retry_rejected)
                 for result in isolator.score(inputs, plan.first_sequence):
                     if not waiting.put(result, _num_bytes(result)):
                         writing.result()  # raises what ended it
@@ -181,12 +199,16 @@ class _Waiting:
 
 
 def _write(
-    claim: contextlib.ExitStack, writer: CacheWriter, plan: ShardPlan, waiting: _Waiting
+    claim: contextlib.ExitStack,
+    writer: CacheWriter,
+    plan: ShardPlan,
+    waiting: _Waiting,
+    replace: bool,
 ) -> Filled:
     """Write a shard as its sequences arrive, and commit it."""
     rejected = 0
     try:
-        with claim, writer.shard(plan.shard) as shard:
+        with claim, writer.shard(plan.shard, replace=replace) as shard:
             for result in waiting:
                 if isinstance(result, Rejection):
                     rejected += 1

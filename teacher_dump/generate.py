@@ -90,6 +90,19 @@ def refuse_generation(config: DumpConfig, teacher: Teacher) -> None:
         raise ValueError("source.generate keeps text, so it needs a tokenizer: teacher.tokenizer")
     if config.sequences.packing != "none":
         raise ValueError("source.generate answers one prompt at a time: set packing to none")
+    if Store(config.output).exists(paths.MANIFEST):  # older ones may have been started so
+        return
+    for option, value, why in (
+        ("overlong", "split", "a prompt is answered whole or left out"),
+        ("add_eos", False, "a response ends with the end token that was drawn, if any"),
+        ("empty", "drop", "an empty prompt is an error"),
+    ):
+        if getattr(config.sequences, option) == value:
+            shown = str(value).lower()
+            raise ValueError(
+                f"sequences.{option}: {shown} has no effect with source.generate, where {why}: "
+                "leave it out"
+            )
 
 
 def describe_generation(
@@ -178,7 +191,9 @@ def questions(
             number += 1
 
 
-def prompts_for(config: DumpConfig, number: int, token_ids: NDArray[np.int32]) -> list[Prompt]:
+def prompts_for(
+    config: DumpConfig, number: int, token_ids: NDArray[np.int32], sample_id: str = ""
+) -> list[Prompt]:
     """The `n` responses to ask of the prompt of this number, which has room for them."""
     generate = config.source.generate
     return [
@@ -186,6 +201,7 @@ def prompts_for(config: DumpConfig, number: int, token_ids: NDArray[np.int32]) -
             token_ids=token_ids,
             max_new_tokens=_room(config, len(token_ids)),
             seed=_seed(generate.seed, number, index),
+            name=f"sample {sample_id}" if sample_id else f"prompt {number} (from 0) of the source",
         )
         for index in range(generate.n)
     ]
@@ -261,8 +277,6 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
     if not missing:
         return
     log.info("%d prompts, %d of %d parts to sample", total, len(missing), num_parts)
-    if not there:
-        store.publish_json(paths.GENERATION, {"fingerprint": fingerprint})
     generator = open_sampler(config, teacher)
     try:
         with tqdm(desc="generate", total=total, unit=" prompts", disable=None) as bar:
@@ -270,7 +284,11 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
             for part in range(num_parts):
                 chunk = list(itertools.islice(asked, size))
                 if part in missing:
-                    _publish(store, part, answer(config, teacher, generator, chunk))
+                    rows = answer(config, teacher, generator, chunk)
+                    if not there:  # a failure before leaves no trace
+                        store.publish_json(paths.GENERATION, {"fingerprint": fingerprint})
+                        there.add(paths.generated(part))
+                    _publish(store, part, rows)
                 bar.update(len(chunk))
     finally:
         generator.close()
@@ -280,7 +298,11 @@ def answer(
     config: DumpConfig, teacher: Teacher, generator: Generator, asked: Sequence[Question]
 ) -> list[dict[str, Any]]:
     """The rows of one part."""
-    wanted = [(q, prompt) for q in asked for prompt in prompts_for(config, q.number, q.token_ids)]
+    wanted = [
+        (q, prompt)
+        for q in asked
+        for prompt in prompts_for(config, q.number, q.token_ids, q.record.sample_id)
+    ]
     responses = generator.generate([prompt for _, prompt in wanted])
     n = config.source.generate.n
     return [

@@ -59,8 +59,8 @@ class Isolator:
 
         A SequenceError rejects that sequence. After any other exception what is left is scored in
         halves, again and again, until one sequence fails alone. It is rejected if the engine can
-        still score another. Raises TooManyRejected beyond `max_rejected`, and what the engine
-        raised if it scores nothing any more.
+        still score another. Raises TooManyRejected beyond `max_rejected`, EngineError
+        if the engine has scored nothing, and what it raised if it scores nothing any more.
         """
         allowed = allowed_rejections(len(sequences), self._max_rejected)
         rejected: list[Rejection] = []
@@ -137,7 +137,11 @@ class Isolator:
         """Stop the dump."""
         error = rejected[-1].error
         if not self._good and not isinstance(error, SequenceError):
-            raise error
+            if isinstance(error, EngineError):
+                raise error
+            raise EngineError(
+                f"the teacher scores nothing: {type(error).__name__}: {error}"
+            ) from error
         what = f"sample {rejected[-1].sequence.sample_id} cannot be scored: {rejected[-1].reason}"
         if not allowed:
             what += " (max_rejected: 0 stops at the first such sample)"

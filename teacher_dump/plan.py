@@ -25,9 +25,9 @@ from teacher_dump.engines import Engine, EngineError
 from teacher_dump.fill import open_teacher
 from teacher_dump.generate import open_sampler, prompts_for, questions
 from teacher_dump.inputs import sharded
-from teacher_dump.isolate import Isolator, Rejection
+from teacher_dump.isolate import Isolator, Rejection, allowed_rejections
 from teacher_dump.ladder import AtK, cut_ladder, reference_truncation, shard_bytes
-from teacher_dump.prepare import refuse_misfits
+from teacher_dump.prepare import refuse_foreign, refuse_misfits
 from teacher_dump.records import SourceError
 from teacher_dump.sequences import SequenceCounts, TokenSequence
 from teacher_dump.sources import iter_records, source_names
@@ -95,6 +95,7 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
         raise ValueError(f"sample must be at least 1, found {sample}")
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
+    refuse_foreign(config)
     counts = SequenceCounts()
     generate_hours = None
     if config.source.generate.n:
@@ -148,7 +149,15 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
         ),
         disk_free=free,
         warnings=tuple(
-            _warnings(config, counts, num_bytes, free, rejected=len(sequences) - len(kept))
+            _warnings(
+                config,
+                counts,
+                num_bytes,
+                free,
+                rejected=len(sequences) - len(kept),
+                sample=len(sequences),
+                shards=shards,
+            )
         ),
     )
 
@@ -369,7 +378,13 @@ def _disk_free(output: str) -> int | None:
 
 
 def _warnings(
-    config: DumpConfig, counts: SequenceCounts, num_bytes: int, free: int | None, rejected: int
+    config: DumpConfig,
+    counts: SequenceCounts,
+    num_bytes: int,
+    free: int | None,
+    rejected: int,
+    sample: int,
+    shards: int,
 ) -> list[str]:
     found = []
     if config.sequences.overlong == "error" and counts.truncated_records:
@@ -388,6 +403,12 @@ def _warnings(
             f"the teacher cannot score {rejected} of the sample's sequences: the dump leaves such "
             f"out and lists them, up to a share of max_rejected={config.max_rejected:g} per shard"
         )
+        per_shard = counts.sequences / shards
+        if rejected / sample * per_shard > allowed_rejections(int(per_shard), config.max_rejected):
+            found.append(
+                f"{rejected} of {sample} is more than max_rejected allows: at that rate the dump "
+                "will stop; raise it, or mend the records"
+            )
     need = num_bytes + INPUT_BYTES * counts.tokens
     if free is not None and need > free:
         found.append(

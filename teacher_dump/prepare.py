@@ -54,6 +54,11 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
     refuse_generation(config, teacher)
     store = Store(config.output)
     draws_alone = config.truncation.method == "sample" and not store.exists(paths.MANIFEST)
+    if draws_alone and config.precision != DumpConfig.__dataclass_fields__["precision"].default:
+        raise ValueError(
+            f"precision: {config.precision} has no effect with truncation.method sample, which "
+            "stores no log probs: leave it out"
+        )
     if draws_alone and tuple(config.temperatures) != (1,):  # those of older versions have more
         raise ValueError(
             "truncation.method sample draws at temperature 1 and stores no log probs: temperatures "
@@ -111,12 +116,7 @@ def open_or_create(
         if not all(store.exists(file) for file in files):
             save_tokenizer(store, teacher.tokenizer)
         return writer
-    foreign = _foreign(store, sampling=config.source.generate.n > 0)
-    if foreign:
-        raise FileExistsError(
-            f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
-            "choose another output"
-        )
+    refuse_foreign(config)
     _clear(store)
     try:
         return _create(config, store, teacher, source, progress)
@@ -163,6 +163,19 @@ def _create(
     return CacheWriter.create(config.output, draft, plan)
 
 
+def refuse_foreign(config: DumpConfig) -> None:
+    """Raise FileExistsError if the output holds something that is no cache, nor a started one."""
+    store = Store(config.output)
+    if store.exists(paths.MANIFEST):
+        return
+    foreign = _foreign(store, sampling=config.source.generate.n > 0)
+    if foreign:
+        raise FileExistsError(
+            f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
+            "choose another output"
+        )
+
+
 def _foreign(store: Store, sampling: bool) -> list[str]:
     """What lies in the output that no start of a dump can have left there."""
     top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
@@ -199,32 +212,30 @@ def missing_shards(
 ) -> list[ShardPlan]:
     """The shards to score: those without a commit record, or whose file is gone or cut short.
 
-    With `retry_rejected`, those with rejected sequences too. Of a shard that is to be scored again
-    the record is removed first, so that no state in between says it is whole; shards that are not
-    `mine` are left to the worker whose they are.
+    Of a damaged shard the record is removed first, so that no state in between says it is whole;
+    shards that are not `mine` are left to the worker whose they are. With `retry_rejected`, those
+    with rejected sequences too, which stay as they are until they are replaced.
     """
     store = writer.store
-    whole = set()
+    whole, retried = set(), set()
     sizes = store.sizes(paths.SHARDS)
     try:
         for record in writer.committed():
             name = paths.shard(record.shard)
             size = sizes.get(PurePath(name).name, -1)
-            retried = retry_rejected and bool(record.rejected)
-            if (size == record.bytes and not retried) or not mine(record.shard):
+            if size == record.bytes or not mine(record.shard):
                 whole.add(record.shard)
+                if retry_rejected and record.rejected:
+                    retried.add(record.shard)
                 continue
-            if size == record.bytes:
-                found = f"has {len(record.rejected)} rejected sequences"
-            else:
-                found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
+            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
             log.warning("%s %s: scoring it again", store.path(name), found)
             store.remove(paths.record(record.shard))
     except FormatError as error:
         raise FormatError(
             f"{error}; delete it, and the same command scores its shard again"
         ) from error
-    return [s for s in writer.plan if s.shard not in whole and mine(s.shard)]
+    return [s for s in writer.plan if s.shard not in whole - retried and mine(s.shard)]
 
 
 def is_sealed(writer: CacheWriter) -> bool:

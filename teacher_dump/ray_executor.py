@@ -24,7 +24,7 @@ from schemas import ShardPlan
 from storage import CacheWriter, paths
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import Engine, EngineError
-from teacher_dump.fill import fill_shard, open_teacher
+from teacher_dump.fill import fill_shard, is_done, open_teacher
 from teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,11 @@ class RayConfig:
 class ShardActor:
     """A loaded teacher on some node; lives in a worker process of Ray."""
 
-    def __init__(self, config: DumpConfig, cache_id: str) -> None:
+    def __init__(self, config: DumpConfig, cache_id: str, retry_rejected: bool) -> None:
         """Nothing can fail here, so that what does fail is told as any other error."""
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         self._config, self._cache_id = config, cache_id
+        self._retry_rejected = retry_rejected
         self._scored = 0
         self._loaded: tuple[CacheWriter, Engine] | None = None
 
@@ -119,11 +120,12 @@ class ShardActor:
                     engine,
                     writer.plan[shard],
                     max_rejected=self._config.max_rejected,
+                    retry_rejected=self._retry_rejected,
                     progress=self._count,
                 )
                 if filled is not None:
                     return filled.bytes, filled.rejected
-                if writer.store.exists(paths.record(shard)):
+                if is_done(writer, shard, retry_rejected=self._retry_rejected):
                     return 0, 0
                 if time.monotonic() > give_up:
                     raise RuntimeError(
@@ -171,6 +173,8 @@ def fill_with_ray(
     writer: CacheWriter,
     missing: list[ShardPlan],
     options: RayConfig,
+    *,
+    retry_rejected: bool = False,
 ) -> None:
     """Have all missing shards of the cache filled by actors.
 
@@ -191,7 +195,8 @@ def fill_with_ray(
             disable=None,
         ) as bar,
     ):
-        pool = _Pool(ray, _shipped(config, teacher, writer), writer.manifest.cache_id, options)
+        arguments = (_shipped(config, teacher, writer), writer.manifest.cache_id, retry_rejected)
+        pool = _Pool(ray, arguments, options)
         try:
             _fill(ray, pool, writer.manifest.num_shards, missing, options.max_task_retries, bar)
         finally:
@@ -317,9 +322,11 @@ class _Actor:
 class _Pool:
     """As many actors as the cluster fits, or were asked for."""
 
-    def __init__(self, ray: Any, config: DumpConfig, cache_id: str, options: RayConfig) -> None:
+    def __init__(
+        self, ray: Any, arguments: tuple[DumpConfig, str, bool], options: RayConfig
+    ) -> None:
         self._ray, self._options = ray, options
-        self._arguments = (config, cache_id)
+        self._arguments = arguments
         self._actors: list[_Actor] = []
         self._looked = -GROW_S
         num_gpus = options.num_gpus

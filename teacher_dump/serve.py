@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,6 +50,7 @@ def serve(config: ServeConfig) -> None:
     key = key_from(config.api_key_env, "api_key_env")
     if not key and config.host not in LOOPBACK:
         log.warning("no api_key_env: whoever reaches %s:%d can use it", config.host, config.port)
+    _probe(config.host, config.port)
     teacher = hash_weights(describe_teacher(config.teacher), progress=log.info)
     if config.teacher.engine == "vllm":
         from teacher_dump.engines.vllm_server import become_server
@@ -69,6 +71,21 @@ def serve(config: ServeConfig) -> None:
         asyncio.run(_listen(service, config.host, config.port, key))
     finally:
         backend.close()
+
+
+def _probe(host: str, port: int) -> None:
+    """Raise ValueError if nothing can listen there, before minutes go into hashing and loading."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; set host or port"
+        ) from error
 
 
 def card_of(config: ServeConfig, teacher: Teacher) -> TeacherCard:

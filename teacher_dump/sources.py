@@ -63,8 +63,8 @@ class GenerateConfig:
         for name, least in (("n", 0), ("max_new_tokens", 1), ("part_prompts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}: expected 0 or more")
+        if self.temperature != 0 and not 1e-4 <= self.temperature <= 1e4:
+            raise ValueError(f"temperature is {self.temperature}: expected 0, or 1e-4 to 1e4")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a mass in (0, 1]")
         if not 0 <= self.seed < 2**63:

@@ -236,6 +236,15 @@ def test_a_quantised_base_trains_and_merges_to_what_was_trained(
     )
 
 
+@pytest.mark.parametrize(("layer", "name"), [("lm_head", "head"), ("wte", "input embedding")])
+def test_a_merge_into_tied_weights_is_refused(layer: str, name: str) -> None:
+    """It would change head and embedding, of which the adapter was trained on one."""
+    adapter = AdapterConfig(r=2, target_modules=["c_attn", layer])
+    with pytest.raises(ValueError, match=f"the {name} is tied to .* a merge would change both"):
+        attach(models.build_model("gpt2"), adapter)
+    attach(models.build_model("gpt2"), dataclasses.replace(adapter, merge=False))
+
+
 def test_adapters_that_cannot_be_are_refused(cache: Path, base_path: Path, tmp_path: Path) -> None:
     """Keys without effect, layers that are not there, a base that nothing names."""
     with pytest.raises(ValueError, match="no effect without r"):
@@ -246,6 +255,14 @@ def test_adapters_that_cannot_be_are_refused(cache: Path, base_path: Path, tmp_p
     with pytest.raises(ValueError, match=r"adapter.target_modules \['query'\]"):
         train(config(cache, base_path, tmp_path / "run", adapter=nowhere))
     fresh = StudentConfig(config={"model_type": "llama"})
+    run = config(
+        cache,
+        base_path,
+        tmp_path / "run",
+        adapter=AdapterConfig(r=2, target_modules=["q_proj", "query"]),
+    )
+    with pytest.raises(ValueError, match="no layer 'query' to adapt"):
+        train(run)
     with pytest.raises(ValueError, match="give student"):
         config(
             cache,

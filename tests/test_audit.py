@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from schemas import Manifest, ScoredSequence, Truncation
 from storage import CacheReader, CacheWriter
-from teacher_dump import DumpConfig, TeacherConfig, dump
+from teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
 from teacher_dump.audit import AuditReport, audit, report_text
 from tests import models
 from tests.commands import command
@@ -49,7 +51,7 @@ def dumped(dump_config: DumpConfig, tmp_path: Path) -> Callable[..., Path]:
     def run(name: str = "cache", **changes: Any) -> Path:
         path = tmp_path / name
         if changes.get("truncation", TRUNCATIONS["topk"]).method == "sample":
-            changes["temperatures"] = [1.0]
+            changes |= {"temperatures": [1.0], "precision": "compact"}
         dump(dataclasses.replace(dump_config, output=str(path), **changes))
         return path
 
@@ -337,6 +339,31 @@ def test_ids_that_are_not_the_most_probable(
     )
     report = audited(url, teacher_path)
     assert kinds(report) == ["ids"]
+
+
+def test_what_the_teacher_cannot_score_is_a_finding(
+    dumped: Callable[..., Path], teacher_path: Path, tmp_path: Path
+) -> None:
+    """The others are compared all the same; with none left nothing is."""
+    url = dumped()
+    ids = [set(sequence.input_ids.tolist()) for sequence in CacheReader(url)]
+    rare = min(range(models.VOCAB_SIZE), key=lambda t: abs(sum(t in s for s in ids) - 1))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_path, teacher)
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.embed_tokens.weight"][rare] = torch.nan
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    config = TeacherConfig(path=str(teacher), max_batch_tokens=256)
+    report = audit(str(url), config, sample=len(ids))
+    bad = sum(rare in s for s in ids)
+    assert kinds(report) == ["unscored"] * bad and "NaN or infinite logits" in texts(report)
+    assert report.sequences == len(ids) - bad > 0
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match="NaN or infinite"):
+        audit(str(url), config, sample=3)
+    with pytest.raises(ValueError, match="seed must be at least 0, found -1"):
+        audit(str(url), config, seed=-1)
 
 
 def test_the_command(cache: Path, teacher_path: Path, tmp_path: Path) -> None:

@@ -429,7 +429,7 @@ def test_a_failure_while_refilling_can_be_resumed(config: DumpConfig, cache: Pat
     shutil.copytree(cache, output)
     for index in (0, 3):
         (output / "shards" / f"part-00000{index}.parquet").unlink()
-    with failing_after(LOADING + 1), pytest.raises(RuntimeError):
+    with failing_after(LOADING + 1), pytest.raises(EngineError):
         dump(config)
     assert not verify(output).ok
     assert not (output / "shards" / "part-000003.json").exists()  # nothing says it is whole
@@ -636,11 +636,22 @@ def test_what_the_teacher_cannot_give_is_refused_first(
     assert not Path(config.output).exists()
 
 
-@pytest.mark.parametrize("temperatures", [[1.0, 0.0], [1.0, 0.001], [2.0], [1.0, float("nan")]])
+@pytest.mark.parametrize(
+    "temperatures", [[1.0, 0.0], [1.0, 0.001], [1.0, 2e4], [2.0], [1.0, float("nan")]]
+)
 def test_impossible_temperatures_are_refused(config: DumpConfig, temperatures: list[float]):
     """They must start with 1 and leave float32 enough digits."""
     with pytest.raises(ValueError, match="temperatures must"):
         change(config, "temperatures", temperatures)
+
+
+def test_a_precision_of_nothing_is_refused(config: DumpConfig):
+    """Draws alone have no log probs."""
+    config = dataclasses.replace(
+        config, truncation=Truncation(method="sample", draws=8), temperatures=[1.0], precision="f16"
+    )
+    with pytest.raises(ValueError, match="precision: f16 has no effect with"):
+        dump(config)
 
 
 def test_whole_numbers_are_as_good_as_floats(config: DumpConfig):

@@ -155,7 +155,9 @@ def test_training_curves_of_a_truncated_cache_stay_with_the_full_one(
 ) -> None:
     """Keeping 64 of 300 ids with the exact tail trains like keeping all of them."""
     path = tmp_path / "k64"
-    dump(dataclasses.replace(dump_config, output=str(path), truncation=Truncation(k=64)))
+    measure = tmp_path / "k128"
+    for output, k in ((path, 64), (measure, 128)):
+        dump(dataclasses.replace(dump_config, output=str(output), truncation=Truncation(k=k)))
     assert verify(path).ok
     curves = []
     for cache in (full_cache, path):
@@ -169,7 +171,7 @@ def test_training_curves_of_a_truncated_cache_stay_with_the_full_one(
                 steps=60,
                 batch_size=8,
                 optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5),
-                eval=EvalConfig(cache=str(full_cache), every_steps=10),
+                eval=EvalConfig(cache=str(measure), every_steps=10),
             )
         )
         lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]

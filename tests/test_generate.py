@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas import FormatError
@@ -323,6 +324,12 @@ def test_settings_without_effect_are_refused(settings: DumpConfig):
         GenerateConfig(n=2, temperature=0)
     with pytest.raises(ValueError, match="top_p is 0"):
         GenerateConfig(n=1, top_p=0)
+    for temperature in (1e40, 1e-50, float("nan")):
+        with pytest.raises(ValueError, match="expected 0, or 1e-4 to 1e4"):
+            GenerateConfig(n=1, temperature=temperature)
+    for option, value in (("overlong", "split"), ("add_eos", False), ("empty", "drop")):
+        with pytest.raises(ValueError, match=f"sequences.{option}: .* has no effect"):
+            dump(change(settings, f"sequences.{option}", value))
     with pytest.raises(ValueError, match="set packing to none"):
         dump(change(settings, "sequences.packing", "concat"))
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -331,6 +338,30 @@ def test_settings_without_effect_are_refused(settings: DumpConfig):
     sampling = Sampling(temperature=1, top_p=1, stop_ids=(), vocab_size=5)
     with pytest.raises(EngineError, match=r"cannot sample with teacher\.engine http"):
         open_generator(http, "", sampling=sampling, max_length=9)
+
+
+def test_a_nan_names_the_sample_and_leaves_nothing(
+    settings: DumpConfig, teacher: Path, tmp_path: Path
+):
+    """So that the output can be used for something else."""
+    own = tmp_path / "teacher"
+    shutil.copytree(teacher, own)
+    weights = load_file(own / "model.safetensors")
+    (token,) = models.build_tokenizer()("Z")["input_ids"]
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    source = save_records(
+        tmp_path / "a.jsonl", {"id": "fine", "prompt": "the fox"}, {"id": "odd", "prompt": "the Z"}
+    )
+    config = change(change(settings, "teacher.path", str(own)), "source.path", str(source))
+    config = dataclasses.replace(config, output=str(tmp_path / "cache"))
+    with pytest.raises(EngineError, match="while it answers sample odd; look at the record"):
+        dump(config)
+    assert [p for p in Path(config.output).rglob("*") if p.is_file()] == []
+    (own / "generation_config.json").unlink()
+    plain = change(config, "source.generate", GenerateConfig())
+    source.write_text('{"text": "the fox"}\n')
+    assert dump(plain).num_sequences == 1
 
 
 def test_a_plan_samples_prompts(settings: DumpConfig, sampled: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """ROUGE of generated answers against references, and what is refused before training."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,16 @@ def test_settings_without_effect_are_refused() -> None:
         GenerationConfig(max_new_tokens=5)
     with pytest.raises(ValueError, match="has none"):
         Generation(GenerationConfig(path="x"), None, add_bos=False, seed=0)
+
+
+def test_prompts_are_lines_of_utf8(tmp_path: Path) -> None:
+    """Other characters that Python takes for the end of a line are text; others fail."""
+    path = tmp_path / "prompts.jsonl"
+    record = {"prompt": "a\u2028b", "response": "c\x85é"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer = models.build_tokenizer()
+    settings = GenerationConfig(path=str(path))
+    assert Generation(settings, tokenizer, add_bos=False, seed=0).records == [record]
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl .*plain JSON lines"):
+        Generation(settings, tokenizer, add_bos=False, seed=0)

@@ -464,6 +464,9 @@ def test_an_overlong_sequence_is_refused_here(served: ServedTeacher) -> None:
     [
         ({"engine": "http"}, "needs teacher.endpoints"),
         ({"engine": "http", "endpoints": ("h:1",)}, "'h:1' is not http://host:port"),
+        ({"engine": "http", "endpoints": ("http://h:99999",)}, "'http://h:99999': Port out of"),
+        ({"engine": "http", "endpoints": ("http://h:8x",)}, "'http://h:8x': Port could not"),
+        ({"path": "x", "device": "meta"}, "device meta holds no weights"),
         ({"engine": "http", "endpoints": ("http://a:b@h",)}, "holds a password"),
         ({"engine": "http", "endpoints": ("http://h", "http://h/")}, "an endpoint twice"),
         ({"engine": "http", "endpoints": ("http://h",), "path": "x"}, "path and revision have no"),

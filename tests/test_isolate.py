@@ -5,6 +5,7 @@ The teacher is a real one; what ails it is a hook on its embedding, as a kernel 
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from schemas import FormatError, ScoredSequence, Truncation
-from storage import CacheReader, verify
+from storage import CacheReader, CacheWriter, verify
 from teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
 from teacher_dump.engines import Engine, open_engine
 from teacher_dump.isolate import FEW, Isolator, Rejection, TooManyRejected
@@ -126,7 +127,8 @@ def test_a_teacher_that_has_broken_down_rejects_nothing(engine: Engine):
     assert len(list(isolator.score(good, 0))) == 12
     with failing(lambda _: True, "off the bus"), pytest.raises(RuntimeError, match="off the bus"):
         list(isolator.score(good, 0))
-    with failing(lambda _: True, "off the bus"), pytest.raises(RuntimeError, match="off the bus"):
+    nothing = "scores nothing: RuntimeError: off the bus"
+    with failing(lambda _: True, "off the bus"), pytest.raises(EngineError, match=nothing):
         list(Isolator(engine, 1.0).score(good, 0))
 
 
@@ -201,13 +203,44 @@ def test_a_dump_goes_on_without_the_bad_ones_and_says_so(
     assert verify(config.output).problems == ()
 
 
+def test_a_retry_that_fails_leaves_a_complete_cache(config: DumpConfig):
+    """Not one record is lost, and a later retry mends what is left."""
+    config = dataclasses.replace(config, max_rejected=1.0)
+    plain = list(CacheReader(dump(config) and config.output))
+    marks = [s.input_ids[:4] for s in (plain[0], plain[-1])]
+    shutil.rmtree(config.output)
+
+    def hit(batch: torch.Tensor) -> bool:
+        return any((batch[:, :4] == torch.tensor(m)).all(dim=1).any() for m in marks)
+
+    with failing(hit):
+        before = dump(config)
+    assert len({r.shard for r in CacheWriter(config.output).committed() if r.rejected}) == 2
+    with failing(lambda _: True), pytest.raises(EngineError, match="scores nothing: RuntimeError"):
+        dump(config, retry_rejected=True)
+    assert verify(config.output).problems == () and dump(config) == before
+    last = torch.tensor(marks[1])
+
+    def late(batch: torch.Tensor) -> bool:
+        return bool((batch[:, :4] == last).all(dim=1).any())
+
+    strict = dataclasses.replace(config, max_rejected=0.0)
+    with failing(late), pytest.raises(TooManyRejected):
+        dump(strict, retry_rejected=True)
+    assert verify(config.output).problems == ()
+    half = CacheReader(config.output).manifest
+    assert len(half.rejected) < len(before.rejected) and half.rejected
+    assert dump(config, retry_rejected=True).rejected == ()
+    assert verify(config.output).problems == ()
+
+
 def test_what_fails_in_writing_is_not_the_data_s_fault(config: DumpConfig):
     """It is raised as it is, by the file's name; nothing is rejected, and the shard is not there.
 
     The commit that fails is overlapped by the scoring of the next shards, which stops.
     """
     config = dataclasses.replace(config, max_rejected=1.0)
-    with failing(lambda _: True), pytest.raises(RuntimeError):
+    with failing(lambda _: True), pytest.raises(EngineError):
         dump(config)
     shards = Path(config.output) / "shards"
     in_the_way = shards / "part-000001.parquet"

@@ -243,13 +243,13 @@ def test_targets_keep_their_source_when_a_step_is_arranged(urls: list[Path], pac
 
 
 def test_a_mixture_trains_with_the_weights_of_its_caches(cache: Path, tmp_path: Path) -> None:
-    """A cache that switches both weights off leaves a run of the other alone.
+    """A cache whose weights are next to nothing leaves a run of the other alone.
 
     Half of the targets then count for nothing but the mean.
     """
     shares = [
         CacheShare(cache=str(cache), weight=0.5),
-        CacheShare(cache=str(cache), weight=0.5, kd_weight=0.0, ce_weight=0.0),
+        CacheShare(cache=str(cache), weight=0.5, kd_weight=0.0, ce_weight=1e-9),
     ]
     run = dataclasses.replace(config(cache, tmp_path / "mix"), cache="", mixture=shares)
     train(dataclasses.replace(run, eval=EvalConfig(heldout_fraction=0.2)))
@@ -258,7 +258,10 @@ def test_a_mixture_trains_with_the_weights_of_its_caches(cache: Path, tmp_path: 
         whole = line["kd"] + 0.3 * line["ce"]
         assert 0.2 * whole < line["loss"] < 0.8 * whole
     assert {"heldout_ce", "heldout_ce/cache-0", "heldout_loss/cache-1"} <= lines[-1].keys()
-    assert lines[-1]["heldout_loss/cache-1"] == 0
+    assert lines[-1]["heldout_loss/cache-1"] == pytest.approx(0, abs=1e-7)
+    nothing = [shares[0], dataclasses.replace(shares[1], ce_weight=0.0)]
+    with pytest.raises(ValueError, match="are both 0"):
+        dataclasses.replace(run, mixture=nothing)
     with pytest.raises(ValueError, match="give steps"):
         dataclasses.replace(run, steps=0, epochs=1.0)
     with pytest.raises(ValueError, match="not both"):

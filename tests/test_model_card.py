@@ -18,7 +18,14 @@ from huggingface_hub import ModelCard, get_token
 from transformers import AutoTokenizer, GenerationConfig
 
 from storage import CacheReader
-from student_train import AdapterConfig, CacheShare, EvalConfig, StudentConfig, train
+from student_train import (
+    AdapterConfig,
+    CacheShare,
+    EvalConfig,
+    OptimizerConfig,
+    StudentConfig,
+    train,
+)
 from tests import models
 from tests.test_train import STUDENT, config
 
@@ -39,12 +46,16 @@ def test_a_card_says_where_a_student_comes_from(cache: Path, tmp_path: Path) -> 
         '"kind": "fkl"',
         '"ce_weight": 0.3',
         "topk k=16, f32",
+        "| sequences per step | 4: batch size 4 x accumulation 1 x processes 1 |",
+        "| packing | none |",
+        "| held-out targets | 0.2 of the sequences, never trained on |",
         f"{manifest.totals.targets:,}",
     ):
         assert text in card.text, text
     assert card.data.library_name == "transformers"
     figures = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert len(figures) == 10
+    assert {r.metric_name for r in card.data.eval_results} == set(figures)
     for name, value in figures.items():
         assert value == pytest.approx(summary[name], abs=1e-6), name
         assert f"| `{name}` | {summary[name]:.4f} |" in card.text
@@ -54,7 +65,7 @@ def test_generation_config_and_tokenizer_leave_too(
     cache: Path, teacher_path: Path, tmp_path: Path
 ) -> None:
     """`generate` needs nothing else than the directory, and chats as the teacher does."""
-    train(config(cache, tmp_path / "run", steps=1))
+    train(config(cache, tmp_path / "run", optimizer=OptimizerConfig(), steps=1))
     folder = tmp_path / "run/student"
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 1
     ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder, teacher_path))
@@ -69,6 +80,7 @@ def test_the_card_of_an_adapter_and_of_a_mixture(cache: Path, tmp_path: Path) ->
         cache,
         tmp_path / "run",
         steps=1,
+        optimizer=OptimizerConfig(),
         student=StudentConfig(path=str(tmp_path / "base")),
         adapter=AdapterConfig(r=2, merge=False),
     )

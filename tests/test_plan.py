@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.demo import corpus
 from schemas import Truncation
 from storage import CacheReader
 from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, SourceError, TeacherConfig, dump
+from teacher_dump.isolate import TooManyRejected
 from teacher_dump.plan import Prediction, plan_text, predict
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.stratified import StratifiedSample
+from tests import models
 from tests.commands import command
 from tests.test_dump import MODULE, change, save_config, save_records
 
@@ -167,7 +170,8 @@ def test_a_plan_is_the_same_at_every_run(config: DumpConfig):
 def test_random_entries_have_no_retained_mass(config: DumpConfig):
     """Truncation.method: sample keeps no top entries; the table is of top k all the same."""
     draws = Truncation(method="sample", draws=9)
-    predicted = predict(dataclasses.replace(config, truncation=draws, temperatures=[1.0]), 2)
+    config = dataclasses.replace(config, precision="compact", temperatures=[1.0])
+    predicted = predict(dataclasses.replace(config, truncation=draws), 2)
     assert predicted.mass is None and predicted.bytes > 0
     assert predicted.ladder[-1].mass_mean == pytest.approx(1, abs=1e-5)
     assert "configured truncation" not in plan_text(predicted, config)
@@ -227,6 +231,28 @@ def test_what_the_dump_would_refuse_is_counted(
     assert "which has 0 MB free" in plan_text(predicted, config)
 
 
+def test_a_dump_that_will_reject_too_many_is_foretold(config: DumpConfig, tmp_path: Path):
+    """By the rate in the sample, and the command says how many targets are stored, not planned."""
+    teacher = tmp_path / "teacher"
+    models.save_teacher(teacher)
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.embed_tokens.weight"][77] = torch.nan
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    records = [{"id": f"x{i}", "input_ids": [5, 6, 77 if i % 2 else 7, 8]} for i in range(10)]
+    source = save_records(tmp_path / "records.jsonl", *records)
+    config = change(change(config, "teacher.path", str(teacher)), "source.path", str(source))
+    config = change(change(config, "teacher.tokenizer", "none"), "shard_targets", 1000)
+    config = change(config, "max_rejected", 0.5)
+    assert "will stop" not in plan_text(predict(config, 10), config)
+    done = command("teacher_dump", "run", "--config", save_config(config, tmp_path))
+    assert f"{config.output}: 15 targets in 1 shards, 5 sequences rejected" in done.stdout
+    strict = change(change(config, "max_rejected", 0.2), "output", str(tmp_path / "strict"))
+    text = plan_text(predict(strict, 10), strict)
+    assert "5 of 10 is more than max_rejected allows: at that rate the dump will stop" in text
+    with pytest.raises(TooManyRejected):
+        dump(strict)
+
+
 def test_engines_are_timed_or_said_to_be_missing(config: DumpConfig, tmp_path: Path):
     """One line for each; --json has the same figures."""
     file = save_config(config, tmp_path)
@@ -247,6 +273,10 @@ def test_a_plan_refuses_what_the_dump_refuses(config: DumpConfig, tmp_path: Path
         predict(dataclasses.replace(config, sequences=SequenceConfig(max_length=129)))
     with pytest.raises(ValueError, match="sample must be at least 1, found 0"):
         predict(config, sample=0)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds no cache \(thesis\.txt\)"):
+        predict(dataclasses.replace(config, output=str(tmp_path / "taken")))
     empty = tmp_path / "records.jsonl"
     empty.write_text('{"input_ids": [5, 6], "loss_mask": [1, 0]}\n')
     source = dataclasses.replace(config.source, path=str(empty))

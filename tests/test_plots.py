@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
+from matplotlib.axes import Axes
 
 from student_train import EvalConfig, train
 from student_train.plots import draw
@@ -49,3 +50,20 @@ def test_without_matplotlib_there_is_a_line_in_the_log(
     assert not draw(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
     assert "matplotlib is not installed" in caplog.text
     assert not (tmp_path / "metrics.png").exists()
+
+
+def test_every_scheduled_number_is_drawn_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the loss calls its options; one alone has a legend too."""
+    legends = []
+    legend = Axes.legend
+
+    def kept(axes: Axes, **options: float) -> None:
+        legends.append([text.get_text() for text in legend(axes, **options).get_texts()])
+
+    monkeypatch.setattr(Axes, "legend", kept)
+    line = {"step": 1, "epoch": 0.1, "loss": 1.0, "lr": 0.1, "alpha": 0.5, "tokens_per_s": 9.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert draw(tmp_path / "metrics.jsonl", tmp_path / "m.png")
+    assert legends == [["alpha"]]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train import CacheStream, Distiller, LossConfig, Schedule, train
+from student_train import CacheStream, Distiller, LossConfig, OptimizerConfig, Schedule, train
 from student_train.losses import fused_linear_divergence, sparse_divergence
 from tests import models
 from tests.test_train import config
@@ -132,7 +132,8 @@ def test_a_scheduled_run_takes_each_step_with_its_own_numbers(cache: Path, tmp_p
         expected = line["kd_weight"] * line["kd"] + line["ce_weight"] * line["ce"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     first = LossConfig(kind="akl", temperature=2.0, options={"mu": 0.3})
-    train(config(cache, tmp_path / "first", loss=first, steps=1))
+    once = config(cache, tmp_path / "first", loss=first, optimizer=OptimizerConfig(), steps=1)
+    train(once)
     (line,) = [json.loads(x) for x in (tmp_path / "first/metrics.jsonl").open()]
     assert (line["kd"], line["ce"]) == (lines[0]["kd"], lines[0]["ce"])
 

@@ -331,7 +331,8 @@ def test_a_port_in_use(teacher_path: Path, server: Unreliable) -> None:
     """One line, exit code 2."""
     port = server.url.rpartition(":")[2]
     result = command("teacher_dump", "serve", "--teacher.path", str(teacher_path), "--port", port)
-    assert result.code == 2 and "address already in use" in result.stderr.lower()
+    assert result.code == 2 and f"cannot listen on 127.0.0.1:{port}: " in result.stderr
+    assert "address already in use" in result.stderr.lower()
     assert "Traceback" not in result.stderr
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from schemas import FormatError
+from storage import CacheReader
 from student_train import (
+    CacheShare,
     CacheStream,
     Distiller,
     EvalConfig,
@@ -25,6 +27,7 @@ from student_train import (
     train,
 )
 from student_train.optimizer import learning_rate
+from student_train.student import load_student
 from student_train.train import NotFinite
 
 STUDENT = {
@@ -274,11 +277,78 @@ def test_bad_configs_are_refused(cache: Path, tmp_path: Path) -> None:
         EvalConfig(cache="x", heldout_fraction=0.1)
     with pytest.raises(ValueError, match="no effect with schedule constant"):
         OptimizerConfig(schedule="constant", min_lr_ratio=0.1)
+    with pytest.raises(ValueError, match="weight_decay"):
+        OptimizerConfig(weight_decay=-0.1)
+    with pytest.raises(ValueError, match="warmup_steps 7 is more than the run's 6 steps"):
+        config(cache, tmp_path, optimizer=OptimizerConfig(warmup_steps=7))
+    with pytest.raises(ValueError, match="local directory; copy or push afterwards"):
+        dataclasses.replace(config(cache, tmp_path), output="s3://bucket/run")
+
+
+def test_evaluation_on_what_is_trained_on_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Even by another path, and as one of a mixture."""
+    (tmp_path / "alias").symlink_to(cache)
+    run = config(cache, tmp_path / "run", eval=EvalConfig(cache=str(tmp_path / "alias")))
+    mixture = [CacheShare(cache=str(cache), weight=1.0)]
+    for changed in (run, dataclasses.replace(run, cache="", mixture=mixture)):
+        with pytest.raises(ValueError, match=r"is trained on.*eval\.heldout_fraction"):
+            train(changed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hiden_size": 32}, r"no field 'hiden_size', did you mean 'hidden_size'\?"),
+        ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": "big"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "does not give a model"),
+    ],
+)
+def test_a_student_config_that_gives_no_model_is_refused(
+    cache: Path, tmp_path: Path, fields: dict, message: str
+) -> None:
+    """As a ValueError that says why, whatever transformers raises; also from a file."""
+    reader = CacheReader(cache)
+    with pytest.raises(ValueError, match=message):
+        load_student(StudentConfig(config=STUDENT | fields), reader, 0)
+    (tmp_path / "config.json").write_text(json.dumps(STUDENT | {"hidden_size": 33}))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_student(StudentConfig(path=str(tmp_path)), reader, 0)
+
+
+def test_other_names_of_a_student_config_are_taken(cache: Path) -> None:
+    """Those that transformers maps to a field, and the older ones of rotary positions."""
+    older = StudentConfig(config=STUDENT | {"rope_theta": 5000.0})
+    student, _ = load_student(older, CacheReader(cache), 0)
+    assert student.config.rope_parameters["rope_theta"] == 5000.0
+    mapped = {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 1, "n_head": 2}
+    student, _ = load_student(StudentConfig(config=mapped), CacheReader(cache), 0)
+    assert student.config.n_embd == 32
+
+
+def test_a_student_that_is_an_adapter_alone_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Its base would be loaded, and the adapter be trained or lost."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter alone: merge it"):
+        load_student(StudentConfig(path=str(tmp_path)), CacheReader(cache), 0)
+
+
+def test_a_student_that_sees_later_tokens_is_refused() -> None:
+    """BERT as an encoder sees the token that it is asked for; as a decoder it does not."""
+    fields = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    for is_decoder in (False, True):
+        settings = AutoConfig.for_model(
+            "bert", num_attention_heads=2, is_decoder=is_decoder, **fields
+        )
+        student = AutoModelForCausalLM.from_config(settings)
+        if is_decoder:
+            Distiller(student, LossConfig(), 40)
+        else:
+            with pytest.raises(ValueError, match=r"sees later tokens.*is_decoder: true"):
+                Distiller(student, LossConfig(), 40)
 
 
 def _saved(tmp_path: Path, fields: dict) -> Path:
-    from transformers import AutoConfig
-
     path = tmp_path / "pretrained"
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(path)
     return path
@@ -302,7 +372,7 @@ def test_a_run_that_fails_behind_its_last_step_repeats_none(cache: Path, tmp_pat
     blocked.unlink()
     assert train(run)["steps"] == 6
     assert losses(tmp_path / "run") == before
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_an_output_that_is_somebody_elses_is_refused(cache: Path, tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = caches.Settings(truncation=Truncation(k=8))
     shards = caches.random_shards(settings, num_shards=4, sequences=NUM_SEQUENCES // 4)
     caches.write_cache(path / "cache", settings, shards)
+    wider = caches.Settings(truncation=Truncation(k=9))
+    shards = caches.random_shards(wider, num_shards=2, sequences=NUM_SEQUENCES // 4, seed=7)
+    caches.write_cache(path / "heldout", wider, shards)
     return path
 
 
@@ -66,7 +69,7 @@ def config(folder: Path, name: str, **changes: Any) -> TrainConfig:
         gradient_accumulation=2,
         packing="rows",
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_grad_norm=0.5),
-        eval=EvalConfig(cache=str(folder / "cache"), batch_size=5),
+        eval=EvalConfig(cache=str(folder / "heldout"), batch_size=5),
         log_every_steps=1,
         save_every_steps=SAVED,
     )

@@ -118,6 +118,8 @@ class TeacherConfig:
                 "teacher.attention, device, quantization, max_memory and offload_folder have no "
                 f"effect with engine {self.engine}"
             )
+        if self.device.partition(":")[0] == "meta":
+            raise ValueError("teacher.device meta holds no weights: use cpu, cuda, or auto")
         if placed and self.device != "auto":
             raise ValueError(
                 "teacher.max_memory and offload_folder have no effect with "
@@ -133,8 +135,12 @@ class TeacherConfig:
         if not self.endpoints:
             raise ValueError("teacher.engine http needs teacher.endpoints: [http://host:port, ...]")
         for url in self.endpoints:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urllib.parse.urlsplit(url)
+                known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError as error:  # in the port
+                raise ValueError(f"teacher.endpoints: {url!r}: {error}") from error
+            if not known:
                 raise ValueError(f"teacher.endpoints: {url!r} is not http://host:port")
             if parts.username or parts.password:
                 raise ValueError(

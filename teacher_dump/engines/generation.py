@@ -42,6 +42,8 @@ class Prompt:
     """At least 1; P + max_new_tokens is at most the generator's max_length."""
     seed: int
     """Of this response, in [0, 2^63)."""
+    name: str = "a prompt"
+    """What an error calls it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,7 +63,8 @@ class Generator(Protocol):
         """One response per prompt, in the order given.
 
         The same prompts in the same order give the same responses, in another process too. Raises
-        EngineError if the teacher gives no usable logits.
+        EngineError, which names the prompt where that is known, if the teacher gives no usable
+        logits.
         """
         ...
 

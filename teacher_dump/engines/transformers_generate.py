@@ -114,6 +114,7 @@ class _Drawing(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, prompts: list[Prompt], prompt_length: int) -> None:
         self._vocab_size, self._prompt_length = sampling.vocab_size, prompt_length
+        self._names = [prompt.name for prompt in prompts]
         self._shapers = LogitsProcessorList()
         if sampling.temperature not in (0, 1):
             self._shapers.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -128,12 +129,15 @@ class _Drawing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] -inf everywhere but at the drawn ids."""
+        advice = "" if scores.dtype == torch.float32 else "try teacher.dtype: float32, and "
         scores = scores.float().clone()
         scores[:, self._vocab_size :] = -torch.inf
-        if not torch.isfinite(scores.amax(dim=1)).all():
+        bad = ~torch.isfinite(scores.amax(dim=1))
+        if bad.any():
+            name = self._names[int(bad.nonzero()[0, 0])]
             raise EngineError(
-                "the teacher gives NaN or infinite logits while it samples; try teacher.dtype: "
-                "float32"
+                f"the teacher gives NaN or infinite logits while it answers {name}; {advice}look "
+                "at the record"
             )
         if self._uniforms is None:
             return scores

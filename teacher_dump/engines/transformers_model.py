@@ -49,7 +49,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     device = model.get_input_embeddings().weight.device
     if device.type != "meta":
         return device
-    used = [d for d in model.hf_device_map.values() if d not in ("cpu", "disk")]
+    used = [d for d in getattr(model, "hf_device_map", {}).values() if d not in ("cpu", "disk")]
     return torch.device(used[0]) if used else torch.device("cpu")
 
 
