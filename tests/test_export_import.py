@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,7 +172,7 @@ def test_an_interrupt_says_what_the_next_run_does(
     """Ctrl-C at the first progress: exit code 130 and one line that is true of the command."""
 
     def interrupt(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("tqdm.std.tqdm.update", interrupt)
     old = Path(__file__).parent / "fixtures" / "version-1" / "compact"
