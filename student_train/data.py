@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -15,38 +16,21 @@ from student_train.stream import CacheStream, SequenceStream
 
 def training_stream(config: TrainConfig, accelerator: Accelerator) -> SequenceStream:
     """This process's share of the training data."""
-    part = "train" if config.eval.heldout_fraction else "all"
+    share: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "temperature": config.loss.temperatures,
+        "seed": config.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+    }
     if config.follow:
-        return FollowStream(
-            config.cache,
-            batch_size=config.batch_size,
-            temperature=config.loss.temperatures,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        return FollowStream(config.cache, **share)
+    share["part"] = "train" if config.eval.heldout_fraction else "all"
+    share["heldout_fraction"] = config.eval.heldout_fraction
     if config.mixture:
-        return MixtureStream(
-            [share.cache for share in config.mixture],
-            [share.weight for share in config.mixture],
-            batch_size=config.batch_size,
-            temperature=config.loss.temperatures,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            part=part,
-            heldout_fraction=config.eval.heldout_fraction,
-        )
-    return CacheStream(
-        config.cache,
-        batch_size=config.batch_size,
-        temperature=config.loss.temperatures,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        part=part,
-        heldout_fraction=config.eval.heldout_fraction,
-    )
+        caches = [entry.cache for entry in config.mixture]
+        return MixtureStream(caches, [entry.weight for entry in config.mixture], **share)
+    return CacheStream(config.cache, **share)
 
 
 def heldout_streams(
