@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    # That tied weights are saved once: they are tied again on resuming.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if values["dry_run"]:
         from student_train.dry_run import dry_run
 
