@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas import (
+from decant.schemas import (
     Layout,
     Manifest,
     ScoredSequence,
@@ -27,9 +27,10 @@ from schemas import (
     TokenizerInfo,
     Truncation,
 )
-from storage import CacheReader, CacheWriter, codec, verify
-from storage.check import check_rows, check_sequence
-from storage.inspect import inspect
+from decant.storage import CacheReader, CacheWriter, verify
+from decant.storage.cache import rows as codec
+from decant.storage.cache.checks import check_rows, check_sequence
+from decant.storage.inspect.collect import inspect
 
 RESULTS = Path(__file__).parent / "results"
 SLOTS, VOCAB_SIZE, LENGTH = 64, 4096, 256

@@ -36,15 +36,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from schemas import Truncation
-from storage import Store
-from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig
-from teacher_dump.engines.vllm_process import torch_is_cpu_only, worker_environment
-from teacher_dump.fill import fill_shards, open_teacher
-from teacher_dump.inputs import sequences_of
-from teacher_dump.prepare import open_or_create
-from teacher_dump.sequences import SequenceCounts, TokenSequence
-from teacher_dump.teacher import describe_teacher, hash_weights
+from decant.schemas import Truncation
+from decant.storage import Store
+from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig
+from decant.teacher_dump.engines.vllm.process import torch_is_cpu_only, worker_environment
+from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence
+from decant.teacher_dump.job.fill import fill_shards, open_teacher
+from decant.teacher_dump.job.shard_inputs import sequences_of
+from decant.teacher_dump.job.start import open_or_create
+from decant.teacher_dump.teacher import describe_teacher, hash_weights
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, tuple[type, tuple[int, int, int, int, int]]] = {

@@ -40,8 +40,16 @@ import pyarrow.parquet as pq
 import zstandard
 from numpy.typing import NDArray
 
-from schemas import Manifest, ScoredSequence, ShardPlan, TeacherInfo, TokenizerInfo, Truncation
-from storage import CacheReader, CacheWriter, codec
+from decant.schemas import (
+    Manifest,
+    ScoredSequence,
+    ShardPlan,
+    TeacherInfo,
+    TokenizerInfo,
+    Truncation,
+)
+from decant.storage import CacheReader, CacheWriter
+from decant.storage.cache import rows as codec
 
 RESULTS = Path(__file__).parent / "results"
 CACHES = Path(__file__).resolve().parents[1] / "build/vocab-models"

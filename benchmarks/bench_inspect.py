@@ -20,10 +20,10 @@ from pathlib import Path
 import pyarrow as pa
 from bench_codec import SLOTS, VOCAB_SIZE, generate
 
-from schemas import Manifest, ShardPlan, TeacherInfo, TokenizerInfo, Truncation
-from storage import CacheReader, CacheWriter
-from storage.diff import diff
-from storage.inspect import inspect
+from decant.schemas import Manifest, ShardPlan, TeacherInfo, TokenizerInfo, Truncation
+from decant.storage import CacheReader, CacheWriter
+from decant.storage.inspect.collect import inspect
+from decant.storage.inspect.diff import diff
 
 RESULTS = Path(__file__).parent / "results"
 SEQUENCES = 200

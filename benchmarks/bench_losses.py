@@ -38,8 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from student_train.losses import SparseTargets, fused_linear_divergence, sparse_divergence
-from student_train.losses.fused import CHUNK_BYTES, MIN_CHUNK_ROWS
+from decant.student_train.losses import (
+    SparseTargets,
+    fused_linear_divergence,
+    sparse_divergence,
+)
+from decant.student_train.losses.fused import CHUNK_BYTES, MIN_CHUNK_ROWS
 
 RESULTS = Path(__file__).parent / "results" / "losses.csv"
 CASES = {  # kind, temperature, kd_weight, ce_weight, dtype

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from schemas import (
+from decant.schemas import (
     ByteRange,
     CommitRecord,
     Manifest,
@@ -29,9 +29,10 @@ from schemas import (
     TokenizerInfo,
     Truncation,
 )
-from storage import CacheReader, CacheWriter, Store, paths
-from storage.writer import seal
-from student_train import CacheStream
+from decant.storage import CacheReader, CacheWriter, Store
+from decant.storage.cache import paths
+from decant.storage.cache.writer import seal
+from decant.student_train import CacheStream
 
 SEQUENCES, LENGTH = 64, 256
 """Of a row group; tokens of a sequence."""

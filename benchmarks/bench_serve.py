@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from schemas import Truncation
-from teacher_dump.engines import TeacherConfig, open_engine
-from teacher_dump.engines.packed_rows import Reduction
-from teacher_dump.engines.service_messages import ScoreRequest
-from teacher_dump.sequences import TokenSequence
+from decant.schemas import Truncation
+from decant.teacher_dump.engines import TeacherConfig, open_engine
+from decant.teacher_dump.engines.http.messages import ScoreRequest
+from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.inputs.sequences import TokenSequence
 
 RESULTS = Path(__file__).parent / "results"
 TEMPERATURES = (1.0,)

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas import Manifest, ScoredSequence, ShardPlan
-from storage import CacheReader, CacheWriter
-from student_train import CacheStream
+from decant.schemas import Manifest, ScoredSequence, ShardPlan
+from decant.storage import CacheReader, CacheWriter
+from decant.student_train import CacheStream
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "build/bench-peers"

@@ -173,11 +173,11 @@ def run(args: argparse.Namespace, way: str, folder: Path) -> dict[str, float]:
     """Train some steps; times and memory of those behind the warmup."""
     from accelerate import Accelerator
 
-    from student_train import CacheStream, Distiller, LossConfig, OptimizerConfig
-    from student_train.distributed import backward
-    from student_train.loader import steps_of
-    from student_train.optimizer import adamw
-    from student_train.student import compile_layers
+    from decant.student_train import CacheStream, Distiller, LossConfig, OptimizerConfig
+    from decant.student_train.data.steps import steps_of
+    from decant.student_train.model.student import compile_layers
+    from decant.student_train.runtime.distributed import backward
+    from decant.student_train.runtime.optimizer import adamw
 
     torch.set_num_threads(args.threads)
     shape = SHAPES[args.shape]

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import storage.__main__
-import student_train.__main__
-import teacher_dump.__main__
+import decant.storage.__main__
+import decant.student_train.__main__
+import decant.teacher_dump.__main__
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = 100
@@ -27,9 +27,9 @@ if they were interrupted.
 
 def parsers() -> Iterator[argparse.ArgumentParser]:
     """The parser of every command, in the order of use."""
-    yield from _subparsers(teacher_dump.__main__.parser())
-    yield student_train.__main__.parser()
-    yield from _subparsers(storage.__main__.parser())
+    yield from _subparsers(decant.teacher_dump.__main__.parser())
+    yield decant.student_train.__main__.parser()
+    yield from _subparsers(decant.storage.__main__.parser())
 
 
 def _subparsers(root: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -3,8 +3,8 @@
 Knows nothing of files, models or torch. `docs/format.md` is the normative text.
 """
 
-from schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, shard_schema
-from schemas.manifest import (
+from decant.schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, shard_schema
+from decant.schemas.manifest import (
     FORMAT_VERSION,
     ByteRange,
     CommitRecord,
@@ -18,9 +18,9 @@ from schemas.manifest import (
     Totals,
     Truncation,
 )
-from schemas.sequence import ScoredSequence
-from schemas.strict import FormatError, from_json, to_json
-from schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from decant.schemas.sequence import ScoredSequence
+from decant.schemas.strict import FormatError, from_json, to_json
+from decant.schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 __all__ = [
     "FORMAT_VERSION",

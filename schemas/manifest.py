@@ -8,8 +8,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
-from schemas.strict import FormatError, canonical, from_json, to_json
+from decant.schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
+from decant.schemas.strict import FormatError, canonical, from_json, to_json
 
 FORMAT_VERSION = 3
 """What is written; all from 1 on are read, and completed in their own form."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Any
 
-from schemas.strict import FormatError, canonical
+from decant.schemas.strict import FormatError, canonical
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

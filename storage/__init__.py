@@ -1,12 +1,12 @@
 """Moves scored sequences to and from disk; verifies and inspects what is there. No models here."""
 
-from storage.codec import Rows, StoredRows
-from storage.files import Busy, Store
-from storage.index import RowGroupRef
-from storage.migrate import migrate
-from storage.reader import CacheReader
-from storage.verify import VerifyReport, verify
-from storage.writer import CacheWriter, ShardWriter
+from decant.storage.cache.index import RowGroupRef
+from decant.storage.cache.integrity import VerifyReport, verify
+from decant.storage.cache.migration import migrate
+from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.rows import Rows, StoredRows
+from decant.storage.cache.writer import CacheWriter, ShardWriter
+from decant.storage.files.store import Busy, Store
 
 __all__ = [
     "Busy",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from schemas import PRECISIONS, to_json
-from storage import cli
-from storage.files import Store
-from storage.verify import verify
+from decant.schemas import PRECISIONS, to_json
+from decant.storage.cache.integrity import verify
+from decant.storage.cli import process as cli
+from decant.storage.files.store import Store
 
 DESCRIPTION = """Look at caches of teacher distributions, and exchange them with other tools.
 
@@ -138,7 +138,7 @@ def _sample(text: str) -> float:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from storage.inspect import inspect, report_text
+    from decant.storage.inspect.collect import inspect, report_text
 
     _refuse_missing(options.url)
     if options.seed and options.sample is None:
@@ -146,7 +146,7 @@ def _inspect(options: argparse.Namespace) -> int:
     with _bar("inspect", "row groups") as progress:
         report = inspect(options.url, progress, sample=options.sample, seed=options.seed, keep=True)
     if options.html:
-        from storage.report_html import report_html
+        from decant.storage.inspect.html import report_html
 
         file = Path(options.html)
         Store(file.parent).publish(file.name, report_html(report).encode())
@@ -164,7 +164,7 @@ def _head_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _head(options: argparse.Namespace) -> int:
-    from storage.head import head, head_text
+    from decant.storage.inspect.head import head, head_text
 
     _refuse_missing(options.url)
     targets = head(
@@ -185,7 +185,7 @@ def _diff_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from storage.diff import diff, diff_text
+    from decant.storage.inspect.diff import diff, diff_text
 
     _refuse_missing(options.url_a)
     _refuse_missing(options.url_b)
@@ -229,7 +229,7 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from storage.export import export
+    from decant.storage.exchange.export import export
 
     _refuse_missing(options.url)
     with _bar("export", "row groups") as progress:
@@ -282,8 +282,8 @@ def _import_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from storage.import_cache import import_cache
-    from storage.import_survey import ImportConfig
+    from decant.storage.exchange.importing import import_cache
+    from decant.storage.exchange.survey import ImportConfig
 
     config = ImportConfig(
         path=options.source,
@@ -314,7 +314,7 @@ def _migrate_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    from storage.migrate import migrate
+    from decant.storage.cache.migration import migrate
 
     _refuse_missing(options.url)
     with _bar("migrate", "shards") as progress:

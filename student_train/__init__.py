@@ -1,16 +1,21 @@
 """Trains students from a cache: shards to batches to sparse divergences, no teacher in memory."""
 
-from student_train.adapters import AdapterConfig
-from student_train.batch import Batch
-from student_train.config import EvalConfig, OptimizerConfig, StudentConfig, TrainConfig
-from student_train.distiller import Distiller
-from student_train.follow import FollowStream
-from student_train.generation import GenerationConfig
-from student_train.mixture import CacheShare, MixtureStream
-from student_train.objective import LossConfig
-from student_train.schedule import Schedule
-from student_train.stream import CacheStream
-from student_train.train import train
+from decant.student_train.config.loss import LossConfig
+from decant.student_train.config.run import (
+    EvalConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from decant.student_train.config.schedule import Schedule
+from decant.student_train.data.batch import Batch
+from decant.student_train.data.follow import FollowStream
+from decant.student_train.data.mixture import CacheShare, MixtureStream
+from decant.student_train.data.stream import CacheStream
+from decant.student_train.evaluation.answers import GenerationConfig
+from decant.student_train.loop import train
+from decant.student_train.model.adapters import AdapterConfig
+from decant.student_train.model.distiller import Distiller
 
 __all__ = [
     "AdapterConfig",

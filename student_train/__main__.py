@@ -6,7 +6,7 @@ import os
 
 from jsonargparse import ArgumentParser
 
-from storage import cli
+from decant.storage.cli import process as cli
 
 DESCRIPTION = """Train a student from a cache. No teacher is loaded.
 
@@ -23,7 +23,7 @@ YAML, a good start for a config file.
 
 def parser() -> ArgumentParser:
     """The command line."""
-    from student_train.config import TrainConfig
+    from decant.student_train.config.run import TrainConfig
 
     command = cli.config_parser(
         TrainConfig, prog="python -m student_train", description=DESCRIPTION
@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
-    from student_train.config import TrainConfig
+    from decant.student_train.config.run import TrainConfig
 
     cli.interrupt_on_terminate()
     command = parser()
@@ -51,13 +51,13 @@ def main(arguments: list[str]) -> int:
     # That tied weights are saved once: they are tied again on resuming.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if values["dry_run"]:
-        from student_train.dry_run import dry_run
+        from decant.student_train.dry_run import dry_run
 
         report = dry_run(config)
         if int(os.environ.get("RANK", "0")) == 0:
             print(report)
         return cli.DONE
-    from student_train.train import train
+    from decant.student_train.loop import train
 
     print(json.dumps(train(config)))
     return cli.DONE

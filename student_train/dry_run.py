@@ -10,14 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from student_train.config import TrainConfig
-from student_train.data import overrides
-from student_train.distributed import backward, microbatch, start_accelerator, sum_over_processes
-from student_train.generation import Generation
-from student_train.hub import check_hub
-from student_train.loader import StepData, steps_of
-from student_train.prepare import Run, check_output, finished, prepare
-from student_train.progress import peak_memory_bytes
+from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.steps import StepData, steps_of
+from decant.student_train.evaluation.answers import Generation
+from decant.student_train.outputs.hub import check_hub
+from decant.student_train.outputs.metrics import peak_memory_bytes
+from decant.student_train.prepare import Run, check_output, finished, prepare
+from decant.student_train.prepare_data import overrides
+from decant.student_train.runtime.distributed import (
+    backward,
+    microbatch,
+    start_accelerator,
+    sum_over_processes,
+)
 
 WAIT_SECONDS = 10.0
 

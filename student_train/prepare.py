@@ -13,10 +13,17 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from schemas import Manifest
-from storage import Store
-from student_train.adapters import attach, checkpoint_adapter_only, load_options
-from student_train.checkpoint import (
+from decant.schemas import Manifest
+from decant.storage import Store
+from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.packing import packing_refused
+from decant.student_train.data.stream import SequenceStream
+from decant.student_train.evaluation.answers import Generation
+from decant.student_train.evaluation.evaluate import Evaluation
+from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
+from decant.student_train.model.distiller import Distiller
+from decant.student_train.model.student import compile_layers, load_student
+from decant.student_train.outputs.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
     batch_record,
@@ -24,18 +31,15 @@ from student_train.checkpoint import (
     refuse_other_batches,
     refuse_other_config,
 )
-from student_train.config import TrainConfig
-from student_train.data import heldout_streams, overrides, training_stream
-from student_train.distiller import Distiller
-from student_train.distributed import is_deepspeed, of_first_process, shards_weights
-from student_train.evaluate import Evaluation
-from student_train.generation import Generation
-from student_train.optimizer import adamw
-from student_train.packing import packing_refused
-from student_train.progress import METRICS
-from student_train.save import STUDENT, SUMMARY
-from student_train.stream import SequenceStream
-from student_train.student import compile_layers, load_student
+from decant.student_train.outputs.metrics import METRICS
+from decant.student_train.outputs.save import STUDENT, SUMMARY
+from decant.student_train.prepare_data import heldout_streams, overrides, training_stream
+from decant.student_train.runtime.distributed import (
+    is_deepspeed,
+    of_first_process,
+    shards_weights,
+)
+from decant.student_train.runtime.optimizer import adamw
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """Scores token sequences with a teacher and writes their sparse distributions into a cache."""
 
-from teacher_dump.config import DumpConfig
-from teacher_dump.dump import dump
-from teacher_dump.engines import EngineError, TeacherConfig
-from teacher_dump.prepare import ConfigChanged
-from teacher_dump.records import SourceError
-from teacher_dump.sequences import SequenceConfig
-from teacher_dump.sources import SourceConfig
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines import EngineError, TeacherConfig
+from decant.teacher_dump.inputs.records import SourceError
+from decant.teacher_dump.inputs.sequences import SequenceConfig
+from decant.teacher_dump.inputs.sources import SourceConfig
+from decant.teacher_dump.job.run import dump
+from decant.teacher_dump.job.start import ConfigChanged
 
 __all__ = [
     "ConfigChanged",

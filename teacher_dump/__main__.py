@@ -8,12 +8,12 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
-from schemas import to_json
-from storage import cli
-from teacher_dump.config import DumpConfig, ServeConfig
-from teacher_dump.engines import TeacherConfig
-from teacher_dump.engines.base import DTYPES, ENGINES
-from teacher_dump.ray_executor import RayConfig
+from decant.schemas import to_json
+from decant.storage.cli import process as cli
+from decant.teacher_dump.config import DumpConfig, ServeConfig
+from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.seam import DTYPES, ENGINES
+from decant.teacher_dump.job.ray_executor import RayConfig
 
 DESCRIPTION = """Score a text source with a teacher once, into a cache that students train from.
 
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
     if parsed.command == "serve":
         service = ServeConfig(**{name: values[name] for name in ServeConfig.__dataclass_fields__})
         _quiet()
-        from teacher_dump.serve import serve
+        from decant.teacher_dump.service.serve import serve
 
         serve(service)
         return cli.DONE
@@ -171,12 +171,12 @@ def main(arguments: list[str]) -> int:
 
     _quiet()
     if parsed.command == "plan":
-        from teacher_dump.plan import plan_text, predict
+        from decant.teacher_dump.planning.predict import plan_text, predict
 
         prediction = predict(config, values["sample"], values["engines"])
         print(_json(prediction) if values["json"] else plan_text(prediction, config))
         return cli.DONE
-    from teacher_dump.dump import Worker, dump
+    from decant.teacher_dump.job.run import Worker, dump
 
     worker = Worker(values["worker_index"], values["num_workers"])
     manifest = dump(config, worker, _ray(values), retry_rejected=values["retry_rejected"])
@@ -200,7 +200,7 @@ def _ray(values: Any) -> RayConfig | None:
 
 def _audit(options: Any) -> int:
     _quiet()
-    from teacher_dump.audit import audit, report_text
+    from decant.teacher_dump.audit.run import audit, report_text
 
     config = TeacherConfig(
         path="" if options["engine"] == "http" else options["teacher"],

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from schemas import PRECISIONS, Truncation
-from schemas.manifest import check_temperatures
-from teacher_dump.engines import TeacherConfig
-from teacher_dump.sequences import SequenceConfig
-from teacher_dump.sources import SourceConfig
+from decant.schemas import PRECISIONS, Truncation
+from decant.schemas.manifest import check_temperatures
+from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.inputs.sequences import SequenceConfig
+from decant.teacher_dump.inputs.sources import SourceConfig
 
 LOWEST_TEMPERATURE = 0.01
 """Float32 log probs divided by less keep too few digits for the masses to sum to 1."""

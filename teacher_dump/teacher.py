@@ -16,9 +16,10 @@ from typing import Any
 
 import xxhash
 
-from schemas import TeacherInfo, TokenizerInfo, tokenizer_fingerprint
-from storage import Store, paths
-from teacher_dump.engines import TeacherConfig
+from decant.schemas import TeacherInfo, TokenizerInfo, tokenizer_fingerprint
+from decant.storage import Store
+from decant.storage.cache import paths
+from decant.teacher_dump.engines import TeacherConfig
 
 WEIGHTS = ("*.safetensors", "*.bin")
 LEFT_OUT = ("training_args.bin", "optimizer.bin", "scheduler.bin")
@@ -75,7 +76,7 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
 
 def _describe_remote(config: TeacherConfig) -> Teacher:
     """What the services say of their teacher, and its tokenizer from there."""
-    from teacher_dump.engines.http_engine import describe, refuse_other_tokenizer
+    from decant.teacher_dump.engines.http.engine import describe, refuse_other_tokenizer
 
     card, tokenizer = describe(config)
     if config.tokenizer not in ("", "none"):

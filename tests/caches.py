@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas import (
+from decant.schemas import (
     Manifest,
     ScoredSequence,
     Segment,
@@ -20,7 +20,7 @@ from schemas import (
     TokenizerInfo,
     Truncation,
 )
-from storage import CacheWriter
+from decant.storage import CacheWriter
 
 UNSEALED = Segment(name="", entries=0, bytes=0, xxh3_128="")
 

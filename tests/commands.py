@@ -21,7 +21,11 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["teacher_dump.dump", "teacher_dump.plan", "teacher_dump.engines.transformers_engine"]
+PRELOAD = [
+    "decant.teacher_dump.job.run",
+    "decant.teacher_dump.planning.predict",
+    "decant.teacher_dump.engines.transformers.engine",
+]
 PRELOAD += ["s3fs"]  # imports what each command with an s3:// URL would wait for
 DEADLINE_SECONDS = 300
 STEPS = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")

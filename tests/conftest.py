@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas import Truncation
-from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig, dump
+from decant.schemas import Truncation
+from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig, dump
 from tests import models
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from student_train.losses import SparseTargets
+from decant.student_train.losses import SparseTargets
 
 
 def reference_divergence(

@@ -22,8 +22,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from student_train import Distiller, TrainConfig, train
-from student_train.train import NotFinite
+from decant.student_train import Distiller, TrainConfig, train
+from decant.student_train.loop import NotFinite
 
 torch.set_num_threads(1)
 

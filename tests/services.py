@@ -19,12 +19,12 @@ from pathlib import Path
 
 from aiohttp import web
 
-from teacher_dump.config import ServeConfig
-from teacher_dump.engines import TeacherConfig
-from teacher_dump.engines.service_messages import SCORE_PATH
-from teacher_dump.serve import EngineBackend, make_service
-from teacher_dump.service import Service
-from teacher_dump.teacher import describe_teacher, hash_weights
+from decant.teacher_dump.config import ServeConfig
+from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.http.messages import SCORE_PATH
+from decant.teacher_dump.service.routes import Service
+from decant.teacher_dump.service.serve import EngineBackend, make_service
+from decant.teacher_dump.teacher import describe_teacher, hash_weights
 from tests.commands import Command, setting
 
 READY_SECONDS = 300

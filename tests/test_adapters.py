@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from student_train import (
+from decant.student_train import (
     CacheStream,
     Distiller,
     EvalConfig,
@@ -25,7 +25,7 @@ from student_train import (
     TrainConfig,
     train,
 )
-from student_train.adapters import AdapterConfig, attach, trainable_weights
+from decant.student_train.model.adapters import AdapterConfig, attach, trainable_weights
 from tests import models
 
 LORA = AdapterConfig(r=4, alpha=8)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from schemas import Manifest, ScoredSequence, Truncation
-from storage import CacheReader, CacheWriter
-from teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
-from teacher_dump.audit import AuditReport, audit, report_text
+from decant.schemas import Manifest, ScoredSequence, Truncation
+from decant.storage import CacheReader, CacheWriter
+from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
+from decant.teacher_dump.audit.run import AuditReport, audit, report_text
 from tests import models
 from tests.commands import command
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from storage import codec
+from decant.storage.cache import rows as codec
 
 PATH = Path(__file__).parents[1] / "benchmarks/bench_format.py"
 

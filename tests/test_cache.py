@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from schemas import FormatError, Truncation
-from storage import Busy, CacheReader, CacheWriter, Store, paths, verify
-from storage.check import check_sequence
-from storage.inspect import inspect
-from storage.writer import ROW_GROUP_ROWS
+from decant.schemas import FormatError, Truncation
+from decant.storage import Busy, CacheReader, CacheWriter, Store, verify
+from decant.storage.cache import paths
+from decant.storage.cache.checks import check_sequence
+from decant.storage.cache.writer import ROW_GROUP_ROWS
+from decant.storage.inspect.collect import inspect
 from tests import caches
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from schemas import ScoredSequence, Truncation
-from storage import Rows, codec
-from storage.check import check_rows, check_sequence
+from decant.schemas import ScoredSequence, Truncation
+from decant.storage import Rows
+from decant.storage.cache import rows as codec
+from decant.storage.cache.checks import check_rows, check_sequence
 from tests import caches
 
 TRUNCATIONS = {

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from schemas import FormatError
-from storage import CacheReader, CacheWriter, Store, paths, verify
-from student_train import CacheStream
+from decant.schemas import FormatError
+from decant.storage import CacheReader, CacheWriter, Store, verify
+from decant.storage.cache import paths
+from decant.student_train import CacheStream
 from tests import caches
 
 SETTINGS = caches.Settings(precision="compact")

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from storage import CacheReader, Store, paths, verify
-from storage.writer import read_manifest
-from teacher_dump import DumpConfig
+from decant.storage import CacheReader, Store, verify
+from decant.storage.cache import paths
+from decant.storage.cache.writer import read_manifest
+from decant.teacher_dump import DumpConfig
 from tests.commands import Command, Result, command, end_before
 from tests.test_dump import (
     MODULE,

@@ -12,12 +12,13 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from schemas import ScoredSequence, TokenizerInfo, Truncation, to_json
-from storage import CacheReader, CacheWriter, cli
-from storage.__main__ import main
-from storage.diff import Difference, diff, diff_text
-from storage.head import head, head_text
-from storage.targets import escaped, fit, shown, width
+from decant.schemas import ScoredSequence, TokenizerInfo, Truncation, to_json
+from decant.storage import CacheReader, CacheWriter
+from decant.storage.__main__ import main
+from decant.storage.cli import process as cli
+from decant.storage.inspect.diff import Difference, diff, diff_text
+from decant.storage.inspect.examples import escaped, fit, shown, width
+from decant.storage.inspect.head import head, head_text
 from tests import caches
 
 SETTINGS = caches.Settings(temperatures=(1.0, 2.0))

@@ -10,14 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas import FormatError, ScoredSequence, Truncation
-from storage import CacheReader, codec, verify
-from storage.check import check_sequence
-from storage.diff import diff, diff_text
-from storage.export import export
-from storage.head import head, head_text
-from student_train import CacheStream
-from student_train.losses import SparseTargets, fused_linear_divergence, sparse_divergence
+from decant.schemas import FormatError, ScoredSequence, Truncation
+from decant.storage import CacheReader, verify
+from decant.storage.cache import rows as codec
+from decant.storage.cache.checks import check_sequence
+from decant.storage.exchange.export import export
+from decant.storage.inspect.diff import diff, diff_text
+from decant.storage.inspect.head import head, head_text
+from decant.student_train import CacheStream
+from decant.student_train.losses import (
+    SparseTargets,
+    fused_linear_divergence,
+    sparse_divergence,
+)
 from tests import caches
 from tests.test_format_versions import fixture
 

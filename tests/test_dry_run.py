@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from student_train import AdapterConfig, StudentConfig, TrainConfig, train
-from student_train.__main__ import main, parser
-from student_train.dry_run import dry_run
+from decant.student_train import AdapterConfig, StudentConfig, TrainConfig, train
+from decant.student_train.__main__ import main, parser
+from decant.student_train.dry_run import dry_run
 from tests import models
 from tests.test_train import STUDENT, config
 

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaModel
 
-from schemas import FormatError, Truncation
-from storage import Busy, CacheReader, Store, verify
-from teacher_dump import (
+from decant.schemas import FormatError, Truncation
+from decant.storage import Busy, CacheReader, Store, verify
+from decant.teacher_dump import (
     ConfigChanged,
     DumpConfig,
     EngineError,
@@ -31,7 +31,7 @@ from teacher_dump import (
     TeacherConfig,
     dump,
 )
-from teacher_dump.audit import audit
+from decant.teacher_dump.audit.run import audit
 from tests import models
 from tests.commands import Command, command
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas import Truncation
-from storage import CacheReader, verify
-from student_train import (
+from decant.schemas import Truncation
+from decant.storage import CacheReader, verify
+from decant.student_train import (
     CacheStream,
     Distiller,
     EvalConfig,
@@ -23,7 +23,7 @@ from student_train import (
     TrainConfig,
     train,
 )
-from teacher_dump import DumpConfig, dump
+from decant.teacher_dump import DumpConfig, dump
 from tests import models
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from schemas import Truncation
-from storage import CacheReader
-from student_train import CacheStream, Distiller, LossConfig
-from student_train.evaluate import evaluate
-from student_train.figures import NUM_BINS, Figures, figures_of_chunks
-from student_train.stream import heldout_batches
+from decant.schemas import Truncation
+from decant.storage import CacheReader
+from decant.student_train import CacheStream, Distiller, LossConfig
+from decant.student_train.data.stream import heldout_batches
+from decant.student_train.evaluation.evaluate import evaluate
+from decant.student_train.evaluation.heldout_sums import NUM_BINS, Figures, figures_of_chunks
 from tests import caches, models
 
 LOSS = LossConfig(kind="rkl", kd_weight=0.7, ce_weight=0.3, temperature=2.0)

@@ -15,15 +15,23 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from schemas import FormatError, Manifest, ScoredSequence, Truncation, tokenizer_fingerprint
-from storage import CacheReader, cli, paths, verify
-from storage.__main__ import main
-from storage.export import export
-from storage.foreign import ForeignError
-from storage.import_cache import import_cache
-from storage.import_survey import ImportConfig
-from storage.inspect import inspect
-from student_train import CacheStream
+from decant.schemas import (
+    FormatError,
+    Manifest,
+    ScoredSequence,
+    Truncation,
+    tokenizer_fingerprint,
+)
+from decant.storage import CacheReader, verify
+from decant.storage.__main__ import main
+from decant.storage.cache import paths
+from decant.storage.cli import process as cli
+from decant.storage.exchange.export import export
+from decant.storage.exchange.foreign import ForeignError
+from decant.storage.exchange.importing import import_cache
+from decant.storage.exchange.survey import ImportConfig
+from decant.storage.inspect.collect import inspect
+from decant.student_train import CacheStream
 from tests import caches, models
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +198,7 @@ def test_exporting_needs_no_torch(tmp_path: Path) -> None:
     settings = caches.Settings()
     caches.write_cache(tmp_path / "cache", settings, caches.random_shards(settings))
     code = (
-        "import sys; from storage.__main__ import main;"
+        "import sys; from decant.storage.__main__ import main;"
         f"c = main(['export', {str(tmp_path / 'cache')!r}, {str(tmp_path / 'out')!r},"
         " '--format', 'hf']);"
         "print(c, [m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"

@@ -16,12 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from schemas import FormatError, Truncation
-from storage import CacheReader
-from student_train import CacheStream, EvalConfig, LossConfig, StudentConfig, TrainConfig, train
-from student_train.follow import FollowStream
-from student_train.stream import SequenceStream
-from teacher_dump import DumpConfig
+from decant.schemas import FormatError, Truncation
+from decant.storage import CacheReader
+from decant.student_train import (
+    CacheStream,
+    EvalConfig,
+    LossConfig,
+    StudentConfig,
+    TrainConfig,
+    train,
+)
+from decant.student_train.data.follow import FollowStream
+from decant.student_train.data.stream import SequenceStream
+from decant.teacher_dump import DumpConfig
 from tests import caches
 from tests.commands import Command
 from tests.test_dump import change, save_config

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from schemas import FORMAT_VERSION, FormatError
-from storage import CacheReader, CacheWriter, Store, migrate, verify
-from storage.inspect import inspect
-from student_train import CacheStream
-from student_train.losses import sparse_divergence
+from decant.schemas import FORMAT_VERSION, FormatError
+from decant.storage import CacheReader, CacheWriter, Store, migrate, verify
+from decant.storage.inspect.collect import inspect
+from decant.student_train import CacheStream
+from decant.student_train.losses import sparse_divergence
 from tests import caches
 from tests.commands import command
 

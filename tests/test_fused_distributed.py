@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from student_train.distiller import Distiller
-from student_train.losses import SparseTargets
-from student_train.objective import LossConfig
+from decant.student_train.config.loss import LossConfig
+from decant.student_train.losses import SparseTargets
+from decant.student_train.model.distiller import Distiller
 from tests import dense_reference as reference
 from tests import models
 

@@ -18,17 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from student_train.distiller import Distiller
-from student_train.head import UnusualHead, linear_head
-from student_train.losses import (
+from decant.student_train.config.loss import LossConfig
+from decant.student_train.losses import (
     DIVERGENCES,
     TAIL_MODES,
     SparseTargets,
     fused_linear_divergence,
     sparse_divergence,
 )
-from student_train.losses import fused as fused_module
-from student_train.objective import LossConfig
+from decant.student_train.losses import fused as fused_module
+from decant.student_train.model.distiller import Distiller
+from decant.student_train.model.head import UnusualHead, linear_head
 from tests import dense_reference as reference
 
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas import FormatError
-from storage import CacheReader, verify
-from teacher_dump import DumpConfig, SourceError, TeacherConfig, dump
-from teacher_dump.engines import EngineError
-from teacher_dump.engines.generation import Prompt, Sampling, open_generator
-from teacher_dump.generate import GenerationChanged
-from teacher_dump.plan import plan_text, predict
-from teacher_dump.sources import GenerateConfig
+from decant.schemas import FormatError
+from decant.storage import CacheReader, verify
+from decant.teacher_dump import DumpConfig, SourceError, TeacherConfig, dump
+from decant.teacher_dump.engines import EngineError
+from decant.teacher_dump.engines.opening import Prompt, Sampling, open_generator
+from decant.teacher_dump.inputs.sources import GenerateConfig
+from decant.teacher_dump.job.responses import GenerationChanged
+from decant.teacher_dump.planning.predict import plan_text, predict
 from tests import models
 from tests.commands import Command, command
 from tests.test_dump import MODULE, change, rows, save_config, save_records

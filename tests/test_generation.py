@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from rouge_score.rouge_scorer import RougeScorer
 
-from student_train import EvalConfig, GenerationConfig, train
-from student_train.generation import Generation
+from decant.student_train import EvalConfig, GenerationConfig, train
+from decant.student_train.evaluation.answers import Generation
 from tests import models
 from tests.test_train import config
 

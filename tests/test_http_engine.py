@@ -18,14 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from schemas import ScoredSequence, Truncation
-from storage import CacheReader
-from teacher_dump import DumpConfig, EngineError, dump
-from teacher_dump.engines import TeacherConfig, http_client, open_engine
-from teacher_dump.engines.base import SequenceError, Unavailable
-from teacher_dump.engines.http_engine import HttpEngine
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.teacher import describe_teacher
+from decant.schemas import ScoredSequence, Truncation
+from decant.storage import CacheReader
+from decant.teacher_dump import DumpConfig, EngineError, dump
+from decant.teacher_dump.engines import TeacherConfig, open_engine
+from decant.teacher_dump.engines.http import client as http_client
+from decant.teacher_dump.engines.http.engine import HttpEngine
+from decant.teacher_dump.engines.seam import SequenceError, Unavailable
+from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.teacher import describe_teacher
 from tests import models
 from tests.commands import Command, command, setting
 from tests.services import ServedTeacher, Unreliable, http_config, unreliable, wait_for

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from schemas import (
+from decant.schemas import (
     ByteRange,
     CommitRecord,
     Manifest,
@@ -32,17 +32,34 @@ from schemas import (
     shard_schema,
     to_json,
 )
-from storage import CacheReader, VerifyReport, cli, paths, statistics, verify
-from storage.__main__ import main
-from storage.diff import AtTemperatureDiff, Difference, DifferingTarget
-from storage.inspect import RANKS, AtTemperature, Report, Spread, inspect, report_text
-from storage.report import AtK, DumpSpeed, Histogram, ReliabilityBin, Sample, WorkerSpeed
-from storage.report_html import report_html
-from storage.statistics import SequenceHashes, Statistics
-from storage.targets import Entry, Target, width
+from decant.storage import CacheReader, VerifyReport, verify
+from decant.storage.__main__ import main
+from decant.storage.cache import paths
+from decant.storage.cli import process as cli
+from decant.storage.inspect import statistics
+from decant.storage.inspect.collect import (
+    RANKS,
+    AtTemperature,
+    Report,
+    Spread,
+    inspect,
+    report_text,
+)
+from decant.storage.inspect.diff import AtTemperatureDiff, Difference, DifferingTarget
+from decant.storage.inspect.examples import Entry, Target, width
+from decant.storage.inspect.html import report_html
+from decant.storage.inspect.report import (
+    AtK,
+    DumpSpeed,
+    Histogram,
+    ReliabilityBin,
+    Sample,
+    WorkerSpeed,
+)
+from decant.storage.inspect.statistics import SequenceHashes, Statistics
 from tests import caches
 
-inspect_module = importlib.import_module("storage.inspect")
+inspect_module = importlib.import_module("decant.storage.inspect.collect")
 ROOT = Path(__file__).parents[1]
 FORMAT = (ROOT / "docs/format.md").read_text()
 SETTINGS = caches.Settings(temperatures=(1.0, 2.0, 0.5))

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from schemas import Truncation
-from storage import cli
-from storage.__main__ import main
-from storage.inspect import inspect
-from storage.report_html import report_html
+from decant.schemas import Truncation
+from decant.storage.__main__ import main
+from decant.storage.cli import process as cli
+from decant.storage.inspect.collect import inspect
+from decant.storage.inspect.html import report_html
 from tests import caches
 
 SETTINGS = caches.Settings(temperatures=(1.0, 2.0))

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from schemas import FormatError, ScoredSequence, Truncation
-from storage import CacheReader, CacheWriter, verify
-from teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
-from teacher_dump.engines import Engine, open_engine
-from teacher_dump.isolate import FEW, Isolator, Rejection, TooManyRejected
-from teacher_dump.sequences import TokenSequence
+from decant.schemas import FormatError, ScoredSequence, Truncation
+from decant.storage import CacheReader, CacheWriter, verify
+from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
+from decant.teacher_dump.engines import Engine, open_engine
+from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.job.isolate import FEW, Isolator, Rejection, TooManyRejected
 from tests import models
 
 V = models.VOCAB_SIZE

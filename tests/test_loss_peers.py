@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from student_train.losses import SparseTargets, fused_linear_divergence, sparse_divergence
+from decant.student_train.losses import (
+    SparseTargets,
+    fused_linear_divergence,
+    sparse_divergence,
+)
 from tests import dense_reference as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")

@@ -12,9 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.losses import DIVERGENCES, TAIL_MODES, SparseTargets, sparse_divergence
-from student_train.losses.targets import LOG_FLOOR
-from student_train.losses.terms import akl_weights
+from decant.student_train.losses import (
+    DIVERGENCES,
+    TAIL_MODES,
+    SparseTargets,
+    sparse_divergence,
+)
+from decant.student_train.losses.targets import LOG_FLOOR
+from decant.student_train.losses.terms import akl_weights
 from tests import dense_reference as reference
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

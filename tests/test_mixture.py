@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas import TokenizerInfo, Truncation
-from storage import CacheReader, CacheWriter
-from student_train import EvalConfig, train
-from student_train.batch import Batch
-from student_train.mixture import CacheShare, MixtureStream, interleaving
-from student_train.packing import arrange
+from decant.schemas import TokenizerInfo, Truncation
+from decant.storage import CacheReader, CacheWriter
+from decant.student_train import EvalConfig, train
+from decant.student_train.data.batch import Batch
+from decant.student_train.data.mixture import CacheShare, MixtureStream, interleaving
+from decant.student_train.data.packing import arrange
 from tests import caches
 from tests.test_train import config
 

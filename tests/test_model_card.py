@@ -17,8 +17,8 @@ import yaml
 from huggingface_hub import ModelCard, get_token
 from transformers import AutoTokenizer, GenerationConfig
 
-from storage import CacheReader
-from student_train import (
+from decant.storage import CacheReader
+from decant.student_train import (
     AdapterConfig,
     CacheShare,
     EvalConfig,

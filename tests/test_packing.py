@@ -12,8 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_train import Batch, CacheStream, Distiller, LossConfig, StudentConfig, train
-from student_train.packing import arrange, first_fit, lengths_of, pack, packing_refused
+from decant.student_train import (
+    Batch,
+    CacheStream,
+    Distiller,
+    LossConfig,
+    StudentConfig,
+    train,
+)
+from decant.student_train.data.packing import (
+    arrange,
+    first_fit,
+    lengths_of,
+    pack,
+    packing_refused,
+)
 from tests import models
 from tests.test_train import STUDENT, config, losses
 

@@ -12,14 +12,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from decant.schemas import Truncation
+from decant.storage import CacheReader
+from decant.teacher_dump import (
+    DumpConfig,
+    SequenceConfig,
+    SourceConfig,
+    SourceError,
+    TeacherConfig,
+    dump,
+)
+from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.job.isolate import TooManyRejected
+from decant.teacher_dump.planning.predict import Prediction, plan_text, predict
+from decant.teacher_dump.planning.stratified import StratifiedSample
 from examples.demo import corpus
-from schemas import Truncation
-from storage import CacheReader
-from teacher_dump import DumpConfig, SequenceConfig, SourceConfig, SourceError, TeacherConfig, dump
-from teacher_dump.isolate import TooManyRejected
-from teacher_dump.plan import Prediction, plan_text, predict
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.stratified import StratifiedSample
 from tests import models
 from tests.commands import command
 from tests.test_dump import MODULE, change, save_config, save_records

@@ -8,8 +8,8 @@ import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
 
-from student_train import EvalConfig, train
-from student_train.plots import draw
+from decant.student_train import EvalConfig, train
+from decant.student_train.outputs.plots import draw
 from tests.test_train import config
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import CacheReader
-from teacher_dump import DumpConfig, dump
-from teacher_dump.ray_executor import RayConfig
+from decant.storage import CacheReader
+from decant.teacher_dump import DumpConfig, dump
+from decant.teacher_dump.job.ray_executor import RayConfig
 from tests import models
 from tests.commands import Command, command, setting
 from tests.test_crash import assert_same

@@ -13,18 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from schemas import FormatError, Manifest, Rejected, Truncation
-from schemas.manifest import MAX_LISTED, REASON_LENGTH
-from storage import CacheReader, CacheWriter, Store, verify
-from storage.diff import diff
-from storage.export import export
-from storage.head import head
-from storage.inspect import inspect, report_text
-from storage.report_html import report_html
-from storage.writer import one_line
-from student_train import CacheStream
-from student_train.distiller import Distiller, LossConfig
-from student_train.losses import fused_linear_divergence, sparse_divergence
+from decant.schemas import FormatError, Manifest, Rejected, Truncation
+from decant.schemas.manifest import MAX_LISTED, REASON_LENGTH
+from decant.storage import CacheReader, CacheWriter, Store, verify
+from decant.storage.cache.writer import one_line
+from decant.storage.exchange.export import export
+from decant.storage.inspect.collect import inspect, report_text
+from decant.storage.inspect.diff import diff
+from decant.storage.inspect.head import head
+from decant.storage.inspect.html import report_html
+from decant.student_train import CacheStream
+from decant.student_train.losses import fused_linear_divergence, sparse_divergence
+from decant.student_train.model.distiller import Distiller, LossConfig
 from tests import caches, models
 from tests.commands import command
 from tests.test_format_versions import fixture

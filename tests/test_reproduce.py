@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from decant.student_train.losses import sparse_divergence
 from examples.reproduce import (
     akl_toy,
     calibration_toy,
@@ -17,7 +18,6 @@ from examples.reproduce import (
     softmax_layer,
     study,
 )
-from student_train.losses import sparse_divergence
 
 
 def test_dense_targets_give_the_full_divergences():

@@ -29,10 +29,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from schemas import FormatError
-from storage import CacheReader, CacheWriter, Store, paths, verify
-from student_train import CacheStream
-from teacher_dump import DumpConfig, dump
+from decant.schemas import FormatError
+from decant.storage import CacheReader, CacheWriter, Store, verify
+from decant.storage.cache import paths
+from decant.student_train import CacheStream
+from decant.teacher_dump import DumpConfig, dump
 from tests import caches
 from tests.commands import DEADLINE_SECONDS, Command, Result, command, setting
 
@@ -492,7 +493,7 @@ def test_opening_takes_two_requests_and_a_row_group_one(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many shards there are; the first group of a shard takes one more, for its footer."""
-    monkeypatch.setattr("storage.writer.ROW_GROUP_ROWS", 20)
+    monkeypatch.setattr("decant.storage.cache.writer.ROW_GROUP_ROWS", 20)
     shards = caches.random_shards(SETTINGS, num_shards=7)
     writer = caches.start_cache(url, SETTINGS, shards)
     server.take()

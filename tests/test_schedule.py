@@ -10,8 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train import CacheStream, Distiller, LossConfig, OptimizerConfig, Schedule, train
-from student_train.losses import fused_linear_divergence, sparse_divergence
+from decant.student_train import (
+    CacheStream,
+    Distiller,
+    LossConfig,
+    OptimizerConfig,
+    Schedule,
+    train,
+)
+from decant.student_train.losses import fused_linear_divergence, sparse_divergence
 from tests import models
 from tests.test_train import config
 

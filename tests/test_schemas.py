@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from schemas import (
+from decant.schemas import (
     ByteRange,
     CommitRecord,
     FormatError,
@@ -23,8 +23,8 @@ from schemas import (
     to_json,
     tokenizer_fingerprint,
 )
-from schemas.strict import canonical
-from storage import CacheReader
+from decant.schemas.strict import canonical
+from decant.storage import CacheReader
 from tests import caches
 
 RECORD = CommitRecord(

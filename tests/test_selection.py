@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from student_train import (
+from decant.student_train import (
     AdapterConfig,
     EvalConfig,
     LossConfig,
@@ -20,7 +20,7 @@ from student_train import (
     StudentConfig,
     TrainConfig,
 )
-from student_train import train as train_now
+from decant.student_train import train as train_now
 from tests import models
 from tests.test_train import config
 

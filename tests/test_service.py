@@ -17,11 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import TeacherInfo, Truncation
-from teacher_dump.config import ServeConfig
-from teacher_dump.engines import TeacherConfig
-from teacher_dump.engines.packed_rows import Reduction
-from teacher_dump.engines.service_messages import (
+from decant.schemas import TeacherInfo, Truncation
+from decant.teacher_dump.config import ServeConfig
+from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.http.messages import (
     PROTOCOL,
     SCORE_PATH,
     TEACHER_PATH,
@@ -35,8 +34,15 @@ from teacher_dump.engines.service_messages import (
     unframe,
     unframe_files,
 )
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.service import MAX_BODY_BYTES, MAX_PENDING_TOKENS, Answer, Service, is_authorised
+from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.service.routes import (
+    MAX_BODY_BYTES,
+    MAX_PENDING_TOKENS,
+    Answer,
+    Service,
+    is_authorised,
+)
 from tests import models
 from tests.commands import command
 from tests.services import Unreliable, unreliable

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from schemas import Truncation
-from teacher_dump.sparsify import (
+from decant.schemas import Truncation
+from decant.teacher_dump.engines.sparsify import (
     LOGPROB_FLOOR,
     NotFinite,
     Sparse,

@@ -11,10 +11,10 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from schemas import Truncation
-from storage import CacheReader
-from storage.__main__ import main
-from storage.export import export
+from decant.schemas import Truncation
+from decant.storage import CacheReader
+from decant.storage.__main__ import main
+from decant.storage.exchange.export import export
 from tests import caches
 
 TEXT = (Path(__file__).parents[1] / "docs/exchange.md").read_text()

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from schemas import FormatError, Truncation
-from storage import CacheReader
-from student_train import CacheStream
-from student_train.batch import decode_compact
-from student_train.order import permutation, select_part, taken_in_turn
-from student_train.stream import heldout_batches
+from decant.schemas import FormatError, Truncation
+from decant.storage import CacheReader
+from decant.student_train import CacheStream
+from decant.student_train.data.batch import decode_compact
+from decant.student_train.data.order import permutation, select_part, taken_in_turn
+from decant.student_train.data.stream import heldout_batches
 from tests import caches
 
 SETTINGS = caches.Settings(truncation=Truncation(k=3), vocab_size=20)
@@ -70,7 +70,9 @@ def global_order(cache: Path, consumed: int, count: int, setup: dict[str, int]) 
             steps = -(-count // stream.sequences_per_step)
             mine = range(worker, steps, workers)
             info = SimpleNamespace(num_workers=workers, id=worker) if workers > 1 else None
-            with unittest.mock.patch("student_train.stream.get_worker_info", return_value=info):
+            with unittest.mock.patch(
+                "decant.student_train.data.stream.get_worker_info", return_value=info
+            ):
                 ids = iter(ids_of(stream, len(mine)))
             taken += [
                 (step, slot, rank, sample)

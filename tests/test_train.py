@@ -13,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from schemas import FormatError
-from storage import CacheReader
-from student_train import (
+from decant.schemas import FormatError
+from decant.storage import CacheReader
+from decant.student_train import (
     CacheShare,
     CacheStream,
     Distiller,
@@ -26,9 +26,9 @@ from student_train import (
     TrainConfig,
     train,
 )
-from student_train.optimizer import learning_rate
-from student_train.student import load_student
-from student_train.train import NotFinite
+from decant.student_train.loop import NotFinite
+from decant.student_train.model.student import load_student
+from decant.student_train.runtime.optimizer import learning_rate
 
 STUDENT = {
     "model_type": "llama",

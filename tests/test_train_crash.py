@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from storage.files import Busy
-from student_train import EvalConfig, TrainConfig, train
+from decant.storage.files.store import Busy
+from decant.student_train import EvalConfig, TrainConfig, train
 from tests.test_train import config, losses, weights
 
 STEPS = 60

@@ -23,8 +23,8 @@ from accelerate import DeepSpeedPlugin
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from schemas import Truncation
-from student_train import (
+from decant.schemas import Truncation
+from decant.student_train import (
     CacheStream,
     EvalConfig,
     LossConfig,
@@ -33,7 +33,7 @@ from student_train import (
     TrainConfig,
     train,
 )
-from student_train.distributed import tell_deepspeed
+from decant.student_train.runtime.distributed import tell_deepspeed
 from tests import caches
 from tests.distributed_job import Job
 from tests.test_train import STUDENT, losses, weights

@@ -27,11 +27,11 @@ from transformers import (
     MistralConfig,
 )
 
-from schemas import ScoredSequence, Truncation
-from teacher_dump.engines import EngineError, TeacherConfig, open_engine
-from teacher_dump.engines.base import SequenceError
-from teacher_dump.engines.transformers_engine import WINDOW_BATCHES, TransformersEngine
-from teacher_dump.sequences import TokenSequence
+from decant.schemas import ScoredSequence, Truncation
+from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from decant.teacher_dump.engines.seam import SequenceError
+from decant.teacher_dump.engines.transformers.engine import WINDOW_BATCHES, TransformersEngine
+from decant.teacher_dump.inputs.sequences import TokenSequence
 from tests import models
 
 K, V = 12, models.VOCAB_SIZE

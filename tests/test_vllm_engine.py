@@ -30,18 +30,22 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from schemas import Layout, ScoredSequence, Truncation
-from storage.check import check_sequence
-from teacher_dump.engines import EngineError, TeacherConfig, open_engine
-from teacher_dump.engines.base import SequenceError
-from teacher_dump.engines.generation import Prompt, Sampling, open_generator
-from teacher_dump.engines.packed_rows import Reduction
-from teacher_dump.engines.vllm_engine import VllmEngine
-from teacher_dump.engines.vllm_messages import Refused
-from teacher_dump.engines.vllm_prompt_logprobs import TAIL_RESOLUTION, check, rows_from_flat
-from teacher_dump.engines.vllm_setup import saved_dtype
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.sparsify import uniforms_for
+from decant.schemas import Layout, ScoredSequence, Truncation
+from decant.storage.cache.checks import check_sequence
+from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from decant.teacher_dump.engines.opening import Prompt, Sampling, open_generator
+from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.engines.seam import SequenceError
+from decant.teacher_dump.engines.sparsify import uniforms_for
+from decant.teacher_dump.engines.vllm.engine import VllmEngine
+from decant.teacher_dump.engines.vllm.messages import Refused
+from decant.teacher_dump.engines.vllm.prompt_logprobs import (
+    TAIL_RESOLUTION,
+    check,
+    rows_from_flat,
+)
+from decant.teacher_dump.engines.vllm.setup import saved_dtype
+from decant.teacher_dump.inputs.sequences import TokenSequence
 
 if importlib.util.find_spec("vllm") is None:  # to import it would change torch in this process
     pytest.skip("vllm is not installed", allow_module_level=True)

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
-from schemas import ScoredSequence, Truncation
-from teacher_dump.engines import EngineError, TeacherConfig, open_engine
-from teacher_dump.engines.base import SequenceError
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.teacher import describe_teacher, hash_weights
+from decant.schemas import ScoredSequence, Truncation
+from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from decant.teacher_dump.engines.seam import SequenceError
+from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.teacher import describe_teacher, hash_weights
 from tests import models
 from tests.services import ServedTeacher, http_config, wait_for
 

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from decant.student_train.losses import sparse_divergence
 from examples.reproduce.common import COLORS, LABELS, arguments, dense_targets, save, table
-from student_train.losses import sparse_divergence
 
 NUM_CLASSES = 80
 SHOWN = (10, 20)

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from decant.student_train.losses import SparseTargets, sparse_divergence
 from examples.reproduce.common import arguments, calibration, save, table, topk_targets
-from student_train.losses import SparseTargets, sparse_divergence
 
 NUM_CLASSES, NUM_FEATURES = 128, 32
 SPREAD = 0.377

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from student_train.losses import SparseTargets
+from decant.student_train.losses import SparseTargets
 
 matplotlib.use("Agg")
 

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
+from decant.student_train.losses import sparse_divergence
 from examples.reproduce.common import COLORS, LABELS, arguments, dense_targets, save, table
-from student_train.losses import sparse_divergence
 
 NUM_INPUTS, NUM_FEATURES, NUM_CLASSES, TEACHER_WIDTH, BATCH = 1024, 16, 64, 32, 64
 WIDTHS = {"as wide as the teacher": 32, "too narrow": 3}

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from decant.student_train.losses import sparse_divergence
 from examples.reproduce.common import COLORS, LABELS, arguments, dense_targets, save, table
-from student_train.losses import sparse_divergence
 
 GRID = torch.linspace(-15, 15, 601, dtype=torch.float64)
 REACHED = 1e-3

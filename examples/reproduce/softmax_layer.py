@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from decant.student_train.losses import sparse_divergence
 from examples.reproduce.common import COLORS, LABELS, arguments, dense_targets, save, table
-from student_train.losses import sparse_divergence
 
 SIZE = 64
 RANKS = (2, 16, 64)

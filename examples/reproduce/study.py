@@ -26,10 +26,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from examples.reproduce.common import COLORS, LABELS, arguments, calibration, save, table
-from schemas import FormatError
-from storage import CacheReader
-from student_train import (
+from decant.schemas import FormatError
+from decant.storage import CacheReader
+from decant.student_train import (
     CacheStream,
     LossConfig,
     OptimizerConfig,
@@ -37,7 +36,8 @@ from student_train import (
     TrainConfig,
     train,
 )
-from student_train.stream import heldout_batches
+from decant.student_train.data.stream import heldout_batches
+from examples.reproduce.common import COLORS, LABELS, arguments, calibration, save, table
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 4096

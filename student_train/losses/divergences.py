@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
-from student_train.losses.terms import divergence_of_classes
+from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
+from decant.student_train.losses.terms import divergence_of_classes
 
 DIVERGENCES: dict[str, dict[str, float | str]] = {
     "fkl": {},

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
-from student_train.losses.products import add_product, product_dtype, product_into
-from student_train.losses.targets import MASKED_LOGIT, SparseTargets
+from decant.student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from decant.student_train.losses.products import add_product, product_dtype, product_into
+from decant.student_train.losses.targets import MASKED_LOGIT, SparseTargets
 
 IGNORED_LABEL = -100
 

@@ -3,6 +3,6 @@
 The seam is `Engine`; `open_engine` imports the one that is asked for and no other.
 """
 
-from teacher_dump.engines.base import Engine, EngineError, TeacherConfig, open_engine
+from decant.teacher_dump.engines.seam import Engine, EngineError, TeacherConfig, open_engine
 
 __all__ = ["Engine", "EngineError", "TeacherConfig", "open_engine"]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from schemas import ScoredSequence, Truncation, from_json, to_json
-from teacher_dump.sequences import TokenSequence
-from teacher_dump.sparsify import Sparse
+from decant.schemas import ScoredSequence, Truncation, from_json, to_json
+from decant.teacher_dump.engines.sparsify import Sparse
+from decant.teacher_dump.inputs.sequences import TokenSequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

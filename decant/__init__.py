@@ -1,0 +1,1 @@
+"""Decant under one name."""

@@ -1,0 +1,1 @@
+"""The format: scored sequences to shards and back."""

@@ -1,0 +1,242 @@
+"""The commit records of a cache as columns: a hundred thousand shards without an object each.
+
+`records/` holds them as one Parquet file once the cache is final. Shapes: S shards, G row groups.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from decant.schemas import CommitRecord, FormatError, Rejected, Totals, from_json, to_json
+
+_HASH = pa.binary(16)
+_RANGE = [("offset", pa.int64()), ("length", pa.int64()), ("xxh3_128", _HASH)]
+_GROUP = pa.struct(
+    [(name, pa.int64()) for name in ("rows", "sequences", "targets")]
+    + [("data", pa.struct(_RANGE))]
+)
+_REJECTED = pa.struct(
+    [
+        ("sequence", pa.int64()),
+        ("sample_id", pa.string()),
+        ("targets", pa.int64()),
+        ("reason", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in [
+            *((name, pa.int64()) for name in ("shard", "first_sequence", "num_sequences")),
+            *((name, pa.int64()) for name in ("rows", "targets")),
+            ("rejected", pa.list_(_REJECTED)),
+            ("bytes", pa.int64()),
+            ("xxh3_128", _HASH),
+            ("row_groups", pa.list_(_GROUP)),
+            ("footer", pa.struct(_RANGE)),
+            *((name, pa.float64()) for name in ("kl_error_mean", "kl_error_max", "seconds")),
+            ("worker", pa.string()),
+        ]
+    ]
+)
+"""One row per shard: the fields of `CommitRecord` but for the cache id, which is the manifest's."""
+VERSION_2_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("rejected"))
+CHUNK = 1000
+"""Shards whose records are objects at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroupRef:
+    """One row group of a cache: where it is and what it holds. Read it with `CacheReader.read`."""
+
+    shard: int
+    index: int
+    first_sequence: int
+    """Plan index of its first sequence."""
+    sequences: int
+    rows: int
+    targets: int
+
+
+class RowGroups(Sequence[RowGroupRef]):
+    """All row groups in plan order; the columns are there for arithmetic over all of them."""
+
+    def __init__(self, index: "ShardIndex") -> None:
+        lists = index.table.column("row_groups").combine_chunks()
+        per_shard = lists.value_lengths().to_numpy()
+        values = lists.flatten()
+        self.starts = np.concatenate([[0], np.cumsum(per_shard)])
+        """[S+1] groups of shard row i are starts[i]:starts[i+1]."""
+        self.shard = np.repeat(_numbers(index.table, "shard"), per_shard)
+        """[G]."""
+        self.rows, self.sequences, self.targets = (
+            values.field(name).to_numpy() for name in ("rows", "sequences", "targets")
+        )
+        ends = np.cumsum(self.sequences)
+        before = np.concatenate([[0], ends])[self.starts[:-1]]  # sequences of the shards before
+        offset = _numbers(index.table, "first_sequence") - before
+        self.first_sequence = ends - self.sequences + np.repeat(offset, per_shard)
+        """[G] plan index of each group's first sequence."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @overload
+    def __getitem__(self, at: int) -> RowGroupRef: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[RowGroupRef]: ...
+    def __getitem__(self, at: int | slice) -> RowGroupRef | list[RowGroupRef]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        at = range(len(self))[at]
+        row = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return RowGroupRef(
+            shard=int(self.shard[at]),
+            index=at - int(self.starts[row]),
+            first_sequence=int(self.first_sequence[at]),
+            sequences=int(self.sequences[at]),
+            rows=int(self.rows[at]),
+            targets=int(self.targets[at]),
+        )
+
+
+class ShardIndex(Sequence[CommitRecord]):
+    """Commit records in shard order, held as one Arrow table."""
+
+    def __init__(self, table: pa.Table, cache_id: str) -> None:
+        """Take a table of `SCHEMA`."""
+        self.table, self._cache_id = table, cache_id
+        self.shards = _numbers(table, "shard")
+        """[S] ascending."""
+        self.groups = RowGroups(self)
+
+    @classmethod
+    def of(cls, records: Iterable[CommitRecord], cache_id: str) -> "ShardIndex":
+        """The index of some records, in ascending shard order."""
+        return cls(pa.Table.from_batches(_batches(iter(records)), SCHEMA), cache_id)
+
+    @classmethod
+    def read(cls, data: bytes, cache_id: str, where: str, version: int) -> "ShardIndex":
+        """What `write` wrote in a format version. Raises FormatError if it is not of this form."""
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+        except pa.ArrowException as error:
+            raise FormatError(f"{where} cannot be read: {error}") from error
+        schema = _schema(version)
+        if not table.schema.equals(schema):
+            raise FormatError(f"{where}: expected columns\n{schema}\nfound\n{table.schema}")
+        if version < 3:
+            field = SCHEMA.field("rejected")
+            none = pa.array([[]] * len(table), field.type)
+            table = table.add_column(SCHEMA.get_field_index("rejected"), field, none)
+        return cls(table, cache_id)
+
+    @staticmethod
+    def write(path: Path, records: Iterable[CommitRecord], version: int) -> int:
+        """Write records, in ascending shard order, to a file; return how many there were."""
+        count = 0
+        schema = _schema(version)
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for batch in _batches(iter(records)):
+                writer.write_batch(batch.select(schema.names))
+                count += len(batch)
+        return count
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, at: int) -> CommitRecord: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[CommitRecord]: ...
+    def __getitem__(self, at: int | slice) -> CommitRecord | list[CommitRecord]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        (entry,) = self.table.slice(range(len(self))[at], 1).to_pylist()
+        return _record(entry, self._cache_id)
+
+    def __iter__(self) -> Iterator[CommitRecord]:
+        for batch in self.table.to_batches(CHUNK):
+            for entry in batch.to_pylist():
+                yield _record(entry, self._cache_id)
+
+    def with_more(self, records: Iterable[CommitRecord]) -> "ShardIndex":
+        """This index with the records of further shards, in ascending shard order."""
+        more = ShardIndex.of(records, self._cache_id)
+        table = pa.concat_tables([self.table, more.table]).sort_by("shard").combine_chunks()
+        return ShardIndex(table, self._cache_id)
+
+    def position(self, shard: int) -> int:
+        """The position of a shard's record. Raises KeyError if there is none."""
+        at = int(np.searchsorted(self.shards, shard))
+        if at == len(self.shards) or self.shards[at] != shard:
+            raise KeyError(shard)
+        return at
+
+    def groups_of(self, shard: int) -> list[RowGroupRef]:
+        """The row groups of one shard."""
+        at = self.position(shard)
+        return self.groups[int(self.groups.starts[at]) : int(self.groups.starts[at + 1])]
+
+    def rejected(self) -> Iterator[Rejected]:
+        """The rejected sequences of all shards, in plan order."""
+        for chunk in self.table.column("rejected").chunks:
+            for entry in chunk.flatten():
+                yield Rejected(**entry.as_py())
+
+    def totals(self) -> Totals:
+        """The sums over the records."""
+        sums = {
+            name: int(_numbers(self.table, name).sum())
+            for name in ("num_sequences", "rows", "targets", "bytes")
+        }
+        return Totals(
+            shards=len(self),
+            sequences=sums["num_sequences"],
+            tokens=sums["rows"],
+            targets=sums["targets"],
+            rejected=sum(len(c.flatten()) for c in self.table.column("rejected").chunks),
+            bytes=sums["bytes"],
+            seconds=float(sum(self.table.column("seconds").to_pylist())),
+        )
+
+
+def _schema(version: int) -> pa.Schema:
+    return SCHEMA if version >= 3 else VERSION_2_SCHEMA
+
+
+def _batches(records: Iterator[CommitRecord]) -> Iterator[pa.RecordBatch]:
+    while chunk := list(islice(records, CHUNK)):
+        yield pa.RecordBatch.from_pylist([_entry(record) for record in chunk], SCHEMA)
+
+
+def _entry(record: CommitRecord) -> dict[str, Any]:
+    return _with_hashes({**to_json(record), "cache_id": None}, bytes.fromhex)
+
+
+def _record(entry: dict[str, Any], cache_id: str) -> CommitRecord:
+    fields = _with_hashes({**entry, "cache_id": cache_id}, bytes.hex)
+    return from_json(CommitRecord, fields, f"commit record of shard {entry['shard']}")
+
+
+def _with_hashes(value: Any, convert: Any) -> Any:
+    """The same tree with every `xxh3_128` converted, between hex text and bytes."""
+    if isinstance(value, dict):
+        return {
+            name: convert(item) if name == "xxh3_128" else _with_hashes(item, convert)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_hashes(item, convert) for item in value]
+    return value
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
+    return table.column(name).to_numpy()

@@ -1,0 +1,54 @@
+"""An older cache under a manifest of the present format version, in a directory of its own."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+from decant.schemas import FORMAT_VERSION, Manifest
+from decant.storage.cache import paths
+from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.writer import committed_shards, seal
+from decant.storage.files.store import Store
+
+MADE = (paths.PLAN, paths.RECORDS, paths.SHARDS, paths.TOKENIZER)
+
+
+def migrate(
+    url: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Make the cache at `url` again at `out`; the old one is only read.
+
+    Shards are copied byte for byte (hard links within one file system), so no value changes; the
+    records and the manifest are written new, the manifest last. What an interrupted call left is
+    completed by the next. `progress` is called with (shards done, shards in all).
+    Raises FormatError if the old cache is not whole, ValueError if it is of this version already,
+    FileExistsError if `out` holds something else.
+    """
+    reader = CacheReader(url)
+    old = reader.manifest
+    if old.format_version == FORMAT_VERSION:
+        raise ValueError(f"{url} is of format version {FORMAT_VERSION} already")
+    source, target = Store(url), Store(out)
+    with target.lock():
+        foreign = [name for name in target.names("") if name not in MADE]
+        if foreign:
+            raise FileExistsError(f"{out} is not empty ({', '.join(foreign[:5])}): choose another")
+        target.remove_temporaries(paths.SHARDS)
+        new = old.upgraded()
+        names = [old.plan.name, *(f"{paths.TOKENIZER}/{name}" for name in old.tokenizer.files)]
+        for name in names:
+            target.copy(source, name)
+        done = committed_shards(target)
+        for record in reader.records:
+            if record.shard not in done:
+                target.copy(source, paths.shard(record.shard))
+                renamed = dataclasses.replace(record, cache_id=new.cache_id)
+                target.publish_json(paths.record(record.shard), renamed.to_json(FORMAT_VERSION))
+            if progress:
+                progress(record.shard + 1, len(reader.records))
+        records = (dataclasses.replace(r, cache_id=new.cache_id) for r in reader.records)
+        new = seal(target, new, records)
+        target.publish_json(paths.MANIFEST, new.to_json())
+    return new

@@ -1,0 +1,268 @@
+"""Read a cache: by sequence, in order, or by row group; every byte used is hashed before use."""
+
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from decant.schemas import (
+    ByteRange,
+    CommitRecord,
+    FormatError,
+    Rejected,
+    ScoredSequence,
+    ShardPlan,
+    shard_schema,
+)
+from decant.schemas import RowGroup as RowGroupRecord
+from decant.storage.cache import paths
+from decant.storage.cache import rows as codec
+from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
+from decant.storage.cache.writer import (
+    committed_shards,
+    read_manifest,
+    read_plan,
+    read_record,
+    read_records,
+)
+from decant.storage.files.store import Store
+
+RECENT_SHARDS = 64
+"""Shards whose record and footer stay parsed: row groups of several are read in turn."""
+
+
+class CacheReader:
+    """A whole cache, opened for reading.
+
+    `reader[i]` is the i-th sequence of the shard plan, `len(reader)` their number. Opening reads
+    the manifest and its two segments, never a shard.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        allow_incomplete: bool = False,
+        listener: Callable[[int, int, bytes], None] | None = None,
+    ) -> None:
+        """Open a cache.
+
+        `listener` is called with (shard, offset, bytes) of all that is fetched of shards.
+        Raises FormatError if it is absent, damaged, or not complete (unless `allow_incomplete`,
+        which gives the sequences of the committed shards, renumbered from 0).
+        """
+        self._store, self._listener = Store(url), listener
+        self.url = self._store.url
+        self.manifest = read_manifest(self._store)
+        self._set_index(self._index(allow_incomplete))
+        self._schema = shard_schema(self.manifest.layout)
+        self._recent: dict[int, CommitRecord] = {}
+        self._footers: dict[int, pq.FileMetaData] = {}
+        self._last: tuple[int, codec.Rows] | None = None
+
+    def _set_index(self, index: ShardIndex) -> None:
+        self.index = index
+        """The commit records."""
+        self._groups = index.groups
+        self._ends = np.cumsum(self._groups.sequences)
+
+    def refresh(self) -> list[int]:
+        """Look again at a cache that was not complete; return the shards committed since, in order.
+
+        Sequences are renumbered. Raises FormatError if another cache has taken its place.
+        """
+        if self.manifest.is_final:
+            return []
+        manifest = read_manifest(self._store)
+        if manifest.cache_id != self.manifest.cache_id:
+            raise FormatError(
+                f"{self.url} was cache {self.manifest.cache_id} and is {manifest.cache_id} now: it "
+                "was replaced while it was read"
+            )
+        known, self.manifest = set(self.index.shards.tolist()), manifest
+        new = sorted(committed_shards(self._store) & set(range(manifest.num_shards)) - known)
+        if new:
+            records = (read_record(self._store, manifest, shard) for shard in new)
+            self._last = None
+            self._set_index(self.index.with_more(records))
+        return new
+
+    def _index(self, allow_incomplete: bool) -> ShardIndex:
+        manifest, store = self.manifest, self._store
+        if manifest.is_final:
+            return read_records(store, manifest)
+        planned = range(manifest.num_shards)
+        done = sorted(shard for shard in committed_shards(store) if shard in planned)
+        if not allow_incomplete:
+            raise FormatError(
+                f"{self.url} is not complete: {len(done)} of {len(planned)} shards are "
+                "committed. Run the dump again; it fills what is missing and seals the cache"
+            )
+        records = (read_record(store, manifest, shard) for shard in done)
+        return ShardIndex.of(records, manifest.cache_id)
+
+    @functools.cached_property
+    def plan(self) -> list[ShardPlan]:
+        """All shards, committed or not. Raises FormatError if the plan is damaged."""
+        return read_plan(self._store, self.manifest)
+
+    @property
+    def records(self) -> Sequence[CommitRecord]:
+        """The commit records in shard order."""
+        return self.index
+
+    @property
+    def rejected(self) -> Iterator[Rejected]:
+        """The sequences that the teacher could not score, in plan order; they have no targets."""
+        return self.index.rejected()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> ScoredSequence:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        index %= len(self)
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        if self._last is None or self._last[0] != group:
+            self._last = (group, self.read(self._groups[group]))
+        return self._last[1][index - int(self._ends[group] - self._groups.sequences[group])]
+
+    def __iter__(self) -> Iterator[ScoredSequence]:
+        for group in self._groups:
+            rows = self.read(group)
+            for i in range(len(rows)):
+                yield rows[i]
+
+    def row_groups(self) -> RowGroups:
+        """All row groups in plan order."""
+        return self._groups
+
+    def shard_plan(self) -> list[ShardPlan]:
+        """The plan of all shards, committed or not."""
+        return list(self.plan)
+
+    def read(self, group: RowGroupRef) -> codec.Rows:
+        """The decoded columns of one row group.
+
+        Raises FormatError, naming the file, if a byte of it is not what was committed.
+        """
+        return codec.decode_rows(self.read_stored(group), self.manifest.layout)
+
+    def read_stored(self, group: RowGroupRef) -> codec.StoredRows:
+        """The columns of one row group, not decoded. Raises FormatError as `read`."""
+        return codec.stored_rows(self.read_table(group), self.manifest.layout)
+
+    def read_table(self, group: RowGroupRef) -> pa.Table:
+        """One row group as stored. Raises FormatError as `read`."""
+        record = self._record(group.shard)
+        entry = record.row_groups[group.index]
+        where = self._store.path(paths.shard(group.shard))
+        metadata = self._footer(record)
+        data = self._verified(group.shard, entry.data)
+        try:
+            file = pq.ParquetFile(
+                pa.PythonFile(_Window(entry.data.offset, data, record.bytes), mode="r"),
+                metadata=metadata,
+                pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
+            )
+            table = file.read_row_group(group.index, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise FormatError(f"{where} row group {group.index} cannot be read: {error}") from error
+        if not table.schema.equals(self._schema) or len(table) != entry.rows:
+            raise FormatError(
+                f"{where} row group {group.index}: expected {entry.rows} rows of\n{self._schema}\n"
+                f"found {len(table)} rows of\n{table.schema}"
+            )
+        return table
+
+    def column_bytes(self, group: RowGroupRef) -> dict[str, int]:
+        """Compressed bytes of each column of one row group, from the shard's footer."""
+        metadata = self._footer(self._record(group.shard)).row_group(group.index)
+        columns = [metadata.column(i) for i in range(metadata.num_columns)]
+        return {c.path_in_schema: c.total_compressed_size for c in columns}
+
+    def row_group_record(self, group: RowGroupRef) -> RowGroupRecord:
+        """What the commit record says of a row group."""
+        return self._record(group.shard).row_groups[group.index]
+
+    def _record(self, shard: int) -> CommitRecord:
+        kept = self._recent.get(shard)
+        if kept is None:
+            kept = self.index[self.index.position(shard)]
+            if len(self._recent) >= RECENT_SHARDS:
+                self._recent.clear()
+            self._recent[shard] = kept
+        return kept
+
+    def _footer(self, record: CommitRecord) -> pq.FileMetaData:
+        kept = self._footers.get(record.shard)
+        if kept is None:
+            data = self._verified(record.shard, record.footer)
+            try:
+                kept = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+            except (OSError, pa.ArrowException) as error:
+                where = self._store.path(paths.shard(record.shard))
+                raise FormatError(f"{where}: its footer cannot be read: {error}") from error
+            if len(self._footers) >= RECENT_SHARDS:
+                self._footers.clear()
+            self._footers[record.shard] = kept
+        return kept
+
+    def _verified(self, shard: int, part: ByteRange) -> bytes:
+        name = paths.shard(shard)
+        where = self._store.path(name)
+        try:
+            data = self._store.read_range(name, part.offset, part.length)
+        except FileNotFoundError:
+            raise FormatError(
+                f"{where} is missing; run the dump again, which scores that shard again"
+            ) from None
+        if self._listener:
+            self._listener(shard, part.offset, data)
+        found = xxhash.xxh3_128(data).hexdigest()
+        if len(data) != part.length or found != part.xxh3_128:
+            raise FormatError(
+                f"{where} is damaged: {len(data)} of {part.length} bytes at {part.offset} with "
+                f"hash {found}, committed with {part.xxh3_128}; delete the file and run the dump "
+                "again, which scores that shard again"
+            )
+        return data
+
+
+class _Window(io.RawIOBase):
+    """A seekable file of `size` bytes of which only one verified run can be read."""
+
+    def __init__(self, offset: int, data: bytes, size: int) -> None:
+        super().__init__()
+        self._offset, self._data, self._size, self._at = offset, memoryview(data), size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> memoryview:
+        start = self._at - self._offset
+        stop = len(self._data) if size < 0 else start + size
+        if start < 0 or stop > len(self._data):
+            raise OSError(
+                f"bytes {self._at}+{size} lie outside the verified run at {self._offset} of "
+                f"{len(self._data)}"
+            )
+        self._at += stop - start
+        return self._data[start:stop]

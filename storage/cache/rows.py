@@ -1,0 +1,485 @@
+"""Scored sequences to Arrow tables and back, in numpy columns; never a Python object per token.
+
+Shapes: R rows (tokens), S sequences, n targets, K slots, T temperatures.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from decant.schemas import CompactCode, Layout, ScoredSequence, shard_schema
+from decant.schemas.arrow import log_tail_column, log_z_column
+
+LAST_CODE = 255
+"""Compact code: stands for every gap from nearly the limit on."""
+BLOCK_ROWS = 2048
+"""Targets decoded at a time."""
+CODE = CompactCode()
+STORED_LOGPROB = {"f32": "<f4", "f16": "<f2", "compact": "u1"}
+
+
+@functools.cache
+def gap_table(code: CompactCode) -> NDArray[np.float32]:
+    """[256] the gap in nats that each compact code stands for: expm1(q step) / scale."""
+    return (np.expm1(np.arange(256) * code.step) / code.scale).astype(np.float32)
+
+
+@functools.cache
+def _pair_tables(code: CompactCode) -> tuple[NDArray, NDArray[np.float64]]:
+    """[65536] gaps and summed weights of two neighbouring codes, by the uint16 they form."""
+    gaps = gap_table(code)
+    weights = np.exp(-gaps.astype(np.float64)).astype(np.float32).astype(np.float64)
+    pairs = np.stack([np.tile(gaps, 256), np.repeat(gaps, 256)], axis=1).view(np.int64)
+    return pairs, (weights[None, :] + weights[:, None]).ravel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoredRows:
+    """The columns of whole sequences as they are stored: views of Arrow's memory where possible.
+
+    Values of rows that are no target are zero.
+    """
+
+    sequence: NDArray[np.int64]
+    """[S] index of each sequence in the shard plan."""
+    sample_ids: list[str]
+    """[S]."""
+    row_starts: NDArray[np.int64]
+    """[S+1] rows of sequence s are row_starts[s]:row_starts[s+1]."""
+    target_starts: NDArray[np.int64]
+    """[S+1] targets of sequence s are target_starts[s]:target_starts[s+1]."""
+    target_rows: NDArray[np.int64]
+    """[n] the row of each target."""
+    is_target: NDArray[np.bool_]
+    """[R]."""
+    position: NDArray[np.int32]
+    """[R] as stored."""
+    token_id: NDArray[np.int32]
+    """[R]."""
+    topk_lo: NDArray[np.uint8]
+    """[R, K] lowest byte of the kept ids."""
+    topk_mid: NDArray[np.uint8]
+    """[R, K] second byte."""
+    topk_hi: NDArray[np.uint8] | None
+    """[R, K] third byte, where ids need it."""
+    topk_logprob: NDArray | None
+    """[R, K] float32, float16 or uint8: log probs or steps of compact codes. None where draws are
+    stored without log probs; the ids are ascending then."""
+    num_kept: NDArray[np.uint16] | None
+    """[R] where it varies."""
+    draws: NDArray[np.uint16] | None
+    """[R, K]."""
+    log_z: list[NDArray[np.float32] | None]
+    """T of [R], None at T=1."""
+    log_tail: list[NDArray[np.float32]]
+    """T of [R]; -inf without log probs: the draws stand for all ids."""
+    label_logprob: NDArray[np.float32]
+    """[R]."""
+    entropy: NDArray[np.float32] | None = None
+    """[R] where there are no log probs."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rows:
+    """The decoded columns of whole sequences: what a training batch is cut from."""
+
+    sequence: NDArray[np.int64]
+    """[S] index of each sequence in the shard plan."""
+    sample_ids: list[str]
+    """[S]."""
+    row_starts: NDArray[np.int64]
+    """[S+1] rows of sequence s are row_starts[s]:row_starts[s+1]."""
+    target_starts: NDArray[np.int64]
+    """[S+1] targets of sequence s are target_starts[s]:target_starts[s+1]."""
+    input_ids: NDArray[np.int32]
+    """[R]."""
+    is_target: NDArray[np.bool_]
+    """[R]."""
+    positions: NDArray[np.int32]
+    """[n] position of each target in its sequence."""
+    token_ids: NDArray[np.int32]
+    """[n, K] -1 = unused slot."""
+    logprobs: NDArray[np.float32] | None
+    """[n, K] -inf = unused slot. None where draws are stored without log probs."""
+    draws: NDArray[np.int32] | None
+    """[n, K]."""
+    log_z: NDArray[np.float32]
+    """[n, T]."""
+    log_tail: NDArray[np.float32] | None
+    """[n, T]; None without log probs."""
+    label_logprob: NDArray[np.float32]
+    """[n]."""
+    entropy: NDArray[np.float32] | None = None
+    """[n] where there are no log probs."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """[n] the actual token of each target."""
+        return self.input_ids[self.is_target]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> ScoredSequence:
+        rows = slice(self.row_starts[index], self.row_starts[index + 1])
+        targets = slice(self.target_starts[index], self.target_starts[index + 1])
+        return ScoredSequence(
+            sample_id=self.sample_ids[index],
+            input_ids=self.input_ids[rows],
+            is_target=self.is_target[rows],
+            positions=self.positions[targets],
+            token_ids=self.token_ids[targets],
+            logprobs=None if self.logprobs is None else self.logprobs[targets],
+            draws=None if self.draws is None else self.draws[targets],
+            log_z=self.log_z[targets],
+            log_tail=None if self.log_tail is None else self.log_tail[targets],
+            label_logprob=self.label_logprob[targets],
+            entropy=None if self.entropy is None else self.entropy[targets],
+        )
+
+
+def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> pa.Table:
+    """One table of whole sequences whose plan indices start at `first`.
+
+    The sequences must have passed `storage.check.check_sequence`.
+    """
+    lengths = np.array([len(s.input_ids) for s in sequences])
+    is_target = np.concatenate([s.is_target for s in sequences])
+    index = np.repeat(np.arange(len(sequences), dtype=np.int32), lengths)
+
+    def scatter(values: NDArray) -> NDArray:
+        """Spread per-target values over all rows, zero where a row is no target."""
+        out = np.zeros((len(is_target), *values.shape[1:]), values.dtype)
+        out[is_target] = values
+        return out
+
+    def blob(values: NDArray) -> pa.Array:
+        packed = scatter(values)
+        width = packed.shape[1] * packed.itemsize
+        return pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(width), len(packed), [None, pa.py_buffer(packed)]
+        )
+
+    columns: dict[str, pa.Array | NDArray] = {
+        "sequence": index.astype(np.int64) + first,
+        "sample_id": pa.DictionaryArray.from_arrays(
+            pa.array(index), pa.array([s.sample_id for s in sequences], pa.string())
+        ),
+        "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "token_id": np.concatenate([s.input_ids for s in sequences]),
+        "is_target": is_target,
+        "label_logprob": scatter(_joined(sequences, "label_logprob")),
+    }
+    token_ids = _joined(sequences, "token_ids")
+    used = token_ids >= 0
+    if layout.has_logprobs:
+        ids = np.where(used, token_ids, 0)
+        logprobs, log_tail = _joined(sequences, "logprobs"), _joined(sequences, "log_tail")
+        if layout.precision == "compact":
+            log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
+        codes = encode_logprobs(logprobs, used, layout.precision, layout.code)
+        columns["topk_logprob"] = blob(codes)
+        if layout.has_num_kept:
+            columns["num_kept"] = scatter(used.sum(axis=1).astype(np.uint16))
+        if layout.has_draws:
+            columns["draws"] = blob(_joined(sequences, "draws").astype("<u2"))
+        log_z = _joined(sequences, "log_z")
+        for i, temperature in enumerate(layout.temperatures):
+            if temperature != 1:
+                columns[log_z_column(temperature)] = scatter(log_z[:, i])
+            columns[log_tail_column(temperature)] = scatter(log_tail[:, i])
+    else:
+        ids = draw_steps(token_ids, _joined(sequences, "draws"))
+        columns["entropy"] = scatter(_joined(sequences, "entropy"))
+    planes = (ids & 0xFFFF, ids >> 16) if layout.ids == "lo16" else (ids, ids >> 8, ids >> 16)
+    for name, plane in zip(layout.id_columns, planes, strict=False):
+        two = layout.ids == "lo16" and name == "topk_lo"
+        columns[name] = blob(plane.astype("<u2" if two else np.uint8))  # the low byte of each
+    schema = shard_schema(layout)
+    return pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
+
+
+def _joined(sequences: Sequence[ScoredSequence], name: str) -> NDArray:
+    return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
+
+def draw_steps(token_ids: NDArray[np.int32], draws: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[n, N] the steps between the N ascending draws of each target, from ids and counts [n, N].
+
+    The counts of a target must add up to N.
+    """
+    counts = np.where(token_ids >= 0, draws, 0)
+    drawn = np.repeat(token_ids.ravel(), counts.ravel()).reshape(token_ids.shape)
+    drawn.sort(axis=1)
+    return np.diff(drawn, axis=1, prepend=np.int32(0))
+
+
+def draws_of_steps(
+    steps: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint16]]:
+    """The inverse of `draw_steps`: ascending ids and counts [n, N], how many are in use [n]."""
+    n, slots = steps.shape
+    is_new = steps > 0
+    is_new[:, 0] = True
+    slot = is_new.cumsum(axis=1, dtype=np.int32)
+    num_kept = slot[:, -1].astype(np.uint16)
+    slot += (np.arange(n, dtype=np.int32) * slots - 1)[:, None]
+    counts = np.bincount(slot.ravel(), minlength=n * slots)
+    ids = np.zeros(n * slots, np.int32)
+    ids[slot[is_new]] = steps.cumsum(axis=1, dtype=np.int32)[is_new]
+    return ids.reshape(n, slots), counts.reshape(n, slots).astype(np.uint16), num_kept
+
+
+def decode(table: pa.Table, layout: Layout) -> Rows:
+    """The inverse of `encode` for a table of whole sequences (one row group)."""
+    return decode_rows(stored_rows(table, layout), layout)
+
+
+def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
+    """The columns of a table of whole sequences, nothing decoded."""
+    table = table.combine_chunks()
+    sequence = _column(table, "sequence")
+    num_rows = len(sequence)
+    breaks = np.flatnonzero(np.diff(sequence)) + 1
+    row_starts = np.concatenate([[0], breaks, [num_rows]]) if num_rows else np.zeros(1, np.int64)
+    is_target = _column(table, "is_target")
+    target_rows = np.flatnonzero(is_target)
+
+    def only_chunk(name: str) -> pa.Array:
+        column = table.column(name)  # combining again would copy it
+        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+
+    def blob(name: str, dtype: str) -> NDArray:
+        array = only_chunk(name)
+        width = array.type.byte_width
+        data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
+        return data.view(dtype).reshape(num_rows, -1)
+
+    def scalar(name: str) -> NDArray | None:
+        return _column(table, name) if name in table.column_names else None
+
+    planes = [blob(name, "u1") for name in layout.id_columns]
+    if layout.ids == "lo16":
+        planes[:1] = [planes[0][:, 0::2], planes[0][:, 1::2]]
+    num_kept = scalar("num_kept")
+    draws = blob("draws", "<u2") if layout.has_draws and layout.has_logprobs else None
+    if not layout.has_logprobs:
+        steps = np.zeros((num_rows, layout.slots), np.int32)
+        for i, plane in enumerate(planes):
+            steps |= plane.astype(np.int32) << 8 * i
+        ids, draws, num_kept = draws_of_steps(steps)
+        draws[~is_target], num_kept[~is_target] = 0, 0
+        planes = [(ids >> 8 * i).astype(np.uint8) for i in range(len(planes))]
+    return StoredRows(
+        sequence=sequence[row_starts[:-1]],
+        sample_ids=only_chunk("sample_id").take(pa.array(row_starts[:-1])).to_pylist(),
+        row_starts=row_starts,
+        target_starts=np.searchsorted(target_rows, row_starts),
+        target_rows=target_rows,
+        is_target=is_target,
+        position=_column(table, "position"),
+        token_id=_column(table, "token_id"),
+        topk_lo=planes[0],
+        topk_mid=planes[1],
+        topk_hi=planes[2] if layout.wide else None,
+        topk_logprob=(
+            blob("topk_logprob", STORED_LOGPROB[layout.precision]) if layout.has_logprobs else None
+        ),
+        num_kept=num_kept,
+        draws=draws,
+        log_z=[scalar(log_z_column(t)) for t in layout.temperatures],
+        log_tail=[
+            _column(table, log_tail_column(t))
+            if layout.has_logprobs
+            else np.full(num_rows, -np.inf, np.float32)
+            for t in layout.temperatures
+        ],
+        label_logprob=_column(table, "label_logprob"),
+        entropy=scalar("entropy"),
+    )
+
+
+def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
+    """The distributions that stored columns stand for."""
+    targets = stored.target_rows
+    n = len(targets)
+
+    def taken(values: NDArray) -> NDArray:
+        out = empty((n, values.shape[1]), values.dtype)
+        return values.take(targets, axis=0, out=out, mode="clip")
+
+    pairs = empty((n, layout.slots, 2), np.uint8)
+    pairs[:, :, 0], pairs[:, :, 1] = taken(stored.topk_lo), taken(stored.topk_mid)
+    token_ids = empty((n, layout.slots), np.int32)
+    token_ids[:] = pairs.view("<u2")[:, :, 0]
+    if stored.topk_hi is not None:
+        high = empty(token_ids.shape, np.int32)
+        high[:] = taken(stored.topk_hi)
+        high <<= 16
+        token_ids |= high
+    unused = None
+    if stored.num_kept is not None:
+        unused = np.arange(layout.slots) >= stored.num_kept[targets][:, None]
+        token_ids[unused] = -1
+    log_z = np.zeros((n, len(stored.log_z)), np.float32)
+    for i, values in enumerate(stored.log_z):
+        if values is not None:
+            log_z[:, i] = values[targets]
+    logprobs = log_tail = None
+    if stored.topk_logprob is not None:
+        log_tail = np.stack([values[targets] for values in stored.log_tail], axis=1)
+        logprobs = decode_logprobs(
+            taken(stored.topk_logprob), unused, log_tail[:, 0], layout.precision, layout.code
+        )
+    return Rows(
+        sequence=stored.sequence,
+        sample_ids=stored.sample_ids,
+        row_starts=stored.row_starts,
+        target_starts=stored.target_starts,
+        input_ids=stored.token_id,
+        is_target=stored.is_target,
+        positions=stored.position[targets],
+        token_ids=token_ids,
+        logprobs=logprobs,
+        draws=None if stored.draws is None else taken(stored.draws).astype(np.int32),
+        log_z=log_z,
+        log_tail=log_tail,
+        label_logprob=stored.label_logprob[targets],
+        entropy=None if stored.entropy is None else stored.entropy[targets],
+    )
+
+
+def encode_logprobs(
+    logprobs: NDArray[np.float32],
+    used: NDArray[np.bool_],
+    precision: str,
+    code: CompactCode = CODE,
+) -> NDArray:
+    """Stored form of kept log probs [n, K], descending, zero in unused slots.
+
+    `compact`: the gap to the first entry as a code q (`CompactCode`), then differences of
+    successive q. The first log prob is not stored: it follows from the tail.
+    """
+    if precision == "f32":
+        return np.where(used, logprobs, 0).astype("<f4")
+    if precision == "f16":
+        return np.where(used, logprobs, 0).astype("<f2")
+    curve = logprobs[:, :1] - logprobs  # becomes ln(1 + scale gap) / step; inf in unused slots
+    np.minimum(curve, np.float32(code.limit), out=curve)
+    curve *= np.float32(code.scale)
+    curve += 1
+    np.log(curve, out=curve)
+    curve *= np.float32(1 / code.step)
+    codes = np.rint(curve, out=curve).astype(np.uint8)
+    steps = codes.copy()
+    steps[:, 1:] -= codes[:, :-1]
+    steps[~used] = 0
+    return steps
+
+
+def tail_to_store(
+    logprobs: NDArray[np.float32], log_tail: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The log tail mass [n] at T=1 of the compact code, from which the first entry is rebuilt.
+
+    It is the given one, or log(1 - sum p) where the kept mass is below a half: there 1 - r cancels
+    (to NaN once rounding lifts log r above 0), while 1 - sum p does not.
+    """
+    out = log_tail.copy()
+    small = log_tail > np.float32(-np.log(2))
+    if small.any():
+        kept = np.exp(logprobs[small], dtype=np.float64).sum(axis=1)
+        out[small] = np.minimum(np.log1p(-kept), -float(np.finfo(np.float32).tiny))
+    return out
+
+
+def decode_logprobs(
+    stored: NDArray,
+    unused: NDArray[np.bool_] | None,
+    log_tail: NDArray[np.float32],
+    precision: str,
+    code: CompactCode = CODE,
+) -> NDArray[np.float32]:
+    """Log probs [n, K] from their stored form; `log_tail` [n] is the tail mass at T=1."""
+    n, slots = stored.shape
+    logprobs = empty((n, slots), np.float32)
+    if precision != "compact":
+        logprobs[:] = stored
+        if unused is not None:
+            logprobs[unused] = -np.inf
+        return logprobs
+    pair_gaps, pair_weights = _pair_tables(code)
+    # The kept mass is 1 - r exactly, so the most probable entry follows from the gaps.
+    with np.errstate(divide="ignore"):
+        kept = np.log(-np.expm1(log_tail.astype(np.float64)))
+    for start in range(0, n, BLOCK_ROWS):  # what is in between stays in the processor's cache
+        block = slice(start, start + BLOCK_ROWS)
+        rows = logprobs[block]
+        codes = np.full((len(rows), slots + slots % 2), LAST_CODE, np.uint8)
+        codes[:, :slots] = stored[block]
+        for j in range(1, slots):  # cumsum along the rows, in half its time
+            codes[:, j] += codes[:, j - 1]
+        if unused is not None:
+            codes[:, :slots][unused[block]] = LAST_CODE  # weighs 4e-11, the first entry 1
+        pairs = codes.view("<u2").astype(np.intp)
+        gaps = pair_gaps.take(pairs, mode="clip").view(np.float32)[:, :slots]
+        weights = pair_weights.take(pairs, mode="clip").sum(axis=1)
+        first = (kept[block] - np.log(weights)).astype(np.float32)
+        np.subtract(first[:, None], gaps, out=rows)
+    if unused is not None:
+        logprobs[unused] = -np.inf
+    return logprobs
+
+
+def logprob_bound(
+    logprobs: NDArray[np.float32], precision: str, code: CompactCode = CODE
+) -> NDArray[np.float32]:
+    """[n, K] how far a decoded log prob can be from the scored one, in nats; 0 in unused slots.
+
+    f16: |log p| / 2^11. compact: half a code, (1/scale + g) expm1(step / 2), plus what all of them
+    together can move the first entry; infinite for the last code, which has no far end.
+    """
+    used = np.isfinite(logprobs)
+    if precision == "f32":
+        return np.zeros_like(logprobs)
+    if precision == "f16":
+        return np.where(used, np.abs(logprobs) * np.float32(2**-11) + np.float32(2**-25), 0)
+    gaps = np.where(used, logprobs[:, :1] - logprobs, 0)
+    half = (1 / np.float32(code.scale) + gaps) * np.float32(np.expm1(code.step / 2))
+    weights = np.where(used, np.exp(-gaps), 0)
+    moved = np.log1p((weights * np.expm1(half)).sum(axis=1) / weights.sum(axis=1))
+    bound = half + moved[:, None] + np.float32(1e-5)
+    bound[gaps > gap_table(code)[LAST_CODE - 1] + 1e-3] = np.inf
+    return np.where(used, bound, 0)
+
+
+def decoding_error(
+    logprobs: NDArray[np.float32], decoded: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """[n] generalised KL(scored || decoded) in nats over the kept entries; unused slots -inf.
+
+    sum p (log p - log p') - p + p', which is zero only at p' = p whatever the mass of p'.
+    """
+    p = np.exp(logprobs, dtype=np.float64)
+    kept, decoded_kept = p.sum(axis=1), np.exp(decoded, dtype=np.float64).sum(axis=1)
+    p *= np.subtract(logprobs, decoded, where=np.isfinite(logprobs), out=np.zeros_like(logprobs))
+    return p.sum(axis=1) - kept + decoded_kept
+
+
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> NDArray:
+    """`np.empty` from Arrow's pool, which keeps its pages: faulting in new ones costs a third."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)
+
+
+def _column(table: pa.Table, name: str) -> NDArray:
+    return table.column(name).to_numpy()

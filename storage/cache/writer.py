@@ -1,0 +1,461 @@
+"""Write a cache: a plan first, then shards in any order, then the seal over all of them.
+
+Decides nothing about what a sequence contains; refuses what `storage.check` refuses.
+"""
+
+import dataclasses
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from decant.schemas import (
+    ByteRange,
+    CommitRecord,
+    FormatError,
+    Layout,
+    Manifest,
+    Rejected,
+    RowGroup,
+    ScoredSequence,
+    Segment,
+    ShardPlan,
+    from_json,
+    shard_schema,
+    to_json,
+)
+from decant.schemas.manifest import MAX_LISTED, REASON_LENGTH
+from decant.storage.cache import paths
+from decant.storage.cache import rows as codec
+from decant.storage.cache.checks import check_sequence
+from decant.storage.cache.index import ShardIndex
+from decant.storage.files.store import Store
+
+ROW_GROUP_ROWS = 16_384
+"""A row group is closed before it would grow beyond this, but never below half of it."""
+ROW_GROUP_BYTES = 1 << 24
+"""The same in bytes of ids and log probs before compression: fewer rows where K is large."""
+ZSTD_LEVEL = 1
+DENSE = 0.9
+"""Share of rows that are targets from which a shard counts as dense."""
+NOISE_SLOTS = 64
+"""So many entries make the low bytes of the ids noise: zstd gains 2 % in a fifth of the reading."""
+RECORDS_AT_ONCE = 16
+"""Commit records that are fetched together: on an object store each one is a round trip."""
+RECORD_NAME = re.compile(r"part-\d{6,}\.json")
+
+
+class CacheWriter:
+    """Fills the shards of one cache; `create` starts one, the constructor opens one to go on."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        """Open a started cache. Raises FormatError if there is none or its plan is damaged."""
+        self.store = Store(url)
+        self.manifest = read_manifest(self.store)
+        self.plan = read_plan(self.store, self.manifest)
+
+    @classmethod
+    def create(
+        cls, url: str | os.PathLike[str], draft: Manifest, plan: Iterable[ShardPlan]
+    ) -> "CacheWriter":
+        """Start a cache: seal the plan, then publish the manifest.
+
+        `draft` is a `Manifest.draft`; its plan, counts and id are filled in here.
+        Raises FileExistsError if the directory holds a cache already, or if another process starts
+        a different one there at the same time.
+        """
+        store = Store(url)
+        if store.exists(paths.MANIFEST):
+            raise FileExistsError(f"{store.url} already holds a cache")
+        shards = list(plan)
+        entries = [to_json(s) for s in shards]
+        segment = store.publish_segment(paths.segment(paths.PLAN), entries, new=True)
+        manifest = dataclasses.replace(
+            draft,
+            plan=segment,
+            num_shards=len(shards),
+            num_sequences=sum(s.num_sequences for s in shards),
+            num_tokens=sum(s.num_tokens for s in shards),
+            num_targets=sum(s.num_targets for s in shards),
+        )
+        manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
+        store.publish_json(paths.MANIFEST, manifest.to_json(), new=True)
+        return cls(url)
+
+    def committed(self) -> Iterator[CommitRecord]:
+        """The records of the shards that are complete, in order, read a few at a time.
+
+        Raises FormatError on a damaged record.
+        """
+        done = committed_shards(self.store)
+        known = [shard.shard for shard in self.plan if shard.shard in done]
+        with ThreadPoolExecutor(RECORDS_AT_ONCE) as readers:
+            for start in range(0, len(known), RECORDS_AT_ONCE):
+                yield from readers.map(
+                    lambda shard: read_record(self.store, self.manifest, shard),
+                    known[start : start + RECORDS_AT_ONCE],
+                )
+
+    def missing(self) -> list[ShardPlan]:
+        """The shards without a commit record, in order."""
+        done = committed_shards(self.store)
+        return [shard for shard in self.plan if shard.shard not in done]
+
+    def shard(self, index: int, *, replace: bool = False) -> "ShardWriter":
+        """A context manager that writes one shard and commits it on a clean exit.
+
+        With `replace` it takes the place of a committed one, which is valid until then.
+        """
+        return ShardWriter(self.store, self.manifest, self.plan[index], replace=replace)
+
+    def finalize(self, *, keep_inputs: bool = False) -> Manifest:
+        """Seal the commit records into the manifest and drop the inputs, unless told to keep them.
+
+        Raises FormatError naming the missing shards if any is not committed.
+        """
+        missing = [s.shard for s in self.missing()]
+        if missing:
+            raise FormatError(
+                f"{self.store.url}: {len(missing)} of {len(self.plan)} shards are missing, "
+                f"first {missing[:5]}; run the dump again to fill them"
+            )
+        self.manifest = seal(self.store, self.manifest, self.committed())
+        self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
+        if not keep_inputs:
+            self.store.remove_folder(paths.INPUTS)
+        return self.manifest
+
+
+class ShardWriter:
+    """Writes the sequences of one shard, in plan order, into one Parquet file."""
+
+    def __init__(
+        self, store: Store, manifest: Manifest, plan: ShardPlan, *, replace: bool = False
+    ) -> None:
+        """Prepare; nothing is touched before the context is entered."""
+        self._store, self._manifest, self._plan = store, manifest, plan
+        self._replace = replace
+        self._layout = manifest.layout
+        row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
+        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
+        self._buffer: list[ScoredSequence] = []
+        self._buffered_rows = 0
+        self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
+        self._rejected: list[Rejected] = []
+        self._error_sum = self._error_max = 0.0
+        self.bytes_written = 0
+        """Size of the shard file, once committed."""
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        self._staging = self._store.staged(paths.shard(self._plan.shard))
+        self._path = self._staging.__enter__()
+        try:
+            schema = shard_schema(self._layout)
+            dense = self._plan.num_targets >= DENSE * self._plan.num_tokens
+            self._parquet = pq.ParquetWriter(self._path, schema, **parquet_options(schema, dense))
+        except BaseException as error:
+            self._staging.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def write(self, sequence: ScoredSequence) -> None:
+        """Append one sequence. Raises FormatError naming the sample if it is not valid."""
+        check_sequence(sequence, self._layout)
+        length = len(sequence.input_ids)
+        if (
+            self._buffered_rows + length > self._group_rows
+            and self._buffered_rows >= self._group_rows // 2
+        ):
+            self._flush()
+        self._buffer.append(sequence)
+        self._buffered_rows += length
+
+    def reject(
+        self,
+        sample_id: str,
+        input_ids: NDArray[np.int32],
+        is_target: NDArray[np.bool_],
+        reason: str,
+    ) -> None:
+        """Append a sequence that the teacher cannot score: its rows are kept, its targets lost.
+
+        `input_ids` and `is_target` [L] are what was to be scored; `reason` is cut to one line of
+        REASON_LENGTH characters. Raises FormatError if the cache is of a version before 3, which
+        cannot say so, or if the tokens are not valid.
+        """
+        reason = one_line(reason)
+        if self._manifest.format_version < 3:
+            raise FormatError(
+                f"{self._store.url} was started in format version {self._manifest.format_version}, "
+                f"which has no place for a rejected sequence, but sample {sample_id} cannot be "
+                f"scored ({reason}): take it out of the source and dump into another output"
+            )
+        is_target = np.asarray(is_target, np.bool_)
+        if is_target.shape != (len(input_ids),) or is_target[:1].any():
+            raise FormatError(
+                f"sample {sample_id}: is_target must be bool [{len(input_ids)}] with token 0 "
+                f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
+            )
+        done = sum(group[1] for group in self._groups) + len(self._buffer)
+        rejected = Rejected(
+            sequence=self._plan.first_sequence + done,
+            sample_id=sample_id,
+            targets=int(is_target.sum()),
+            reason=reason,
+        )
+        self.write(_without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout))
+        self._rejected.append(rejected)
+
+    def _flush(self) -> None:
+        first = self._plan.first_sequence + sum(group[1] for group in self._groups)
+        table = codec.encode(self._buffer, first, self._layout)
+        self._parquet.write_table(table, row_group_size=len(table))
+        scored = sum(s.num_targets for s in self._buffer)
+        if self._layout.has_logprobs and self._layout.precision != "f32":
+            decoded = codec.decode(table, self._layout).logprobs
+            assert decoded is not None
+            given = [s.logprobs for s in self._buffer if s.logprobs is not None]
+            error = codec.decoding_error(np.concatenate(given), decoded)
+            self._error_sum += float(error.sum())
+            self._error_max = max(self._error_max, float(error.max(initial=0)))
+        self._groups.append((len(table), len(self._buffer), scored))
+        self._buffer, self._buffered_rows = [], 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Commit, unless an exception passes or the counts differ from the plan.
+
+        A shard that has a commit record by now is another process's: ours is dropped, unless it is
+        to replace it; then the record goes before the file does, so that the two always agree.
+        """
+        try:
+            if error is None and self._buffer:
+                self._flush()
+            self._parquet.close()
+            if error is None:
+                record = self._record()
+        except BaseException as failure:
+            self._staging.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        if error is None and self._replace:
+            self._store.remove(paths.record(self._plan.shard))
+        elif error is None and self._store.exists(paths.record(self._plan.shard)):
+            theirs = FileExistsError("another process has committed this shard meanwhile")
+            self._staging.__exit__(FileExistsError, theirs, None)  # removes ours
+            return
+        self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
+        if error is None:
+            fields = record.to_json(self._manifest.format_version)
+            self._store.publish_json(paths.record(self._plan.shard), fields)
+            self.bytes_written = record.bytes
+
+    def _record(self) -> CommitRecord:
+        plan = self._plan
+        rows, sequences, targets = (sum(g[i] for g in self._groups) for i in range(3))
+        found = (sequences, rows, targets)
+        lost = sum(entry.targets for entry in self._rejected)
+        expected = (plan.num_sequences, plan.num_tokens, plan.num_targets - lost)
+        if found != expected:
+            raise FormatError(
+                f"shard {plan.shard}: (sequences, tokens, targets) written {found}, "
+                f"planned {expected}"
+            )
+        metadata = pq.read_metadata(self._path)
+        with pa.memory_map(str(self._path)) as source:
+            whole = memoryview(source.read_buffer())
+            groups = []
+            for i, (num_rows, num_sequences, num_targets) in enumerate(self._groups):
+                data = _byte_range(whole, *_extent(metadata.row_group(i)))
+                groups.append(
+                    RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
+                )
+            end = groups[-1].data.offset + groups[-1].data.length if groups else 0
+            return CommitRecord(
+                shard=plan.shard,
+                cache_id=self._manifest.cache_id,
+                first_sequence=plan.first_sequence,
+                num_sequences=sequences,
+                rows=rows,
+                targets=targets,
+                rejected=tuple(self._rejected),
+                bytes=len(whole),
+                xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
+                row_groups=tuple(groups),
+                footer=_byte_range(whole, end, len(whole)),
+                kl_error_mean=self._error_sum / max(targets, 1),
+                kl_error_max=self._error_max,
+                seconds=round(time.monotonic() - self._start, 3),
+                worker=f"{socket.gethostname()}:{os.getpid()}",
+            )
+
+
+def parquet_options(schema: pa.Schema, dense: bool) -> dict:
+    """The physical choices of a shard, `dense` where nearly every row of it is a target.
+
+    `docs/measurements.md` says what each one is worth.
+    """
+    blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
+    floats = [f.name for f in schema if f.type == pa.float32()]
+    split = floats
+    if "num_kept" not in schema.names and "topk_logprob" in schema.names:
+        split = ["topk_logprob", *floats]  # where slots are left empty, rows compress better
+    full = "topk_mid" in schema.names and "num_kept" not in schema.names
+    noise = full and dense and schema.field("topk_lo").type.byte_width >= NOISE_SLOTS
+    plain = {"topk_lo"} if noise else set()
+    squeezed = [name for name in schema.names if name not in plain]
+    return {
+        "compression": {name: "none" if name in plain else "zstd" for name in schema.names},
+        "compression_level": dict.fromkeys(squeezed, ZSTD_LEVEL),
+        "use_dictionary": ["sequence", "sample_id"],
+        "column_encoding": {
+            **{name: "BYTE_STREAM_SPLIT" for name in split},
+            "position": "DELTA_BINARY_PACKED",
+        },
+        "write_statistics": [f.name for f in schema if f.name not in blobs],
+        "write_page_checksum": True,
+    }
+
+
+def one_line(reason: str) -> str:
+    """A reason as a record holds it: one line of printable text, cut where it is too long."""
+    line = " ".join(reason.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"
+
+
+def _without_targets(
+    sample_id: str, input_ids: NDArray[np.int32], layout: Layout
+) -> ScoredSequence:
+    slots, temperatures = layout.slots, len(layout.temperatures)
+    return ScoredSequence(
+        sample_id=sample_id,
+        input_ids=input_ids,
+        is_target=np.zeros(len(input_ids), np.bool_),
+        positions=np.zeros(0, np.int32),
+        token_ids=np.zeros((0, slots), np.int32),
+        logprobs=np.zeros((0, slots), np.float32) if layout.has_logprobs else None,
+        draws=np.zeros((0, slots), np.int32) if layout.has_draws else None,
+        log_z=np.zeros((0, temperatures), np.float32),
+        log_tail=np.zeros((0, temperatures), np.float32) if layout.has_logprobs else None,
+        label_logprob=np.zeros(0, np.float32),
+        entropy=None if layout.has_logprobs else np.zeros(0, np.float32),
+    )
+
+
+def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
+    """Publish all commit records, in shard order; return the final manifest, not yet published."""
+    segment, index = publish_records(store, manifest, records)
+    return dataclasses.replace(
+        manifest,
+        totals=index.totals(),
+        records=segment,
+        rejected=tuple(islice(index.rejected(), MAX_LISTED)),
+    )
+
+
+def publish_records(
+    store: Store, manifest: Manifest, records: Iterable[CommitRecord]
+) -> tuple[Segment, ShardIndex]:
+    """Publish all commit records, in shard order, as one segment; return it and what it holds."""
+    version = manifest.format_version
+    if version == 1:
+        known = list(records)
+        segment = store.publish_segment(
+            paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
+        )
+        return segment, ShardIndex.of(known, manifest.cache_id)
+    with store.staged(paths.RECORD_INDEX) as path:
+        entries = ShardIndex.write(path, records, version)
+        data = path.read_bytes()
+    segment = Segment(
+        name=paths.RECORD_INDEX,
+        entries=entries,
+        bytes=len(data),
+        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
+    )
+    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
+
+
+def read_records(store: Store, manifest: Manifest) -> ShardIndex:
+    """The sealed commit records of a final cache. Raises FormatError if they are damaged."""
+    assert manifest.records is not None
+    where = store.path(manifest.records.name)
+    version = manifest.format_version
+    if version == 1:
+        entries = store.read_segment(manifest.records)
+        records = [CommitRecord.parse(entry, where, version) for entry in entries]
+        return ShardIndex.of(records, manifest.cache_id)
+    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where, version)
+
+
+def committed_shards(store: Store) -> set[int]:
+    """The shards that have a commit record; one listing, nothing is opened."""
+    return {
+        int(name.removeprefix("part-").removesuffix(".json"))
+        for name in store.names(paths.SHARDS)
+        if RECORD_NAME.fullmatch(name)
+    }
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
+    where = store.path(paths.MANIFEST)
+    try:
+        value = store.read_json(paths.MANIFEST)
+    except FormatError:
+        if store.exists(paths.MANIFEST):
+            raise
+        raise FormatError(f"{where} is missing: {store.url} holds no cache") from None
+    return Manifest.parse(value, where)
+
+
+def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
+    """The sealed shard plan. Raises FormatError if it is damaged."""
+    where = store.path(manifest.plan.name)
+    return [from_json(ShardPlan, entry, where) for entry in store.read_segment(manifest.plan)]
+
+
+def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
+    """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
+    name = paths.record(index)
+    where = store.path(name)
+    record = CommitRecord.parse(store.read_json(name), where, manifest.format_version)
+    if record.cache_id != manifest.cache_id or record.shard != index:
+        raise FormatError(
+            f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "
+            f"{index} of cache {manifest.cache_id}"
+        )
+    return record
+
+
+def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    starts, ends = [], []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        start = column.data_page_offset
+        if column.has_dictionary_page:
+            start = min(start, column.dictionary_page_offset)
+        starts.append(start)
+        ends.append(start + column.total_compressed_size)
+    return min(starts), max(ends)
+
+
+def _byte_range(whole: memoryview, start: int, end: int) -> ByteRange:
+    digest = xxhash.xxh3_128(whole[start:end]).hexdigest()
+    return ByteRange(offset=start, length=end - start, xxh3_128=digest)

@@ -1,0 +1,1 @@
+"""What all command lines share: exit codes, one clean line per error, the terminal."""

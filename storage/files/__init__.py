@@ -1,0 +1,1 @@
+"""Bytes at a place: complete or absent."""

@@ -1,0 +1,395 @@
+"""The only place that touches a file system: whole reads, range reads, publish, sealed JSON.
+
+A published file is finished or absent. Locally: temporary name, fsync, rename, fsync of the
+directory. On object stores a PUT, of one part or many, is already all or nothing, so the same calls
+upload. Nothing is remembered of a store between calls: other processes write to it too.
+"""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import io
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import fsspec
+import xxhash
+import zstandard
+from fsspec.implementations.local import LocalFileSystem
+
+from decant.schemas import FormatError, Segment
+from decant.schemas.strict import canonical
+from decant.storage.cache import paths
+
+SEAL = "checksum"
+"""The field of a sealed JSON file that holds the xxh3_128 of all the others."""
+
+
+S3_ROUNDS, S3_ATTEMPTS = 2, 3
+"""Tries of s3fs, and botocore's in each: with 15 seconds to wait for an answer, 90 seconds."""
+RETRY_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}
+
+
+class Busy(RuntimeError):
+    """Another process holds this cache."""
+
+
+class Store:
+    """A directory of files, local or behind any fsspec URL; names are relative to it."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        """Open without touching anything.
+
+        Raises ValueError if the URL's protocol is unknown or its package is not installed.
+        """
+        self.url = str(url)
+        try:
+            files, root = _open(self.url)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"cannot open {self.url}: {error}") from error
+        self._file_systems = {os.getpid(): files}
+        self.is_local = isinstance(files, LocalFileSystem)
+        root = root.rstrip("/")
+        self._root = root if self.is_local else files.unstrip_protocol(root)
+
+    @property
+    def _fs(self) -> Any:
+        """The file system of this process: after a fork, its parent's has lost its threads.
+
+        The parent's is kept, as closing it would close the parent's connections.
+        """
+        pid = os.getpid()
+        if pid not in self._file_systems:
+            self._file_systems[pid], _ = _open(self.url)
+        return self._file_systems[pid]
+
+    @contextlib.contextmanager
+    def _reaching(self, name: str) -> Iterator[None]:
+        """Turn what an object store's own library raises into an OSError that names the file."""
+        try:
+            yield
+        except Exception as error:
+            if self.is_local:
+                raise
+            kinds = (FileNotFoundError, FileExistsError, PermissionError)
+            kind = next((kind for kind in kinds if isinstance(error, kind)), OSError)
+            raise kind(f"{self.path(name)}: {error or type(error).__name__}") from error
+
+    def path(self, name: str) -> str:
+        """The full path of a file, for messages and for local tools."""
+        return f"{self._root}/{name}" if name else self._root
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder is there; raises OSError if that cannot be found out."""
+        try:
+            with self._reaching(name):
+                self._fs.info(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted file names directly inside a folder; empty if it is absent."""
+        return sorted(self._listing(folder, detail=False))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name and bytes of what is directly inside a folder, in one listing; as `names`."""
+        return {name: int(entry["size"]) for name, entry in self._listing(folder, True).items()}
+
+    def _listing(self, folder: str, detail: bool) -> dict[str, Any]:
+        where = self._fs._strip_protocol(self.path(folder))
+        try:
+            with self._reaching(folder):
+                found = self._fs.ls(self.path(folder), detail=detail)
+        except FileNotFoundError:
+            return {}
+        listed = {(entry["name"] if detail else entry).rstrip("/"): entry for entry in found}
+        listed.pop(where, None)  # the empty object that some consoles make to show a folder
+        return {path.rsplit("/", 1)[-1]: entry for path, entry in listed.items()}
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        with self._reaching(name):
+            return int(self._fs.size(self.path(name)))
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError."""
+        return self._fetch(name, 0, None)
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`; fewer if the file ends before. Raises FileNotFoundError."""
+        if self.is_local:
+            with open(self.path(name), "rb", buffering=0) as file:
+                return os.pread(file.fileno(), length, offset)
+        return self._fetch(name, offset, offset + length)
+
+    def _fetch(self, name: str, start: int, end: int | None) -> bytes:
+        """One request; a start without an end spares s3fs the one that asks for the size."""
+        where = self.path(name)
+        with self._reaching(name):
+            try:
+                return bytes(self._fs.cat_file(where, start=start, end=end))
+            except FileNotFoundError:
+                raise
+            except (OSError, ValueError):
+                if start < self._fs.size(where):
+                    raise
+                return b""  # stores refuse a range that starts behind the end
+
+    def hash(self, name: str) -> str:
+        """xxh3_128 of a whole file, streamed."""
+        digest = xxhash.xxh3_128()
+        with self._reaching(name), self._fs.open(self.path(name), "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def publish(self, name: str, data: bytes, *, new: bool = False) -> None:
+        """Write a whole file so that its name appears only when it is complete and durable.
+
+        Raises FileExistsError if it must be `new` and a file of other content has the name.
+        """
+        try:
+            with self.staged(name, new=new) as temporary:
+                temporary.write_bytes(data)
+        except FileExistsError:
+            if not new or self.read(name) != data:  # the same: by another try of this very upload
+                raise
+
+    @contextlib.contextmanager
+    def staged(self, name: str, *, new: bool = False) -> Iterator[Path]:
+        """A local temporary path to fill; published as `name` unless an exception passes.
+
+        Raises FileExistsError if it must be `new` and the name is taken: object stores decide that
+        themselves, if they know conditional PUTs; locally it takes the lock to be sure.
+        """
+        if self.is_local:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(
+                f".{target.name}.{uuid.uuid4().hex[:8]}{paths.TEMPORARY_SUFFIX}"
+            )
+        else:
+            handle, staging = tempfile.mkstemp(paths.TEMPORARY_SUFFIX, "decant-")
+            os.close(handle)
+            temporary = Path(staging)
+        try:
+            yield temporary
+            if self.is_local:
+                _sync(temporary)
+        except OSError as error:  # Arrow names no file, for one on a full disk
+            if error.errno is None or error.filename:
+                raise
+            message = f"{os.strerror(error.errno)} while writing"
+            where = self.path(name) if self.is_local else f"{temporary}, to be {self.path(name)}"
+            raise OSError(error.errno, message, where) from error
+        else:
+            if self.is_local:
+                if new and target.exists():
+                    raise FileExistsError(f"{target} exists already")
+                os.replace(temporary, target)
+                _sync(target.parent)
+            else:
+                with self._reaching(name):
+                    self._upload(temporary, self.path(name), new)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _upload(self, file: Path, where: str, new: bool) -> None:
+        if new:
+            try:
+                return self._fs.put_file(str(file), where, mode="create")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:  # a store that knows no conditional PUT
+                    raise
+        self._fs.put_file(str(file), where)
+
+    def copy(self, source: "Store", name: str) -> None:
+        """Publish the file of this name of another store here; a hard link where that works."""
+        with self.staged(name) as temporary:
+            if source.is_local and self.is_local:
+                with contextlib.suppress(OSError):  # another file system, or one without links
+                    os.link(source.path(name), temporary)
+                    return
+            with source._reaching(name):
+                source._fs.get_file(source.path(name), str(temporary))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError), self._reaching(name):
+            self._fs.rm_file(self.path(name))
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder and what is in it, if it is there."""
+        where = self.path(folder)
+        if not self.is_local:
+            where = glob.escape(where)  # there, fsspec takes it for a pattern
+        # Another worker may be at it too.
+        with contextlib.suppress(FileNotFoundError), self._reaching(folder):
+            self._fs.rm(where, recursive=True)
+
+    def remove_temporaries(self, folder: str, files: Iterable[str] | None = None) -> None:
+        """Remove what killed writers left in a folder: of these files, or of all.
+
+        Only for who holds the lock that keeps other writers of these files away.
+        """
+        where = Path(self.path(folder))
+        if not self.is_local or not where.is_dir():
+            return
+        stems = None if files is None else {PurePath(file).name for file in files}
+        for leftover in where.glob(f".*{paths.TEMPORARY_SUFFIX}"):
+            of = leftover.name.removeprefix(".").rsplit(".", 2)[0]
+            if stems is None or of in stems:
+                leftover.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, folder: str = "", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+        """Hold a folder, alone or `shared`; the kernel lets go when the process ends, however.
+
+        Raises Busy if another process holds it in a way that excludes this one, unless told to
+        `wait`. Object stores have no lock: there, nothing is held.
+        """
+        if not self.is_local:
+            yield
+            return
+        Path(self.path(folder)).mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path(folder), os.O_RDONLY)
+        how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        try:
+            try:
+                fcntl.flock(handle, how)
+            except BlockingIOError:
+                raise Busy(
+                    f"{self.url} is being written by another process; wait for it or stop it"
+                ) from None
+            yield
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold a file alone, if it is there and nobody else holds it; gives whether that is so.
+
+        On an object store it always is.
+        """
+        if not self.is_local:
+            yield True
+            return
+        try:
+            handle = os.open(self.path(name), os.O_RDWR)  # NFS locks only what could be written
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(handle)
+
+    def publish_json(self, name: str, value: dict[str, Any], *, new: bool = False) -> None:
+        """Publish an object with a checksum over its content, so that any changed byte shows."""
+        self.publish(name, _sealed(value), new=new)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read what `publish_json` wrote.
+
+        Raises FormatError if it is absent, not JSON, or if any byte differs from what was sealed.
+        """
+        where = self.path(name)
+        try:
+            raw = self.read(name)
+            value = json.loads(raw)
+        except FileNotFoundError:
+            raise FormatError(f"{where} is missing") from None
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where} is damaged: not JSON ({error})") from None
+        if not isinstance(value, dict) or SEAL not in value:
+            raise FormatError(f"{where} is damaged: no checksum inside")
+        found = value.pop(SEAL)
+        try:
+            again = _sealed(value)
+        except ValueError as error:  # a NaN or an infinity, which Python's parser lets through
+            raise FormatError(f"{where} is damaged: not JSON ({error})") from None
+        if again != raw:
+            expected = xxhash.xxh3_128(canonical(value)).hexdigest()
+            raise FormatError(
+                f"{where} is damaged: checksum {found} inside, its content gives {expected}"
+            )
+        return value
+
+    def publish_segment(
+        self, name: str, entries: list[dict[str, Any]], *, new: bool = False
+    ) -> Segment:
+        """Publish JSON lines, zstd-compressed, and return what the manifest must say of them."""
+        text = b"".join(canonical(entry) + b"\n" for entry in entries)
+        data = zstandard.ZstdCompressor(level=9, write_checksum=True).compress(text)
+        self.publish(name, data, new=new)
+        return Segment(
+            name=name,
+            entries=len(entries),
+            bytes=len(data),
+            xxh3_128=xxhash.xxh3_128(data).hexdigest(),
+        )
+
+    def read_sealed(self, segment: Segment) -> bytes:
+        """The bytes of a segment. Raises FormatError if they are not what the manifest says."""
+        where = self.path(segment.name)
+        try:
+            data = self.read(segment.name)
+        except FileNotFoundError:
+            raise FormatError(f"{where} is missing") from None
+        found = xxhash.xxh3_128(data).hexdigest()
+        if found != segment.xxh3_128:
+            raise FormatError(
+                f"{where} is damaged: hash {found}, the manifest says {segment.xxh3_128}"
+            )
+        return data
+
+    def read_segment(self, segment: Segment) -> Iterator[dict[str, Any]]:
+        """The entries of a segment of JSON lines. Raises FormatError as `read_sealed`."""
+        data = io.BytesIO(self.read_sealed(segment))
+        reader = zstandard.ZstdDecompressor().stream_reader(data)
+        for line in io.TextIOWrapper(reader, encoding="utf-8"):
+            yield json.loads(line)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; one of S3 gives up a mute endpoint in time.
+
+    s3fs tries everything `retries` times on top of botocore's attempts, each of which may wait for
+    a read timeout. What fsspec's configuration or AWS_* variables say comes first.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in ("s3", "s3a"):
+        given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        if not given.keys() & {"retries"} and not RETRY_VARIABLES & os.environ.keys():
+            given = {**given, "retries": {"mode": "standard", "total_max_attempts": S3_ATTEMPTS}}
+        options["config_kwargs"] = given
+    files, root = fsspec.core.url_to_fs(url, **options)
+    if protocol in ("s3", "s3a"):
+        files.retries = S3_ROUNDS
+    return files, root
+
+
+def _sealed(value: dict[str, Any]) -> bytes:
+    assert SEAL not in value
+    sealed = {**value, SEAL: xxhash.xxh3_128(canonical(value)).hexdigest()}
+    return json.dumps(sealed, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

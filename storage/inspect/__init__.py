@@ -1,0 +1,1 @@
+"""What is in a cache, and how good it is."""

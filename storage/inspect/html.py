@@ -1,0 +1,357 @@
+"""The report of `inspect` as one page that opens from disk: no script, no network, plots as SVG."""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from decant.schemas import NO_LOGPROBS
+from decant.storage.inspect import text as report_text
+from decant.storage.inspect.examples import Target, context_shown, shown
+from decant.storage.inspect.report import RANKS, Histogram, Report
+
+STYLE = """
+:root{color-scheme:light dark;--back:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#d8dde3;
+--one:#1f6fb2;--two:#b3541e;--warn:#9a6700}
+@media (prefers-color-scheme:dark){:root{--back:#14181d;--ink:#e6e9ec;--soft:#9aa5b1;
+--line:#343c45;--one:#6db3f2;--two:#f2a36d;--warn:#e3b341}}
+@media print{:root{color-scheme:light;--back:#fff;--ink:#000;--soft:#444;--line:#bbb;
+--one:#1f6fb2;--two:#b3541e;--warn:#000}body{max-width:none;font-size:10pt}
+figure,tr,h2{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:68rem;background:var(--back);color:var(--ink);
+font:16px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.4rem;margin:.3rem 0}h2{font-size:1.1rem;margin:2rem 0 .4rem;
+border-bottom:1px solid var(--line)}p{max-width:44rem;margin:.5rem 0}
+.soft,figcaption,small{color:var(--soft)}.warn{color:var(--warn);font-weight:600}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.15rem .6rem;text-align:right;white-space:nowrap;overflow-wrap:normal;
+border-bottom:1px solid var(--line)}th{font-weight:600}
+th:first-child,td:first-child,.text td{text-align:left}.text td{white-space:pre-wrap}
+.text td:last-child{overflow-wrap:anywhere}.text th{text-align:left}
+.text td:nth-child(3){min-width:13rem}.plots td:first-child,.plots th{white-space:normal}
+.big{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;padding:0}
+.big div{border:1px solid var(--line);border-radius:.4rem;padding:.4rem .7rem}
+.big b{display:block;font-size:1.25rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(18rem,100%),1fr));gap:1rem}
+figure{margin:0}svg{width:100%;height:auto;display:block}
+svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+.axis{stroke:var(--line);fill:none}.one{fill:var(--one)}.two{fill:var(--two)}
+.line{fill:none;stroke:var(--one);stroke-width:2}.line.two{fill:none;stroke:var(--two)}
+.mono{font-family:ui-monospace,monospace;font-size:.85em}
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{title}</title><style>{style}</style></head><body>
+{body}
+</body></html>
+"""
+LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 44, 10, 8, 22, 360, 180
+
+
+def report_html(report: Report) -> str:
+    """The page."""
+    title = f"Cache {report.url}"
+    body = [f"<h1>{escape(title)}</h1>", _status(report), *_rejected(report), _overview(report)]
+    if report.targets and report.temperatures:
+        body += [_size(report), _distributions(report), _teacher(report)]
+        if report.precision != NO_LOGPROBS:
+            body += [_truncation(report), _worst(report)]
+    if report.dump_speed.shard_rates:
+        body.append(_speed(report))
+    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
+
+
+def _status(report: Report) -> str:
+    if not report.complete:
+        return (
+            f'<p class="warn">Not complete: {report.shards} of {report.planned_shards} shards '
+            "committed. All figures are of these.</p>"
+        )
+    if report.sample:
+        return (
+            f'<p class="warn">Estimates from {report.sample.targets:,} targets in '
+            f"{report.sample.row_groups:,} of {report.sample.of_row_groups:,} row groups (seed "
+            f"{report.sample.seed}). Counts, sizes, decoding error and dump are exact.</p>"
+        )
+    return '<p class="soft">Complete; every row group was looked at.</p>'
+
+
+def _rejected(report: Report) -> list[str]:
+    if not report.rejected_sequences:
+        return []
+    rows = [
+        (str(entry.sequence), escape(entry.sample_id), f"{entry.targets:,}", escape(entry.reason))
+        for entry in report.rejected
+    ]
+    return [
+        f'<p class="warn">Warning: {escape(report_text.rejected_line(report))}.</p>',
+        _table(("sequence", "sample", "targets lost", "reason"), rows, "text"),
+    ]
+
+
+def _overview(report: Report) -> str:
+    big = [("targets", f"{report.targets:,}"), ("size", report_text.megabytes(report.bytes))]
+    if report.bytes_per_target is not None and report.times_smaller is not None:
+        big.append(("bytes per target", f"{report.bytes_per_target:.1f}"))
+        big.append(("times smaller than fp16 logits", f"{report.times_smaller:.1f}"))
+    if report.temperatures and (mass := report.temperatures[0].retained_mass):
+        big.append(("retained mass, mean", f"{mass.mean:.4f}"))
+    if report.teacher_ce is not None:
+        big.append(("cross-entropy, nats", f"{report.teacher_ce:.4f}"))
+    if report.top1_agreement is not None:
+        big.append(("top-1 is the token", f"{report.top1_agreement:.2%}"))
+    tiles = "".join(f"<div><b>{value}</b><small>{name}</small></div>" for name, value in big)
+    rows = [(name, escape(value)) for name, value in report_text.overview(report)]
+    return f'<div class="big">{tiles}</div><br>{_table((), rows, "text")}'
+
+
+def _size(report: Report) -> str:
+    assert report.bytes_per_target is not None
+    rows = [
+        (
+            f'<span class="mono">{escape(name)}</span>',
+            f"{size:,}",
+            f"{size / report.targets:.2f}",
+            f"{size / report.bytes:.1%}",
+            _share(size / report.bytes),
+        )
+        for name, size in report_text.columns_and_rest(report)
+    ]
+    return "<h2>Size by column</h2>" + _table(("column", "bytes", "per target", "share", ""), rows)
+
+
+def _distributions(report: Report) -> str:
+    names = ("mean", "min", *RANKS, "max")
+    rows = [
+        (
+            escape(name),
+            f"{spread.mean:.{max(digits, 1)}f}",
+            *(f"{getattr(spread, key):.{digits}f}" for key in names[1:]),
+        )
+        for name, spread, digits in report_text.spreads(report)
+    ]
+    plots = [_figure(_bars(h, name), name) for name, h in report_text.histograms(report)]
+    return (
+        "<h2>Distributions</h2>"
+        + _table(("", *names), rows)
+        + f'<p class="soft">* {escape(report_text.entropy_note(report))}.</p>'
+        + f'<div class="plots">{"".join(plots)}</div>'
+    )
+
+
+def _teacher(report: Report) -> str:
+    perplexity = report.teacher_perplexity
+    rows = [
+        ("cross-entropy, nats", f"{report.teacher_ce:.4f}"),
+        ("perplexity", "over e^700" if perplexity is None else f"{perplexity:.4g}"),
+        ("the token is among the kept entries", f"{report.label_kept:.2%}"),
+    ]
+    title = "<h2>The teacher on the data's own next tokens</h2>"
+    if report.precision == NO_LOGPROBS:
+        note = "Draws without log probs: what takes the probabilities of kept entries is left out."
+        return f'{title}{_table((), rows)}<p class="soft">{note}</p>'
+    rows += [
+        ("most probable kept entry is the token", f"{report.top1_agreement:.2%}"),
+        ("expected calibration error, 15 bins", f"{report.calibration_error:.4f}"),
+        ("decoding error, mean, nats", f"{report.kl_error_mean:.2g}"),
+        ("decoding error, max, nats", f"{report.kl_error_max:.2g}"),
+    ]
+    found = [
+        (at.confidence, at.accuracy, at.targets)
+        for at in report.reliability
+        if at.confidence is not None and at.accuracy is not None
+    ]
+    bins = [(f"{c:.3f}", f"{a:.3f}", f"{count:,}") for c, a, count in found]
+    plot = _lines(
+        [("accuracy", [(c, a) for c, a, _ in found])], y_top=1.0, x_range=(0, 1), diagonal=True
+    )
+    return (
+        title
+        + '<div class="plots">'
+        + _table((), rows)
+        + _figure(plot, "Accuracy against top-1 probability; calibrated is the diagonal")
+        + _table(("confidence", "accuracy", "targets"), bins)
+        + "</div>"
+    )
+
+
+def _truncation(report: Report) -> str:
+    curve = report.truncation_curve
+    text = f"<h2>Fewer entries</h2><p>{escape(report_text.recommendation(report))}</p>"
+    if curve:
+        marked = report_text.shown_ks(len(curve))
+        rows = [
+            (f"{at.k}", f"{at.retained_mass:.4f}", f"{at.fkl:.4f}", f"{at.rkl:.4f}")
+            for at in curve
+            if at.k in marked or at.k == report.recommended_k
+        ]
+        plot = _lines(
+            [
+                ("forward KL", [(at.k, at.fkl) for at in curve]),
+                ("reverse KL", [(at.k, at.rkl) for at in curve]),
+            ],
+            log_x=True,
+        )
+        mass = _lines([("mass", [(at.k, at.retained_mass) for at in curve])], y_top=1.0, log_x=True)
+        text += (
+            '<p class="soft">What a smaller k would cost, in nats per target, to a student that '
+            "knows only the first k entries and the mass of the rest.</p>"
+            '<div class="plots">'
+            + _table(("k", "retained mass", "forward KL", "reverse KL"), rows)
+            + _figure(plot, "Cost in nats against k: forward KL (blue), reverse KL (orange)")
+            + _figure(mass, "Retained mass against k")
+            + "</div>"
+        )
+    return text + (
+        f"<p>AKL's head (half the mass) reaches beyond the kept entries in "
+        f"{report.akl_inexact:.2%} of targets.</p>"
+    )
+
+
+def _worst(report: Report) -> str:
+    def entries(found: Target) -> str:
+        return ", ".join(
+            f'<span class="mono">{escape(shown(e.text, e.token_id))}</span> {e.probability:.3f}'
+            for e in found.entries
+        )
+
+    rows = [
+        (
+            f"{1 - (found.tail_mass or 0):.3f}",
+            f"{found.sequence}:{found.position}",
+            f'<span class="mono">{escape(context_shown(found))}</span>',
+            f'<span class="mono">{escape(shown(found.token, found.token_id))}</span> '
+            f"{found.probability:.2g}",
+            entries(found),
+        )
+        for found in report.worst_targets
+    ]
+    heads = ("mass", "sequence:position", "context", "actual token", "teacher's top entries")
+    return "<h2>The targets of the least retained mass</h2>" + _table(heads, rows, "text")
+
+
+def _speed(report: Report) -> str:
+    rates = report.dump_speed.shard_rates
+    points = [(float(i), rate) for i, rate in enumerate(rates)]
+    plot = _lines([("targets/s", points)], x_ticks=("first shard", "last shard"))
+    rows = [
+        (
+            escape(at.worker),
+            f"{at.shards:,}",
+            f"{at.targets:,}",
+            f"{at.seconds:,.1f}",
+            "" if at.targets_per_second is None else f"{at.targets_per_second:,.0f}",
+        )
+        for at in report.dump_speed.by_worker
+    ]
+    heads = ("worker", "shards", "targets", "seconds", "targets/s")
+    return (
+        '<h2>Dump</h2><div class="plots">'
+        + _figure(plot, "Targets per second of one worker, shards in plan order")
+        + _table(heads, rows)
+        + "</div>"
+    )
+
+
+# Pieces
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table of HTML cells that scrolls by itself where it is wider than the page."""
+    head = "<tr>" + "".join(f"<th>{cell}</th>" for cell in heads) + "</tr>" if heads else ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}">{head}{body}</table></div>'
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _share(share: float) -> str:
+    width = 120
+    return (
+        f'<svg viewBox="0 0 {width} 10" style="width:{width}px" aria-hidden="true">'
+        f'<rect class="one" width="{width * max(share, 0):.1f}" height="10"/></svg>'
+    )
+
+
+def _svg(content: str, label: str, low: str, high: str, top: str) -> str:
+    """A frame with three labels: both ends of the x axis and the top of the y axis."""
+    base = HEIGHT - BOTTOM
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f'<path class="axis" d="M{LEFT} {TOP}V{base}H{WIDTH - RIGHT}"/>{content}'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">{low}</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{high}</text>'
+        f'<text x="{LEFT - 4}" y="{TOP + 9}" text-anchor="end">{top}</text>'
+        f'<text x="{LEFT - 4}" y="{base}" text-anchor="end">0</text></svg>'
+    )
+
+
+def _bars(histogram: Histogram, label: str) -> str:
+    """Bins side by side in equal widths, the share of all values as height."""
+    total, top = sum(histogram.counts), max(histogram.counts)
+    step = (WIDTH - LEFT - RIGHT) / len(histogram.counts)
+    base, tall = HEIGHT - BOTTOM, HEIGHT - BOTTOM - TOP
+    bars = "".join(
+        f'<rect class="one" x="{LEFT + i * step + 0.5:.1f}" y="{base - tall * count / top:.1f}" '
+        f'width="{max(step - 1, 0.5):.1f}" height="{tall * count / top:.1f}">'
+        f"<title>{low:.4g} to {high:.4g}: {count:,} ({count / total:.2%})</title></rect>"
+        for i, (count, low, high) in enumerate(
+            zip(histogram.counts, histogram.edges, histogram.edges[1:], strict=False)
+        )
+    )
+    ends = (f"{histogram.edges[0]:.4g}", f"{histogram.edges[-1]:.4g}")
+    return _svg(bars, label, *ends, f"{top / total:.0%}")
+
+
+def _lines(
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    y_top: float | None = None,
+    x_range: tuple[float, float] | None = None,
+    x_ticks: tuple[str, str] | None = None,
+    log_x: bool = False,
+    diagonal: bool = False,
+) -> str:
+    """Lines through points; y starts at 0."""
+    points = [point for _, line in series for point in line]
+    low, high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
+    top = y_top or max(y for _, y in points) or 1.0
+    tall, broad = HEIGHT - BOTTOM - TOP, WIDTH - LEFT - RIGHT
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        if log_x:
+            part = math.log(x / low) / (math.log(high / low) or 1)
+        else:
+            part = (x - low) / ((high - low) or 1)
+        return LEFT + broad * part, TOP + tall * (1 - min(y / top, 1))
+
+    content = ""
+    if diagonal:
+        content += f'<path class="axis" d="M{LEFT} {TOP + tall}L{LEFT + broad} {TOP}"/>'
+    for name, line in zip(("one", "two"), series, strict=False):
+        label, values = line
+        radius = 2.5 if len(values) <= 32 else 1.2
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*value) for value in values))
+        content += f'<polyline class="line {name}" points="{path}"/>'
+        for x, y in values:
+            at = place(x, y)
+            content += (
+                f'<circle class="{name}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{radius}">'
+                f"<title>{escape(label)} at {x:.4g}: {y:.4g}</title></circle>"
+            )
+    ticks = x_ticks or (f"{low:.4g}", f"{high:.4g}")
+    return _svg(content, ", ".join(name for name, _ in series), *ticks, _short(top))
+
+
+def _short(value: float) -> str:
+    """A number that fits beside an axis."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"

@@ -1,0 +1,348 @@
+"""Everything that is counted, summed or sketched over rows; two such statistics can be merged.
+
+Counts, sums and histograms are exact. Quantiles come from KLL sketches (Karnin, Lang, Liberty,
+arXiv 1603.05346): exact up to 2,000 values, then within 0.2% of the rank. Memory does not grow with
+the cache. Shapes: n targets, K slots, b targets of a block, V vocabulary.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import xxhash
+from datasketches import kll_floats_sketch
+from numpy.typing import NDArray
+
+from decant.schemas import Manifest
+from decant.storage.cache.rows import Rows, empty
+from decant.storage.inspect.examples import CONTEXT, Target, target
+from decant.storage.inspect.report import (
+    RANKS,
+    AtK,
+    AtTemperature,
+    Histogram,
+    ReliabilityBin,
+    Spread,
+)
+from decant.storage.inspect.truncation_cost import TruncationSums, truncation_sums
+
+SKETCH_SIZE = 2000
+"""Of a KLL sketch: a rank error of 0.14%."""
+FLOOR = np.float32(-1e4)
+"""Log probs below it count as this, so that 0 log 0 is 0."""
+RELIABILITY_BINS = 15
+"""Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599."""
+HISTOGRAM_BINS = 20
+LENGTH_EDGES = np.array([1, 2, 3, *(m << i for i in range(28) for m in (4, 5, 6, 7))])
+"""Four bins for each doubling."""
+HASH_LIMIT = 4_000_000
+"""Hashes of sequences kept, 8 bytes each; from there on of a half, a quarter, ... of them."""
+WORST = 20
+WORST_ENTRIES = 3
+MU = 0.5
+"""Of AKL: the mass of its head."""
+BLOCK = 1024
+"""Targets at a time where whole [K, b] arrays are made: they stay in the processor's cache."""
+
+
+def bucket_entropy(
+    logprobs: NDArray[np.float32],
+    log_z: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+    temperature: float,
+) -> NDArray[np.float32]:
+    """[n] entropy of p_T in nats with everything that is not kept as one class.
+
+    -sum_kept p_T log p_T - r log r, where log p_T = logprobs / T - log_z and r = exp(log_tail);
+    the entropy over the vocabulary is larger by r times the entropy inside the tail.
+    """
+    shape = logprobs.shape
+    log_p = np.divide(logprobs, np.float32(temperature), out=empty(shape, np.float32))
+    log_p -= log_z[:, None]
+    p = np.exp(log_p, out=empty(shape, np.float32))
+    kept = np.einsum("nk,nk->n", p, np.maximum(log_p, FLOOR, out=log_p))
+    return -(kept + np.exp(log_tail) * np.maximum(log_tail, FLOOR))
+
+
+class Quantity:
+    """A stream of values of one quantity: a sketch of their ranks, their sum, maybe a histogram."""
+
+    def __init__(self, edges: NDArray | None = None) -> None:
+        """`edges` of the histogram's bins, ascending; values beyond them count in the end bins."""
+        self._sketch, self._sum = kll_floats_sketch(SKETCH_SIZE), 0.0
+        self._edges = np.array([0.0, 1.0]) if edges is None else edges
+        self._counts = np.zeros(len(self._edges) - 1, np.int64)
+
+    def add(self, values: NDArray) -> None:
+        """Take more values."""
+        self._sketch.update(np.ascontiguousarray(values, np.float32))
+        self._sum += float(values.sum(dtype=np.float64))
+        bins = np.searchsorted(self._edges[1:-1], values, side="right")
+        self._counts += np.bincount(bins, minlength=len(self._counts))
+
+    def merge(self, other: "Quantity") -> None:
+        """Take the values of another."""
+        self._sketch.merge(other._sketch)
+        self._sum += other._sum
+        self._counts += other._counts
+
+    def result(self) -> Spread | None:
+        """None without values."""
+        sketch = self._sketch
+        if sketch.is_empty():
+            return None
+        quantiles = sketch.get_quantiles(list(RANKS.values()), True)
+        return Spread(
+            min=sketch.get_min_value(),
+            max=sketch.get_max_value(),
+            mean=self._sum / sketch.n,
+            **dict(zip(RANKS, quantiles, strict=True)),
+        )
+
+    def histogram(self) -> Histogram:
+        """All bins up to the last that is not empty, from the first that is not."""
+        (used,) = self._counts.nonzero()
+        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        return Histogram(
+            edges=tuple(self._edges[start : stop + 1].tolist()),
+            counts=tuple(self._counts[start:stop].tolist()),
+        )
+
+
+class SequenceHashes:
+    """How many sequences repeat an earlier one: exact up to HASH_LIMIT, in bounded memory.
+
+    Beyond it only hashes whose low bits are zero are kept, one bit more whenever it is reached
+    (adaptive sampling, Flajolet 1990): all copies of a sequence or none. The count among these,
+    times 2 to the number of bits, is an unbiased estimate.
+    """
+
+    def __init__(self) -> None:
+        self._bits, self._parts, self._size = 0, [np.zeros(0, np.uint64)], 0
+
+    def add(self, hashes: NDArray[np.uint64]) -> None:
+        """Take the hashes of more sequences."""
+        self._parts.append(self._sampled(hashes))
+        self._size += len(self._parts[-1])
+        while self._size > HASH_LIMIT:
+            self._bits += 1
+            self._parts = [self._sampled(np.concatenate(self._parts))]
+            self._size = len(self._parts[0])
+
+    def merge(self, other: "SequenceHashes") -> None:
+        """Take the hashes of another."""
+        while self._bits < other._bits:
+            self._bits += 1
+            self._parts = [self._sampled(part) for part in self._parts]
+        self._size = sum(map(len, self._parts))
+        self.add(np.concatenate(other._parts))
+
+    def duplicates(self) -> tuple[int, bool]:
+        """Sequences equal to an earlier one, and whether that is exact."""
+        hashes = np.concatenate(self._parts)
+        return (len(hashes) - len(np.unique(hashes))) << self._bits, self._bits == 0
+
+    def _sampled(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        if not self._bits:
+            return hashes
+        return hashes[hashes & np.uint64((1 << self._bits) - 1) == 0]
+
+
+class Statistics:
+    """What the rows of a cache add up to."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._temperatures = manifest.temperatures
+        self._vocab_size = manifest.shared_vocab_size
+        truncation = manifest.truncation
+        self._ragged = truncation.method != "topk"
+        self._has_curve = not truncation.sampled
+        self._has_logprobs = manifest.layout.has_logprobs
+        slots = truncation.slots
+        unit = np.linspace(0, 1, HISTOGRAM_BINS + 1)
+        # Of the kept entries and a bucket, or of the whole vocabulary.
+        classes = slots + 1 if self._has_logprobs else manifest.shared_vocab_size
+        nats = np.linspace(0, np.log(classes), HISTOGRAM_BINS + 1)
+        self.length = Quantity(LENGTH_EDGES)
+        self.num_kept, self.top1_probability, self.akl_head = Quantity(), Quantity(), Quantity()
+        self.mass = [Quantity(unit) for _ in self._temperatures]
+        self.entropy = [Quantity(nats) for _ in self._temperatures]
+        self.targets = self.top1 = self.label_kept = self.akl_inexact = 0
+        self.label_nats = 0.0
+        self.reliability = np.zeros((3, RELIABILITY_BINS))
+        """Targets, summed confidence, correct ones."""
+        self.curve = TruncationSums(np.zeros(slots), np.zeros(slots), np.zeros(slots), 0.0)
+        self.hashes = SequenceHashes()
+        self.is_kept, self.is_in_data = np.zeros((2, self._vocab_size), bool)
+        """[V] whether an id is among the kept ones; among the tokens."""
+        self.worst: list[Target] = []
+        """The least retained mass first."""
+
+    def add(self, rows: Rows) -> None:
+        """Take the rows of whole sequences."""
+        self.length.add(np.diff(rows.row_starts))
+        hashes = [
+            xxhash.xxh3_64_intdigest(rows.input_ids[start:stop].tobytes())
+            for start, stop in pairwise(rows.row_starts)
+        ]
+        self.hashes.add(np.array(hashes, np.uint64))
+        self.is_in_data[rows.input_ids] = True
+        if not len(rows.label_logprob):
+            return
+        self._add_targets(rows)
+        if rows.logprobs is None:
+            self._add_drawn(rows)
+        else:
+            self._add_top1(rows, rows.logprobs)
+            self._add_masses(rows)
+            self._add_kept(rows, rows.logprobs)
+            self._add_worst(rows)
+
+    def _add_targets(self, rows: Rows) -> None:
+        self.targets += len(rows.label_logprob)
+        self.label_nats -= float(rows.label_logprob.sum(dtype=np.float64))
+        self.label_kept += int((rows.token_ids == rows.labels[:, None]).sum())
+
+    def _add_drawn(self, rows: Rows) -> None:
+        assert rows.entropy is not None
+        self.num_kept.add((rows.token_ids >= 0).sum(axis=1))
+        self.is_kept[rows.token_ids[rows.token_ids >= 0]] = True
+        self.entropy[0].add(rows.entropy)
+
+    def _add_top1(self, rows: Rows, logprobs: NDArray[np.float32]) -> None:
+        correct = rows.token_ids[:, 0] == rows.labels
+        self.top1 += int(correct.sum())
+        confidence = np.exp(np.minimum(logprobs[:, 0], 0))
+        self.top1_probability.add(confidence)
+        bins = np.minimum((confidence * RELIABILITY_BINS).astype(np.intp), RELIABILITY_BINS - 1)
+        for row, weights in enumerate((None, confidence, correct)):
+            self.reliability[row] += np.bincount(bins, weights, RELIABILITY_BINS)
+
+    def _add_masses(self, rows: Rows) -> None:
+        assert rows.logprobs is not None and rows.log_tail is not None
+        for i, log_tail in enumerate(rows.log_tail.T):
+            self.mass[i].add(-np.expm1(np.minimum(log_tail, 0)))
+        for i, temperature in list(enumerate(self._temperatures))[1:]:
+            self.entropy[i].add(
+                bucket_entropy(rows.logprobs, rows.log_z[:, i], rows.log_tail[:, i], temperature)
+            )
+
+    def _add_kept(self, rows: Rows, logprobs: NDArray[np.float32]) -> None:
+        """What takes all entries at T=1: a block at a time, entries along the first axis."""
+        n, slots = rows.token_ids.shape
+        assert rows.log_tail is not None
+        num_kept = (rows.token_ids >= 0).sum(axis=1) if self._ragged else np.full(n, slots)
+        self.num_kept.add(num_kept)
+        used = rows.token_ids if not self._ragged else rows.token_ids[rows.token_ids >= 0]
+        self.is_kept[used] = True
+        entropy, head = np.empty(n, np.float32), np.empty(n, np.float32)
+        for start in range(0, n, BLOCK):
+            block = slice(start, start + BLOCK)
+            log_p = np.maximum(logprobs[block].T, FLOOR, order="C")
+            p, log_tail = np.exp(log_p), rows.log_tail[block, 0]
+            tail = np.exp(log_tail) * np.maximum(log_tail, FLOOR)
+            entropy[block] = -(np.einsum("kb,kb->b", p, log_p) + tail)
+            mass = p.copy()
+            for row in range(1, slots):  # cumsum, whole rows at a time
+                mass[row] += mass[row - 1]
+            head[block] = np.maximum((mass <= np.float32(MU)).sum(axis=0), 1)
+            self.akl_inexact += int((mass[-1] < MU).sum())
+            if self._has_curve:
+                ragged = num_kept[block] if self._ragged else None
+                self.curve += truncation_sums(log_p, p, log_tail, ragged, self._vocab_size)
+        np.minimum(head, num_kept, out=head)
+        self.entropy[0].add(entropy)
+        self.akl_head.add(head)
+
+    def _add_worst(self, rows: Rows) -> None:
+        """The first of each context: what follows `<s>` is the same in every sequence."""
+        contexts: set[tuple[int, ...]] = set()
+        assert rows.log_tail is not None
+        for index in np.argsort(-rows.log_tail[:, 0], kind="stable").tolist():
+            at = int(np.searchsorted(rows.target_starts, index, side="right")) - 1
+            start = int(rows.row_starts[at])
+            row = start + int(rows.positions[index])
+            context = tuple(rows.input_ids[max(row - CONTEXT, start) : row].tolist())
+            if context not in contexts:
+                contexts.add(context)
+                inside = int(index - rows.target_starts[at])
+                self.worst.append(target(rows[at], inside, int(rows.sequence[at]), WORST_ENTRIES))
+            if len(contexts) == WORST:
+                break
+        self._keep_worst()
+
+    def _keep_worst(self) -> None:
+        order = sorted(self.worst, key=lambda t: (-(t.tail_mass or 0), t.sequence, t.position))
+        first = {found.context_ids: found for found in reversed(order)}
+        self.worst = [found for found in order if first[found.context_ids] is found][:WORST]
+
+    def merge(self, other: "Statistics") -> None:
+        """Take what another of the same cache has."""
+        for mine, its in (
+            (self.length, other.length),
+            (self.num_kept, other.num_kept),
+            (self.top1_probability, other.top1_probability),
+            (self.akl_head, other.akl_head),
+            *zip(self.mass, other.mass, strict=True),
+            *zip(self.entropy, other.entropy, strict=True),
+        ):
+            mine.merge(its)
+        self.targets += other.targets
+        self.top1 += other.top1
+        self.label_kept += other.label_kept
+        self.akl_inexact += other.akl_inexact
+        self.label_nats += other.label_nats
+        self.reliability += other.reliability
+        self.curve += other.curve
+        self.hashes.merge(other.hashes)
+        self.is_kept |= other.is_kept
+        self.is_in_data |= other.is_in_data
+        self.worst += other.worst
+        self._keep_worst()
+
+    def at_temperatures(self) -> tuple[AtTemperature, ...]:
+        """One for each stored temperature; none without targets."""
+        found = []
+        for temperature, mass, entropy in zip(
+            self._temperatures, self.mass, self.entropy, strict=True
+        ):
+            mass_spread, entropy_spread = mass.result(), entropy.result()
+            if entropy_spread is not None:
+                found.append(
+                    AtTemperature(
+                        temperature=temperature,
+                        retained_mass=mass_spread,
+                        retained_mass_histogram=mass.histogram(),
+                        teacher_entropy=entropy_spread,
+                        teacher_entropy_histogram=entropy.histogram(),
+                    )
+                )
+        return tuple(found)
+
+    def reliability_bins(self) -> tuple[ReliabilityBin, ...]:
+        """The reliability curve; empty without targets or log probs."""
+        if not self.targets or not self._has_logprobs:
+            return ()
+        return tuple(
+            ReliabilityBin(
+                targets=int(count),
+                confidence=confidence / count if count else None,
+                accuracy=correct / count if count else None,
+            )
+            for count, confidence, correct in self.reliability.T.tolist()
+        )
+
+    def calibration_error(self) -> float | None:
+        """sum_bins |accuracy - confidence| weighted by targets; None where there are no bins."""
+        if not self.targets or not self._has_logprobs:
+            return None
+        return float(np.abs(self.reliability[1] - self.reliability[2]).sum() / self.targets)
+
+    def truncation_curve(self) -> tuple[AtK, ...]:
+        """Means at every k; empty where entries are no top k, or without targets."""
+        if not self.targets or not self._has_curve:
+            return ()
+        means = np.stack([self.curve.mass, self.curve.fkl, self.curve.rkl], axis=1) / self.targets
+        return tuple(
+            AtK(k=k + 1, retained_mass=mass, fkl=fkl, rkl=rkl)
+            for k, (mass, fkl, rkl) in enumerate(means.tolist())
+        )

@@ -1,0 +1,354 @@
+"""The report of `inspect` for a terminal: at most 100 columns wide, with small histograms."""
+
+import math
+from collections.abc import Sequence
+
+from decant.schemas import NO_LOGPROBS, Rejected
+from decant.storage.inspect.examples import (
+    Target,
+    context_shown,
+    entries_shown,
+    fit,
+    shown,
+    width,
+)
+from decant.storage.inspect.report import RANKS, Histogram, Report, Spread
+from decant.storage.inspect.truncation_cost import TOLERANCE
+
+WIDTH = 100
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def report_text(report: Report) -> str:
+    """The report as lines of text."""
+    lines = [clip(report.url)]
+    if report.complete:
+        lines.append("complete")
+    else:
+        lines.append(
+            f"NOT COMPLETE: {report.shards} of {report.planned_shards} shards committed; "
+            "all figures are of these"
+        )
+    lines += rejected_lines(report)
+    lines += [f"  {name:<13}{clip(value, 85)}" for name, value in overview(report)]
+    if report.bytes_per_target is None:
+        return "\n".join(lines)
+    if report.sample:
+        lines += [
+            "",
+            f"ESTIMATES from {report.sample.targets:,} targets in {report.sample.row_groups:,} of "
+            f"{report.sample.of_row_groups:,} row groups (seed {report.sample.seed});",
+            "counts and sizes above, decoding error and dump are exact",
+        ]
+    sections = [_size, _spreads, _shapes, _teacher, _cut, _worst, _speed]
+    if report.precision == NO_LOGPROBS:
+        sections = [_size, _spreads, _shapes, _drawn, _speed]
+    return "\n".join([*lines, *(line for section in sections for line in ("", *section(report)))])
+
+
+def rejected_lines(report: Report) -> list[str]:
+    """A warning and the first rejected sequences with their reasons; nothing if there are none."""
+    if not report.rejected_sequences:
+        return []
+    lines = [f"WARNING: {rejected_line(report)}"]
+    lines += [f"  {clip(rejected_entry(entry), WIDTH - 2)}" for entry in report.rejected[:5]]
+    if report.rejected_sequences > 5:
+        lines.append(f"  and {report.rejected_sequences - 5:,} more")
+    return lines
+
+
+def rejected_line(report: Report) -> str:
+    """How much was lost with sequences that the teacher could not score."""
+    share = report.rejected_targets / max(report.targets + report.rejected_targets, 1)
+    return (
+        f"{report.rejected_sequences:,} of {report.sequences:,} sequences were rejected by the "
+        f"teacher: {share:.2%} of targets lost"
+    )
+
+
+def rejected_entry(entry: Rejected) -> str:
+    """One rejected sequence and why."""
+    return (
+        f"sequence {entry.sequence}, sample {entry.sample_id!r}, {entry.targets:,} targets: "
+        f"{entry.reason}"
+    )
+
+
+def overview(report: Report) -> list[tuple[str, str]]:
+    """What the cache is, as (name, value)."""
+    teacher, truncation = report.teacher, report.truncation
+    kept = {
+        "topk": f"top {truncation.k}",
+        "topp": f"top-p {truncation.p:g}, {truncation.min_k} to {truncation.k} entries",
+        "sample": f"{truncation.draws} draws",
+        "topk+sample": f"top {truncation.k} + {truncation.draws} draws from the tail",
+    }[truncation.method]
+    drawn = report.precision == NO_LOGPROBS
+    stored = "stored without log probs" if drawn else f"stored as {report.precision}"
+    return [
+        ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
+        ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
+        ("source", str(report.source.get("path", "") or "not recorded")),
+        ("records", records_line(report)),
+        ("kept", f"{kept} of {report.shared_vocab_size:,}, {stored}"),
+        ("temperatures", ", ".join(f"{at.temperature:g}" for at in report.temperatures)),
+        (
+            "holds",
+            f"{report.targets:,} targets in {report.tokens:,} tokens, {report.sequences:,} "
+            f"sequences, {report.shards:,} shards",
+        ),
+        ("duplicates", duplicates_line(report)),
+        ("ids", ids_line(report)),
+        ("dump", dump_line(report)),
+    ]
+
+
+def records_line(report: Report) -> str:
+    """How many records the source had, and what became of those not taken as they were."""
+    if not report.records:
+        return "not recorded"
+    named = {
+        "truncated_records": "truncated",
+        "split_records": "split",
+        "empty_records": "empty",
+        "duplicate_records": "duplicates",
+        "records_without_targets": "without targets",
+    }
+    parts = [
+        f"{report.records[key]:,} {name}" for key, name in named.items() if report.records.get(key)
+    ]
+    return ", ".join([f"{report.records.get('records', 0):,}", *parts])
+
+
+def _size(report: Report) -> list[str]:
+    assert report.bytes_per_target is not None
+    lines = [
+        f"Size: {megabytes(report.bytes)}, {report.bytes_per_target:.1f} bytes per target, "
+        f"{report.times_smaller:.1f} times smaller than fp16 logits"
+    ]
+    for name, size in columns_and_rest(report):
+        share = size / report.bytes
+        lines.append(
+            f"  {name:<16}{size / report.targets:>9.2f} bytes per target {share:>7.1%}  "
+            f"{'#' * round(40 * share)}".rstrip()
+        )
+    return lines
+
+
+def _spreads(report: Report) -> list[str]:
+    names = ("min", *RANKS, "max")
+    lines = [f"  {'':<24}{'mean':>8}" + "".join(f"{name:>7}" for name in names)]
+    for name, spread, digits in spreads(report):
+        values = [getattr(spread, rank) for rank in names]
+        mean = f"{spread.mean:.{max(digits, 1)}f}"
+        lines.append(f"  {name:<24}{mean:>8}" + "".join(f"{v:>7.{digits}f}" for v in values))
+    return [*lines, f"  * {entropy_note(report)}"]
+
+
+def entropy_note(report: Report) -> str:
+    """What the figures of entropy are."""
+    if report.precision == NO_LOGPROBS:
+        return "nats; of the whole distribution"
+    return "nats; kept entries and the tail as one bucket: a lower bound of the full entropy"
+
+
+def spreads(report: Report) -> list[tuple[str, Spread, int]]:
+    """Every spread of the report: name, values, digits behind the point."""
+    found = [
+        ("tokens per sequence", report.sequence_length, 0),
+        ("entries per target", report.num_kept, 0),
+    ]
+    for at in report.temperatures:
+        found.append((f"retained mass T={at.temperature:.4g}", at.retained_mass, 3))
+        found.append((f"teacher entropy* T={at.temperature:.4g}", at.teacher_entropy, 2))
+    found.append(("top-1 probability", report.top1_probability, 3))
+    found.append(("AKL head, entries", report.akl_head_size, 0))
+    return [(name, spread, digits) for name, spread, digits in found if spread is not None]
+
+
+def _shapes(report: Report) -> list[str]:
+    lines = []
+    for name, histogram in histograms(report):
+        low, high = histogram.edges[0], histogram.edges[-1]
+        lines.append(f"  {name:<24}{low:>8.4g} {sparkline(histogram.counts)} {high:.4g}")
+    return ["Shapes (bars: share of the fullest bin)", *lines]
+
+
+def histograms(report: Report) -> list[tuple[str, Histogram]]:
+    """Every histogram of the report by name."""
+    found = []
+    if report.sequence_length_histogram is not None:
+        found.append(("tokens per sequence", report.sequence_length_histogram))
+    for at in report.temperatures:
+        found.append((f"retained mass T={at.temperature:.4g}", at.retained_mass_histogram))
+        found.append((f"teacher entropy* T={at.temperature:.4g}", at.teacher_entropy_histogram))
+    if report.reliability:
+        bins = len(report.reliability)
+        found.append(
+            (
+                "top-1 probability",
+                Histogram(
+                    edges=tuple(i / bins for i in range(bins + 1)),
+                    counts=tuple(at.targets for at in report.reliability),
+                ),
+            )
+        )
+    return [(name, histogram) for name, histogram in found if histogram.counts]
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A column of eighths per value; what is not 0 shows at least one."""
+    top = max(values) or 1
+    return "".join(BLOCKS[math.ceil(8 * value / top)] for value in values)
+
+
+def _drawn(report: Report) -> list[str]:
+    """In place of all that takes log probs."""
+    return [
+        *_cross_entropy(report),
+        f"  the token is among the drawn ids:      {report.label_kept:.2%} of targets",
+        "Draws without log probs: what takes the probabilities of kept entries is left out",
+    ]
+
+
+def _cross_entropy(report: Report) -> list[str]:
+    perplexity = (
+        "" if report.teacher_perplexity is None else f", perplexity {report.teacher_perplexity:.4g}"
+    )
+    return [
+        "The teacher on the data's own next tokens",
+        f"  cross-entropy {report.teacher_ce:.4f} nats{perplexity}",
+    ]
+
+
+def _teacher(report: Report) -> list[str]:
+    lines = [
+        *_cross_entropy(report),
+        f"  most probable kept entry is the token: {report.top1_agreement:.2%} of targets",
+        f"  the token is among the kept entries:   {report.label_kept:.2%} of targets",
+        f"  calibration error of the top-1 probability, 15 bins: {report.calibration_error:.4f}",
+        "  confidence  accuracy   targets  (o accuracy, | confidence)",
+    ]
+    for at in report.reliability:
+        if at.confidence is None or at.accuracy is None:
+            continue
+        axis = [" "] * 51
+        axis[round(50 * at.confidence)] = "|"
+        axis[round(50 * at.accuracy)] = "o"
+        figures = f"  {at.confidence:>10.3f}{at.accuracy:>10.3f}{at.targets:>12,}  "
+        lines.append(figures + "".join(axis).rstrip())
+    error = (
+        f"Decoding error, KL(scored || decoded): mean {report.kl_error_mean:.2g}, "
+        f"max {report.kl_error_max:.2g} nats"
+    )
+    return [*lines, error]
+
+
+def _cut(report: Report) -> list[str]:
+    lines = ["Fewer entries", f"  {recommendation(report)}"]
+    curve = [at for at in report.truncation_curve if at.k in shown_ks(len(report.truncation_curve))]
+    if curve:
+        lines.append("  what a smaller k would cost, nats per target, to a student that knows only")
+        lines.append("  the first k entries and the mass of the rest")
+        lines.append(f"  {'k':>6}{'retained mass':>16}{'forward KL':>14}{'reverse KL':>14}")
+        lines += [
+            f"  {at.k:>6}{at.retained_mass:>16.4f}{at.fkl:>14.4f}{at.rkl:>14.4f}" for at in curve
+        ]
+    lines.append(
+        f"  AKL's head reaches beyond the kept entries in {report.akl_inexact:.2%} of targets"
+    )
+    return lines
+
+
+def recommendation(report: Report) -> str:
+    """What the truncation curve says, in one line."""
+    curve = {at.k: at for at in report.truncation_curve}
+    k = report.recommended_k
+    if not curve or k is None:
+        return "no estimate for drawn entries, which are no top k."
+    beyond = f"more than {max(curve)} would gain at most {report.beyond_k:.3g}."
+    if k == max(curve):
+        return f"keep k={k}: any smaller costs more than {TOLERANCE:g} nats; {beyond}"
+    return f"k={k} would cost {curve[k].fkl:.4f} nats of forward KL; {beyond}"
+
+
+def shown_ks(slots: int) -> list[int]:
+    """Powers of two, the halves between them from 16 on, and K."""
+    powers = [2**i for i in range(17)]
+    halves = [3 * 2**i for i in range(3, 16)]
+    return sorted({k for k in (*powers, *halves) if k < slots} | {slots})
+
+
+def _worst(report: Report) -> list[str]:
+    lines = ["The targets of the least retained mass (python -m storage head shows more)"]
+    lines.append(f"  {'mass':>6} {'seq.':>8} {'pos.':>5}  {'context':<28} {'token':<12} entries")
+    lines += [worst_line(found) for found in report.worst_targets[:10]]
+    return lines
+
+
+def worst_line(found: Target) -> str:
+    """One target and its first entries on one line."""
+    line = (
+        f"  {1 - (found.tail_mass or 0):>6.3f} {found.sequence:>8} {found.position:>5}  "
+        f"{fit(context_shown(found), 28, right=True)} "
+        f"{fit(shown(found.token, found.token_id), 12)} "
+    )
+    return line + entries_shown(found, WIDTH - width(line))
+
+
+def _speed(report: Report) -> list[str]:
+    rates = report.dump_speed.shard_rates
+    lines = [
+        "Dump: targets/s of one worker, shards in plan order: "
+        f"{min(rates):,.0f} to {max(rates):,.0f}",
+        f"  {sparkline(rates)}",
+    ]
+    for at in report.dump_speed.by_worker[:5]:
+        rate = "" if at.targets_per_second is None else f"{at.targets_per_second:,.0f} targets/s"
+        lines.append(
+            f"  {fit(at.worker, 36)}{at.shards:>8,} shards{at.targets:>16,} targets  {rate:>18}"
+        )
+    return lines
+
+
+def columns_and_rest(report: Report) -> list[tuple[str, int]]:
+    """Bytes of each column and of all that is none, most first."""
+    rest = report.bytes - sum(report.column_bytes.values())
+    return sorted([*report.column_bytes.items(), ("(footers)", rest)], key=lambda item: -item[1])
+
+
+def duplicates_line(report: Report) -> str:
+    """How many sequences repeat an earlier one."""
+    if report.duplicate_sequences is None:
+        return "not counted in a sample"
+    about = "" if report.duplicates_exact else "about "
+    return f"{about}{report.duplicate_sequences:,} sequences repeat the tokens of an earlier one"
+
+
+def ids_line(report: Report) -> str:
+    """How much of the vocabulary occurs."""
+    at_least = "at least " if report.sample else ""
+    return (
+        f"{at_least}{report.ids_kept:,} of {report.shared_vocab_size:,} are kept somewhere, "
+        f"{at_least}{report.ids_in_data:,} are in the data"
+    )
+
+
+def dump_line(report: Report) -> str:
+    """How long the dump took."""
+    if report.targets_per_second is None:
+        return f"{report.dump_seconds:.0f} s"
+    return (
+        f"{report.dump_seconds:,.0f} s of {report.workers} worker process"
+        f"{'es' if report.workers != 1 else ''}, {report.targets_per_second:,.0f} targets/s each"
+    )
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+
+
+def clip(text: str, columns: int = WIDTH) -> str:
+    """At most this many columns of a text, on one line."""
+    return fit(" ".join(text.split()), columns).rstrip()

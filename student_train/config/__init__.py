@@ -1,0 +1,1 @@
+"""All of a training's YAML. Imports no torch."""

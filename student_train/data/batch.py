@@ -1,0 +1,276 @@
+"""Training batches: sequences and the teacher's targets for them, as stored until they are needed.
+
+Ids and codes travel in their stored widths, 3 bytes an entry in place of 12, and are decoded where
+the batch lies: on the GPU if it was moved there.
+
+Shapes: B sequences, L padded length, N targets of a batch, K slots, T temperatures of the run.
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decant.schemas import CompactCode, Layout
+from decant.storage import StoredRows
+from decant.storage.cache.rows import LAST_CODE, decode_logprobs, empty, gap_table
+from decant.student_train.losses import SparseTargets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedTargets:
+    """The distributions of N targets in their stored form; `decode` gives what losses take."""
+
+    topk_lo: Tensor
+    """[N, K] uint8: lowest byte of the kept ids."""
+    topk_mid: Tensor
+    """[N, K] uint8: second byte."""
+    topk_hi: Tensor | None
+    """[N, K] uint8: third byte, where ids need it."""
+    topk_logprob: Tensor | None
+    """[N, K] float32, float16, or uint8 steps of compact codes; None for draws without them."""
+    num_kept: Tensor | None
+    """[N] int32: slots in use, where it varies."""
+    draws: Tensor | None
+    """[N, K] int16 holding the bits of uint16."""
+    log_tail_t1: Tensor
+    """[N] float32: the tail at T=1, from which compact codes are rebuilt."""
+    log_z: Tensor
+    """[N, T] float32 at the temperatures of the batch."""
+    log_tail: Tensor
+    """[N, T] float32 at the temperatures of the batch."""
+    code: CompactCode | None
+    """The curve of compact codes; None for other precisions."""
+    entropy: Tensor | None = None
+    """[N] float32 where there are no log probs."""
+
+    def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
+        """What the stored form stands for (docs/format.md), at the first temperature.
+
+        Computed on the device where it lies.
+        """
+        token_ids = self.topk_lo.to(torch.int64)
+        token_ids |= self.topk_mid.to(torch.int64) << 8
+        if self.topk_hi is not None:
+            token_ids |= self.topk_hi.to(torch.int64) << 16
+        unused = None
+        if self.num_kept is not None:
+            slots = torch.arange(token_ids.shape[1], device=token_ids.device)
+            unused = slots >= self.num_kept[:, None]
+            token_ids.masked_fill_(unused, -1)
+        logprobs: Tensor | None
+        if self.topk_logprob is None:
+            logprobs = None
+        elif self.code is None:
+            logprobs = self.topk_logprob.to(torch.float32, copy=True)
+        elif self.topk_logprob.device.type == "cpu":
+            hidden = None if unused is None else unused.numpy()
+            steps, log_tail = self.topk_logprob.numpy(), self.log_tail_t1.numpy()
+            logprobs = torch.from_numpy(
+                decode_logprobs(steps, hidden, log_tail, "compact", self.code)
+            )
+        else:
+            logprobs = decode_compact(self.topk_logprob, unused, self.log_tail_t1, self.code)
+        if unused is not None and logprobs is not None:
+            logprobs.masked_fill_(unused, -torch.inf)
+        return SparseTargets(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            log_z=self.log_z[:, 0],
+            log_tail=self.log_tail[:, 0],
+            draws=None if self.draws is None else self.draws.to(torch.int32) & 0xFFFF,
+            entropy=self.entropy,
+            checked_for=checked_for,
+        )
+
+
+def decode_compact(
+    steps: Tensor, unused: Tensor | None, log_tail: Tensor, code: CompactCode
+) -> Tensor:
+    """`storage.codec.decode_logprobs` of compact steps [N, K] on any device."""
+    codes = steps.cumsum(1, dtype=torch.uint8)  # modulo 256, as they were written
+    if unused is not None:
+        codes.masked_fill_(unused, LAST_CODE)
+    table = torch.from_numpy(gap_table(code).copy()).to(steps.device)
+    gaps = table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+    weight = torch.exp(-gaps).sum(1, dtype=torch.float64)
+    kept = -torch.expm1(log_tail.to(torch.float64))
+    return (torch.log(kept) - torch.log(weight)).to(torch.float32)[:, None] - gaps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B sequences, right-padded, with the targets of all of them in one flat run.
+
+    `packing.pack` puts several sequences into a row: then there are fewer than B rows, and position
+    ids in place of the mask.
+    """
+
+    input_ids: Tensor
+    """[B, L] int64, 0 where padded."""
+    attention_mask: Tensor | None
+    """[B, L] int64; None if packed."""
+    position_ids: Tensor | None = None
+    """[B, L] int64, from 0 in each sequence, if packed."""
+    predictors: Tensor
+    """[N] int64: index into the flattened [B * L] of the position that predicts each target."""
+    labels: Tensor
+    """[N] int64: the actual tokens."""
+    packed: PackedTargets
+    """The teacher's distributions at the stream's temperatures, as stored."""
+    teacher_logprob: Tensor
+    """[N] float32: the teacher's log prob of the actual token at T=1."""
+    sample_ids: list[str]
+    """[B]."""
+    vocab_size: int
+    """Vocabulary that every value was checked for when it was written."""
+    temperatures: tuple[float, ...]
+    """[T]."""
+    source: Tensor | None = None
+    """[N] int64: which cache of a mixture each target is of; None for one cache."""
+
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @cached_property
+    def targets(self) -> SparseTargets:
+        """The teacher's distributions at the first temperature, decoded once, where they lie."""
+        return self.packed.decode((self.vocab_size, self.temperatures[0]))
+
+    def targets_at(self, temperature: float) -> SparseTargets:
+        """The teacher's distributions at one of the temperatures, or at 1, which is always there.
+
+        Raises ValueError naming the temperatures if it is none of them.
+        """
+        checked_for = (self.vocab_size, float(temperature))
+        if temperature in self.temperatures:
+            i = self.temperatures.index(temperature)
+            log_z, log_tail = self.packed.log_z[:, i], self.packed.log_tail[:, i]
+        elif temperature == 1:
+            log_tail = self.packed.log_tail_t1
+            log_z = torch.zeros_like(log_tail)
+        else:
+            raise ValueError(
+                f"temperature {temperature:g} is not among those of the batch: "
+                f"{', '.join(f'{t:g}' for t in self.temperatures)}"
+            )
+        return dataclasses.replace(
+            self.targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
+        """The same batch on `device`, still packed."""
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU run on their own."""
+        return _map(self, Tensor.pin_memory)
+
+
+def _map(value: Any, function: Any) -> Any:
+    changed = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            changed[field.name] = function(item)
+        elif isinstance(item, PackedTargets):
+            changed[field.name] = _map(item, function)
+    return dataclasses.replace(value, **changed)
+
+
+def collate(
+    sequences: list[tuple[StoredRows, int]],
+    layout: Layout,
+    temperature_indices: tuple[int, ...],
+    sources: list[int] | None = None,
+) -> Batch:
+    """Join sequences, each given by its row group's columns and its place there, into a batch.
+
+    `temperature_indices` says which of the layout's temperatures the batch is to carry, `sources`
+    which cache of a mixture each sequence is of.
+    """
+    spans = [_Span(rows, index) for rows, index in sequences]
+    length = max(span.length for span in spans)
+    ids = np.zeros((len(spans), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, span in enumerate(spans):
+        ids[row, : span.length] = span.rows.token_id[span.start : span.start + span.length]
+        mask[row, : span.length] = 1
+    predictors = np.concatenate(
+        [span.positions + (row * length - 1) for row, span in enumerate(spans)]
+    )
+
+    num_targets = len(predictors)
+
+    def joined(column: Any) -> Any:
+        parts = [column(span.rows) for span in spans]
+        if parts[0] is None:
+            return None
+        taken = [part[span.targets] for part, span in zip(parts, spans, strict=True)]
+        out = empty((num_targets, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(taken, out=out)
+
+    def tensor(values: NDArray | None, view: str | None = None) -> Any:
+        if values is None:
+            return None
+        return torch.from_numpy(values if view is None else values.view(view))
+
+    def at_temperatures(column: Any) -> Tensor:
+        """[N, T]; zeros where nothing is stored, which is log Z at T=1."""
+        found = [joined(lambda rows, i=i: column(rows)[i]) for i in temperature_indices]
+        return torch.stack(
+            [torch.zeros(num_targets) if f is None else tensor(f) for f in found], dim=1
+        )
+
+    num_kept = joined(lambda rows: rows.num_kept)
+    packed = PackedTargets(
+        topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
+        topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
+        topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
+        topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
+        num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
+        draws=tensor(joined(lambda rows: rows.draws), "i2"),
+        log_tail_t1=tensor(joined(lambda rows: rows.log_tail[0])),
+        log_z=at_temperatures(lambda rows: rows.log_z),
+        log_tail=at_temperatures(lambda rows: rows.log_tail),
+        code=layout.code if layout.precision == "compact" else None,
+        entropy=tensor(joined(lambda rows: rows.entropy)),
+    )
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        predictors=torch.from_numpy(predictors),
+        labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
+        packed=packed,
+        teacher_logprob=tensor(joined(lambda rows: rows.label_logprob)),
+        sample_ids=[span.sample_id for span in spans],
+        vocab_size=layout.vocab_size,
+        temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
+        source=None
+        if sources is None
+        else torch.repeat_interleave(
+            torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
+        ),
+    )
+
+
+class _Span:
+    """Where one sequence lies in the columns of its row group."""
+
+    def __init__(self, rows: StoredRows, index: int) -> None:
+        self.rows = rows
+        self.start = int(rows.row_starts[index])
+        self.length = int(rows.row_starts[index + 1]) - self.start
+        self.sample_id = rows.sample_ids[index]
+        target_rows = rows.target_rows[rows.target_starts[index] : rows.target_starts[index + 1]]
+        self.positions = target_rows - self.start
+        self.targets: slice | NDArray[np.int64] = target_rows
+        if len(target_rows) and target_rows[-1] - target_rows[0] < len(target_rows):
+            first = int(target_rows[0])  # one run, which is copied and not gathered
+            self.targets = slice(first, first + len(target_rows))

@@ -1,0 +1,269 @@
+"""Several caches in exact proportions: several teachers of one tokenizer, or several domains.
+
+The global order takes a sequence from one cache after the other so that behind any number n of
+sequences each cache has given its share of n to within one. Each cache is passed in its own order,
+epoch after epoch, however often its share asks for it. The state is the number consumed.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decant.schemas import NO_LOGPROBS, Layout
+from decant.storage import CacheReader, StoredRows
+from decant.storage.cache.rows import decode_logprobs
+from decant.student_train.config.loss import Weight
+from decant.student_train.config.schedule import values_of
+from decant.student_train.data.order import CacheOrder, Entry
+from decant.student_train.data.stream import SequenceStream, temperature_indices
+
+MAX_PERIOD = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class CacheShare:
+    """One cache of a mixture."""
+
+    cache: str
+    """Directory or fsspec URL."""
+    weight: float
+    """Its share of the sequences, relative to the other weights."""
+    kd_weight: Weight | None = None
+    """Weight of the divergence on its targets, in place of loss.kd_weight."""
+    ce_weight: Weight | None = None
+    """Weight of the cross-entropy on its targets, in place of loss.ce_weight."""
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise ValueError("mixture: every entry needs a cache")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"mixture: weight of {self.cache} must be > 0, found {self.weight}")
+        for name in ("kd_weight", "ce_weight"):
+            value = getattr(self, name)
+            if value is not None and min(values_of(value)) < 0:
+                raise ValueError(f"mixture: {name} of {self.cache} must be >= 0, found {value}")
+
+
+def interleaving(weights: Sequence[float]) -> NDArray[np.int16]:
+    """Which source comes at each place of one period, which repeats for ever.
+
+    Tijdeman's rule: of the sources that may go without running ahead, the one goes that would be
+    the first to fall behind. So after n places each source i has had w_i n of them, to within less
+    than one. Raises ValueError if the weights have no common period of at most MAX_PERIOD.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period > MAX_PERIOD:
+        raise ValueError(
+            f"weights {list(weights)} repeat only after {period:,} sequences, at most "
+            f"{MAX_PERIOD:,} are possible: round them"
+        )
+    counts = [int(share * period) for share in shares]
+    if len(counts) == 1:
+        return np.zeros(1, np.int16)
+    # In units of 1 / (period * slack), so that everything is an integer.
+    slack = 2 * len(counts) - 2
+    given = [0] * len(counts)
+    pattern = np.empty(period, np.int16)
+    for place in range(period):
+        best, earliest = -1, Fraction(0)
+        for source, count in enumerate(counts):
+            due = slack * (count * (place + 1) - given[source] * period)
+            if due >= period:
+                left = Fraction((slack - 1) * period - due, count)
+                if best < 0 or left < earliest:
+                    best, earliest = source, left
+        pattern[place] = best
+        given[best] += 1
+    assert given == counts
+    return pattern
+
+
+class MixtureStream(SequenceStream):
+    """Endless batches of one rank from several caches; a batch holds sequences of all of them.
+
+    `Batch.source` says which cache each target is of. Caches may differ in k, method and precision:
+    their targets are brought to one form, float32 log probs in as many slots as the widest has.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str | os.PathLike[str]],
+        weights: Sequence[float],
+        *,
+        batch_size: int,
+        temperature: float | Sequence[float] = 1.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        part: str = "all",
+        heldout_fraction: float = 0.0,
+        lanes: int = 16,
+        threads: int = 2,
+    ) -> None:
+        """Open the caches; arguments are those of `CacheStream`, `lanes` are of each cache.
+
+        Raises ValueError if the caches differ in tokenizer or vocabulary, if one lacks a
+        temperature, or if drawn targets were to be mixed with others.
+        """
+        super().__init__(
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            threads=threads,
+        )
+        self.readers = [CacheReader(url) for url in urls]
+        for reader in self.readers[1:]:
+            check_same_vocabulary(self.reader, reader)
+        self._check_forms()
+        wanted = tuple(temperature) if isinstance(temperature, Sequence) else (temperature,)
+        self._temperatures = [1.0] + [t for t in wanted if t != 1]
+        self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
+        self._layout = _common_layout([r.manifest.layout for r in self.readers], self._temperatures)
+        self._temperature_indices = tuple(self._temperatures.index(t) for t in wanted)
+        self._pattern = interleaving(weights)
+        self._num_sources = len(self.readers)
+        self._num_lanes = lanes * self._num_sources
+        self.orders = []
+        for reader in self.readers:
+            groups = reader.row_groups()
+            order = CacheOrder(
+                groups.first_sequence,
+                groups.sequences,
+                part=part,
+                heldout_fraction=heldout_fraction,
+                seed=seed,
+                lanes=lanes,
+            )
+            if not order.num_sequences:
+                raise ValueError(
+                    f"{reader.url}: part {part!r} with heldout_fraction {heldout_fraction} holds "
+                    f"none of its {len(reader)} sequences"
+                )
+            self.orders.append(order)
+        shares = np.bincount(self._pattern, minlength=self._num_sources) / len(self._pattern)
+        sizes = [order.num_sequences for order in self.orders]
+        self.num_sequences = math.ceil(max(n / s for n, s in zip(sizes, shares, strict=True)))
+        """Sequences until every cache has been passed at least once: the others then were more
+        often."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the same for every rank and any world size."""
+        counts = np.bincount(self._pattern, minlength=self._num_sources)
+        return {
+            "cache_ids": [reader.manifest.cache_id for reader in self.readers],
+            "shares": [f"{count}/{len(self._pattern)}" for count in counts],
+            "seed": self.orders[0].seed,
+            "num_sequences": [order.num_sequences for order in self.orders],
+            "lanes": self.orders[0].lanes,
+            "consumed": self.consumed,
+        }
+
+    def passes(self, consumed: int) -> list[float]:
+        """How often each cache has been passed after so many sequences."""
+        given = self._given(consumed)
+        return [n / order.num_sequences for n, order in zip(given, self.orders, strict=True)]
+
+    def _given(self, consumed: int) -> list[int]:
+        """How many of the first `consumed` sequences are of each cache."""
+        periods, rest = divmod(consumed, len(self._pattern))
+        whole = np.bincount(self._pattern, minlength=self._num_sources)
+        begun = np.bincount(self._pattern[:rest], minlength=self._num_sources)
+        return (periods * whole + begun).tolist()
+
+    def _order(self, consumed: int) -> Iterator[Entry]:
+        given = self._given(consumed)
+        orders = [order.behind(n) for order, n in zip(self.orders, given, strict=True)]
+        period, place = len(self._pattern), consumed
+        while True:
+            source = int(self._pattern[place % period])
+            lane, visit, member, _ = next(orders[source])
+            yield Entry((source, lane), (source, *visit), member, source)
+            place += 1
+
+    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+        source, _, group = visit
+        reader = self.readers[source]
+        rows = reader.read_stored(reader.row_groups()[group])
+        return _as_layout(rows, reader.manifest.layout, self._layout, self._indices[source])
+
+    def _check_forms(self) -> None:
+        forms: dict[tuple[bool, bool], CacheReader] = {}
+        for reader in self.readers:
+            layout = reader.manifest.layout
+            forms.setdefault((layout.has_draws, layout.has_logprobs), reader)
+        if len(forms) > 1:
+            one, other = list(forms.values())[:2]
+            raise ValueError(
+                f"{one.url} ({one.manifest.truncation.method}, {one.manifest.precision}) and "
+                f"{other.url} ({other.manifest.truncation.method}, {other.manifest.precision}) "
+                "cannot be mixed: losses of drawn and of exact targets are estimated in different "
+                "ways, and so are those of draws with and without log probs"
+            )
+
+
+def check_same_vocabulary(ours: CacheReader, theirs: CacheReader) -> None:
+    """Raise ValueError unless two caches are of one tokenizer and one shared vocabulary."""
+    a, b = ours.manifest, theirs.manifest
+    if a.tokenizer.fingerprint != b.tokenizer.fingerprint:
+        raise ValueError(
+            f"{theirs.url} has another tokenizer ({b.tokenizer.fingerprint}) than {ours.url} "
+            f"({a.tokenizer.fingerprint})"
+        )
+    if a.shared_vocab_size != b.shared_vocab_size:
+        raise ValueError(
+            f"{theirs.url} has {b.shared_vocab_size} ids, {ours.url} {a.shared_vocab_size}"
+        )
+
+
+def _common_layout(layouts: Sequence[Layout], temperatures: Sequence[float]) -> Layout:
+    """The layout that all targets fit in."""
+    slots = max(layout.slots for layout in layouts)
+    return dataclasses.replace(
+        layouts[0],
+        slots=slots,
+        precision="f32" if layouts[0].has_logprobs else NO_LOGPROBS,
+        temperatures=tuple(temperatures),
+        has_num_kept=any(layout.has_num_kept or layout.slots < slots for layout in layouts),
+    )
+
+
+def _as_layout(
+    rows: StoredRows, layout: Layout, common: Layout, temperatures: tuple[int, ...]
+) -> StoredRows:
+    """The same sequences in the common layout; `temperatures` are those of it, as stored."""
+    more = ((0, 0), (0, common.slots - layout.slots))
+
+    def widened(values: NDArray) -> NDArray:
+        return np.pad(values, more) if more[1][1] else values
+
+    num_kept = rows.num_kept
+    unused = None
+    if num_kept is not None:
+        unused = np.arange(layout.slots) >= num_kept[:, None]
+    elif common.has_num_kept:
+        num_kept = np.full(len(rows.token_id), layout.slots, np.uint16)
+    logprobs = None
+    if rows.topk_logprob is not None:
+        logprobs = decode_logprobs(
+            rows.topk_logprob, unused, rows.log_tail[0], layout.precision, layout.code
+        )
+    return dataclasses.replace(
+        rows,
+        topk_lo=widened(rows.topk_lo),
+        topk_mid=widened(rows.topk_mid),
+        topk_hi=None if rows.topk_hi is None else widened(rows.topk_hi),
+        topk_logprob=None if logprobs is None else widened(logprobs),
+        num_kept=num_kept,
+        draws=None if rows.draws is None else widened(rows.draws),
+        log_z=[rows.log_z[i] for i in temperatures],
+        log_tail=[rows.log_tail[i] for i in temperatures],
+    )

@@ -1,0 +1,328 @@
+"""Stream a cache as training batches: bounded in memory, resumable anywhere.
+
+`order.py` says in which order all ranks together take the sequences; the streams give each rank
+its share of it, read ahead. The only state is how many sequences all ranks together have consumed,
+so a run can go on with another world size.
+"""
+
+import os
+from collections import deque
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset, get_worker_info
+
+from decant.schemas import Layout
+from decant.storage import CacheReader, StoredRows
+from decant.student_train.data.batch import Batch, collate
+from decant.student_train.data.order import CacheOrder, Entry
+
+BATCHES_AHEAD = 2
+
+
+class Found(NamedTuple):
+    """A sequence that has been read: its row group's columns, its place there, its cache."""
+
+    rows: StoredRows
+    member: int
+    source: int
+
+
+class SequenceStream(IterableDataset[Batch]):
+    """Endless batches of one rank, from an order that all ranks share.
+
+    Every global step takes `batch_size * world_size` consecutive sequences of the global order, of
+    which rank r takes every `world_size`-th from the r-th on: no two ranks see the same sample and
+    every rank always has a full batch. Iterate it directly: it reads ahead in its own threads. In
+    the workers of a `DataLoader(stream, batch_size=None)` each gives its share of the steps, in
+    the same order; its main process then keeps `consumed` itself, as steps * sequences_per_step.
+    """
+
+    readers: list[CacheReader]
+    """The caches."""
+    num_sequences: int
+    """Sequences of one epoch."""
+    _layout: Layout
+    _temperature_indices: tuple[int, ...]
+    _num_lanes: int
+    _num_sources: int = 1
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+    ) -> None:
+        """Raises ValueError for a rank or a number that cannot be."""
+        super().__init__()
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        if batch_size < 1 or threads < 1:
+            raise ValueError("batch_size and threads must be at least 1")
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.threads = threads
+        self.consumed = 0
+        """Sequences that all ranks together have taken."""
+
+    @property
+    def reader(self) -> CacheReader:
+        """The cache, or the first of several: its tokenizer and vocabulary hold for all."""
+        return self.readers[0]
+
+    def _order(self, consumed: int) -> Iterator[Entry | None]:
+        """The endless global order behind `consumed`; None while the next is not known yet."""
+        raise NotImplementedError
+
+    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+        """Read the row group of a visit. Called in several threads at once."""
+        raise NotImplementedError
+
+    def _await_more(self) -> bool:
+        """Return when more of the order may be known; false if it is not waited for any more."""
+        raise AssertionError("an order that is known has an end")
+
+    def await_data(self, through: int, accelerator: Accelerator) -> bool:
+        """Whether the first `through` sequences can be read; if not, call again.
+
+        All ranks have to call it, and get the same answer.
+        """
+        return True
+
+    def close(self) -> None:
+        """End a wait for data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the same for every rank and any world size."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises ValueError if it is of another cache, order or part."""
+        ours = self.state_dict()
+        for name in [name for name in ours if name != "consumed"]:
+            if state.get(name) != ours[name]:
+                raise ValueError(
+                    f"cannot resume the stream of {self.reader.url}: {name} was {state.get(name)}, "
+                    f"is {ours[name]}"
+                )
+        self.consumed = int(state["consumed"])
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that all ranks together take at a time."""
+        return self.batch_size * self.world_size
+
+    @property
+    def epoch(self) -> float:
+        """How often the part has been passed, by all ranks together."""
+        return self.consumed / self.num_sequences
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        worker = get_worker_info()
+        stride, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        step, start = self.sequences_per_step, self.consumed
+        with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as collator:
+            sequences = self._read(readers, start, stride, first)
+            ahead: deque[Future[Batch]] = deque()
+            batch: list[Found] = []
+            try:
+                while True:
+                    while len(ahead) <= BATCHES_AHEAD:
+                        found = next(sequences)
+                        if found is None:
+                            break
+                        batch.append(found)
+                        if len(batch) == self.batch_size:
+                            ahead.append(collator.submit(self.collate, batch))
+                            batch = []
+                    if not ahead:
+                        if not self._await_more():
+                            return
+                        continue
+                    batch_ready = ahead.popleft().result()
+                    self.consumed += step * stride
+                    yield batch_ready
+            finally:
+                for future in ahead:
+                    future.cancel()
+                sequences.close()
+
+    def collate(self, sequences: list[Found]) -> Batch:
+        """Join sequences into one batch."""
+        sources = [found.source for found in sequences] if self._num_sources > 1 else None
+        rows = [(found.rows, found.member) for found in sequences]
+        return collate(rows, self._layout, self._temperature_indices, sources)
+
+    def _read(
+        self, readers: ThreadPoolExecutor, consumed: int, stride: int, first: int
+    ) -> Generator[Found | None, None, None]:
+        """This rank's sequences behind `consumed`: of every `stride`-th step, from `first` on.
+
+        Row groups are read ahead in the order in which they are first needed, about as many as
+        there are lanes, and are let go when their lane moves on. None where the next is not known.
+        """
+        mine = self._mine(consumed, stride, first)
+        upcoming: deque[Entry] = deque()
+        reads: dict[tuple[int, ...], Future[StoredRows]] = {}
+        current: dict[Hashable, tuple[int, ...]] = {}
+        limit = -(-self._num_lanes // self.world_size) + self.threads
+        try:
+            while True:
+                while not upcoming or len(reads) - len(current) < limit:
+                    entry = next(mine)
+                    if entry is None:
+                        break
+                    if entry.visit not in reads:
+                        reads[entry.visit] = readers.submit(self._load, entry.visit)
+                    upcoming.append(entry)
+                if not upcoming:
+                    yield None
+                    continue
+                lane, visit, member, source = upcoming.popleft()
+                left = current.get(lane, visit)
+                if left != visit:
+                    del reads[left]
+                current[lane] = visit
+                yield Found(reads[visit].result(), member, source)
+        finally:
+            for read in reads.values():
+                read.cancel()
+
+    def _mine(self, consumed: int, stride: int, first: int) -> Iterator[Entry | None]:
+        """This rank's entries of its steps; None where the next of the order is not known yet."""
+        position = 0
+        for entry in self._order(consumed):
+            if entry is None:
+                yield None
+                continue
+            step, slot = divmod(position, self.sequences_per_step)
+            if step % stride == first and slot % self.world_size == self.rank:
+                yield entry
+            position += 1
+
+
+class CacheStream(SequenceStream):
+    """Endless batches of one rank from a cache: see `SequenceStream`."""
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        batch_size: int,
+        temperature: float | Sequence[float] = 1.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        part: str = "all",
+        heldout_fraction: float = 0.0,
+        lanes: int = 16,
+        threads: int = 2,
+    ) -> None:
+        """Open the cache.
+
+        Batches carry the targets at one temperature, or at each of several. `part` with
+        `heldout_fraction` splits one cache by sequence, the same way whatever the seed. `lanes` is
+        how many row groups are read from in turn; a rank holds at most about 2 * lanes /
+        world_size of them, undecoded (3 MB each at k=64). Raises FormatError if the cache is not
+        whole, ValueError if a temperature is not stored or the part is empty.
+        """
+        super().__init__(
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            threads=threads,
+        )
+        self.readers = [CacheReader(url)]
+        self._layout = self.reader.manifest.layout
+        self._temperature_indices = temperature_indices(self.reader, temperature)
+        groups = self.reader.row_groups()
+        self.order = CacheOrder(
+            groups.first_sequence,
+            groups.sequences,
+            part=part,
+            heldout_fraction=heldout_fraction,
+            seed=seed,
+            lanes=lanes,
+        )
+        self._num_lanes = lanes
+        self.num_sequences = self.order.num_sequences
+        if not self.num_sequences:
+            raise ValueError(
+                f"{self.reader.url}: part {part!r} with heldout_fraction {heldout_fraction} "
+                f"holds none of its {len(self.reader)} sequences"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the same for every rank and any world size."""
+        return {
+            "cache_id": self.reader.manifest.cache_id,
+            "seed": self.order.seed,
+            "num_sequences": self.num_sequences,
+            "lanes": self.order.lanes,
+            "consumed": self.consumed,
+        }
+
+    def _order(self, consumed: int) -> Iterator[Entry]:
+        return self.order.behind(consumed)
+
+    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+        return self.reader.read_stored(self.reader.row_groups()[visit[1]])
+
+
+def heldout_batches(
+    stream: CacheStream,
+) -> Iterator[tuple[Batch, bool]]:
+    """One pass over a stream's part in stored order: this rank's batches, and whether each counts.
+
+    Every rank gets the same number of batches; a batch that does not count repeats an earlier one,
+    so that models which communicate in their forward stay in step.
+    """
+    share = -(-stream.num_sequences // (stream.batch_size * stream.world_size))
+    given = 0
+    pending: list[Found] = []
+    batch: Batch | None = None
+    position = 0
+    for group, where in enumerate(stream.reader.row_groups()):
+        members = stream.order.members(group)
+        if not len(members):
+            continue
+        rows = stream.reader.read_stored(where)
+        for index in members.tolist():
+            found = Found(rows, index, 0)
+            if position // stream.batch_size % stream.world_size == stream.rank:
+                pending.append(found)
+            elif batch is None:  # a rank without a share still needs something to repeat
+                batch = stream.collate([found])
+            position += 1
+            if len(pending) == stream.batch_size:
+                batch = stream.collate(pending)
+                pending = []
+                given += 1
+                yield batch, True
+    if pending:
+        batch = stream.collate(pending)
+        given += 1
+        yield batch, True
+    while given < share:
+        assert batch is not None
+        given += 1
+        yield batch, False
+
+
+def temperature_indices(
+    reader: CacheReader, temperature: float | Sequence[float]
+) -> tuple[int, ...]:
+    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
+    wanted = temperature if isinstance(temperature, Sequence) else (temperature,)
+    stored = reader.manifest.temperatures
+    for value in wanted:
+        if value not in stored:
+            raise ValueError(
+                f"temperature {value:g} is not stored in {reader.url}, which has "
+                f"{', '.join(f'{t:g}' for t in stored)}. It cannot be computed from a sparse "
+                "cache: train at a stored one, or dump again with it in `temperatures`"
+            )
+    return tuple(stored.index(value) for value in wanted)

@@ -1,0 +1,83 @@
+"""Evaluate a student: on held-out targets, from caches alone, and by what it generates."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from decant.student_train.config.loss import LossTerms
+from decant.student_train.data.stream import CacheStream, heldout_batches
+from decant.student_train.evaluation.answers import Generation
+from decant.student_train.evaluation.heldout_sums import Figures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What a student is evaluated on, and what for."""
+
+    streams: Mapping[str, CacheStream]
+    """Held-out targets by name."""
+    generation: Generation | None
+    """Prompts to answer."""
+    terms: LossTerms
+    """Numbers of the loss to compute divergences with: those of the last step, all along."""
+
+    def __bool__(self) -> bool:
+        return bool(self.streams) or self.generation is not None
+
+    def figures(
+        self, model: torch.nn.Module, accelerator: Accelerator, output: Path | None = None
+    ) -> dict[str, float]:
+        """All figures, the same on every process; answers go into `output` if given."""
+        found: dict[str, float] = {}
+        if self.streams:
+            found |= evaluate(model, self.streams, accelerator, self.terms)
+        if self.generation:
+            student = accelerator.unwrap_model(model).student
+            found |= self.generation.figures(student, accelerator, output)
+        return found
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    streams: Mapping[str, CacheStream],
+    accelerator: Accelerator,
+    terms: LossTerms,
+) -> dict[str, float]:
+    """The means of `Figures` over all targets of the streams' parts, the same on every process.
+
+    With several streams also those of each, as `figure/name`. `terms` are the numbers of the loss
+    to compute divergences with: the same at every evaluation, so that they can be compared.
+    """
+    distiller: Any = accelerator.unwrap_model(model)
+    was_training = model.training
+    model.eval()
+    found: dict[str, float] = {}
+    total = Figures.zero()
+    for source, (name, stream) in enumerate(streams.items()):
+        figures = Figures.zero(accelerator.device)
+        for batch, counts in heldout_batches(stream):
+            its = distiller.figures(batch.to(accelerator.device), _of_source(terms, source))
+            if counts:
+                figures += its
+        figures = figures.map(lambda sums: accelerator.reduce(sums, reduction="sum").cpu())
+        total += figures
+        if len(streams) > 1:
+            found |= {f"{key}/{name}": value for key, value in figures.values().items()}
+    model.train(was_training)
+    return total.values() | found
+
+
+def _of_source(terms: LossTerms, source: int) -> LossTerms:
+    """The terms with the weights of one cache alone."""
+
+    def weight(weights: tuple[float, ...]) -> tuple[float, ...]:
+        return weights if len(weights) == 1 else weights[source : source + 1]
+
+    return dataclasses.replace(
+        terms, kd_weight=weight(terms.kd_weight), ce_weight=weight(terms.ce_weight)
+    )

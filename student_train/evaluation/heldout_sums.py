@@ -1,0 +1,212 @@
+"""What a student is worth on targets that it was not trained on, beside the teacher's word.
+
+Sums over targets, so that chunks, batches and processes add up; `values` turns them into means.
+Shape letters: N targets, R rows of a chunk, K slots, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from decant.student_train.config.loss import LossTerms
+from decant.student_train.data.batch import Batch
+from decant.student_train.losses import SparseTargets, sparse_divergence
+from decant.student_train.losses.targets import MASKED_LOGIT
+
+NUM_BINS = 15
+"""Equal-width bins of confidence in [0, 1] for the calibration error."""
+CHUNK_BYTES = 64 * 2**20
+HIGHER_IS_BETTER = ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper")
+NAMES = (
+    *("heldout_ce", "heldout_perplexity", "heldout_divergence", "heldout_loss", "teacher_ce"),
+    *("ece", *HIGHER_IS_BETTER),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Figures:
+    """Sums over targets, float64."""
+
+    targets: Tensor
+    """[] how many."""
+    ce: Tensor
+    """[] cross-entropy of the actual tokens, nats."""
+    divergence: Tensor
+    """[] the configured divergence, T² included, nats."""
+    loss: Tensor
+    """[] kd_weight · divergence + ce_weight · cross-entropy."""
+    teacher_ce: Tensor
+    """[] the teacher's cross-entropy of the actual tokens, nats."""
+    correct: Tensor
+    """[] targets whose most probable token is the actual one."""
+    agreeing: Tensor
+    """[] targets whose most probable token is the teacher's, of those in `with_top1`."""
+    with_top1: Tensor
+    """[] targets whose teacher's most probable token is known: not those of draws alone."""
+    with_probs: Tensor
+    """[] targets whose probabilities are known: not those of draws alone."""
+    overlap_kept: Tensor
+    """[] Σ min(p, q) over the kept ids."""
+    overlap_rest: Tensor
+    """[] min of both sides' mass outside the kept ids: no less than Σ min(p, q) over them."""
+    bins: Tensor
+    """[NUM_BINS, 3] by confidence: targets, correct ones, Σ confidence."""
+
+    @staticmethod
+    def zero(device: torch.device | str = "cpu") -> "Figures":
+        """Of no targets."""
+        names = Figures.__dataclass_fields__
+        zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=device)
+        return Figures(**{**zeros, "bins": bins})
+
+    def __add__(self, other: "Figures") -> "Figures":
+        names = Figures.__dataclass_fields__
+        return Figures(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Figures":
+        """All sums through a function, as one flat tensor."""
+        tensors = [getattr(self, name) for name in Figures.__dataclass_fields__]
+        flat = function(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return Figures(
+            **{
+                name: part.view(tensor.shape)
+                for name, part, tensor in zip(
+                    Figures.__dataclass_fields__, parts, tensors, strict=True
+                )
+            }
+        )
+
+    def values(self) -> dict[str, float]:
+        """The means; without what draws alone do not tell: acceptance and top-1 agreement."""
+        count = max(float(self.targets), 1.0)
+        ce = float(self.ce) / count
+        gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
+        values = {
+            "heldout_ce": ce,
+            "heldout_perplexity": math.exp(min(ce, 700.0)),
+            "heldout_divergence": float(self.divergence) / count,
+            "heldout_loss": float(self.loss) / count,
+            "teacher_ce": float(self.teacher_ce) / count,
+            "ece": float(gaps) / count,
+            "top1_accuracy": float(self.correct) / count,
+        }
+        if self.with_probs:
+            lower = float(self.overlap_kept / self.with_probs)
+            upper = lower + float(self.overlap_rest / self.with_probs)
+            values |= {"acceptance_lower": lower, "acceptance_upper": upper}
+        if self.with_top1:
+            values["top1_agreement"] = float(self.agreeing / self.with_top1)
+        return values
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Targets of a chunk whose logits are to be held at once."""
+    return max(64, CHUNK_BYTES // (4 * vocab_size))
+
+
+@torch.no_grad()
+def figures_of_chunks(
+    logits_of: Callable[[slice], Tensor],
+    batch: Batch,
+    terms: LossTerms,
+    vocab_size: int,
+    chunk_rows: int | None = None,
+) -> Figures:
+    """The sums over a batch; `logits_of(rows)` gives float32 logits [R, V] of some of its targets.
+
+    V is at least `vocab_size`; what is beyond is cut off.
+    """
+    total = Figures.zero(batch.labels.device)
+    size = chunk_rows or rows_at_once(vocab_size)
+    at_1, at_t = batch.targets_at(1.0), batch.targets_at(terms.temperature)
+    for start in range(0, batch.num_targets, size):
+        rows = slice(start, min(start + size, batch.num_targets))
+        logits_RV = logits_of(rows)[:, :vocab_size].float()
+        weights = [
+            table[0]
+            if len(table) == 1
+            else torch.tensor(table, device=logits_RV.device)[_sources(batch)[rows]]
+            for table in (terms.kd_weight, terms.ce_weight)
+        ]
+        kd_R = sparse_divergence(
+            logits_RV,
+            at_t[rows],
+            kind=terms.kind,
+            temperature=terms.temperature,
+            tail=terms.tail,
+            scale_by_t2=terms.scale_by_t2,
+            vocab_size=vocab_size,
+            **terms.options,
+        )
+        ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
+        confidence_R, chosen_R = logits_RV.softmax(1).max(1)
+        correct_R = chosen_R == batch.labels[rows]
+        known_R, agreeing_R = _agreement(chosen_R, at_1[rows])
+        has_probs = at_1.logprobs is not None
+        kept_R, rest_R = _overlap(logits_RV, at_1[rows]) if has_probs else (0 * ce_R, 0 * ce_R)
+        total += Figures(
+            targets=_sum(torch.ones_like(ce_R)),
+            ce=_sum(ce_R),
+            divergence=_sum(kd_R),
+            loss=_sum(weights[0] * kd_R + weights[1] * ce_R),
+            teacher_ce=-_sum(batch.teacher_logprob[rows]),
+            correct=_sum(correct_R),
+            agreeing=_sum(agreeing_R),
+            with_top1=_sum(known_R),
+            with_probs=_sum(torch.full_like(ce_R, float(has_probs))),
+            overlap_kept=_sum(kept_R),
+            overlap_rest=_sum(rest_R),
+            bins=_binned(confidence_R, correct_R),
+        )
+    return total
+
+
+def _sources(batch: Batch) -> Tensor:
+    assert batch.source is not None
+    return batch.source
+
+
+def _sum(values_R: Tensor) -> Tensor:
+    return values_R.sum(dtype=torch.float64)
+
+
+def _agreement(chosen_R: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """Whether the teacher's most probable token is known, and whether it was chosen."""
+    known_R = torch.ones_like(chosen_R, dtype=torch.bool)
+    if targets.draws is not None:  # an exact head begins with it; drawn ids may lack it
+        known_R = targets.draws[:, 0] == 0
+    return known_R, known_R & (chosen_R == targets.token_ids[:, 0])
+
+
+def _overlap(logits_RV: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """Σ min(p, q) over the kept ids at T=1, and min of the masses of all others.
+
+    Where the draws alone are known: 0 and 1, between which it lies.
+    """
+    if targets.logprobs is None:
+        zero_R = logits_RV.new_zeros(len(targets))
+        return zero_R, zero_R + 1
+    assert targets.logprobs is not None
+    real_RK, ids_RK = targets.is_real(), targets.filled_ids()
+    lse_R = logits_RV.logsumexp(1)
+    q_RK = (logits_RV.gather(1, ids_RK) - lse_R[:, None]).exp()
+    p_RK = targets.logprobs.exp()
+    kept_R = torch.where(real_RK, torch.minimum(p_RK, q_RK), 0.0).sum(1)
+    rest_RV = logits_RV.scatter(1, ids_RK, MASKED_LOGIT)
+    q_rest_R = (rest_RV.logsumexp(1) - lse_R).exp()
+    return kept_R, torch.minimum(targets.log_tail.exp(), q_rest_R)
+
+
+def _binned(confidence_R: Tensor, correct_R: Tensor) -> Tensor:
+    """[NUM_BINS, 3]; bin b holds the confidences in (b, b+1] / NUM_BINS."""
+    index_R = (confidence_R.double() * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+    rows_R3 = torch.stack(
+        [torch.ones_like(confidence_R), correct_R.to(confidence_R.dtype), confidence_R], dim=1
+    )
+    bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=confidence_R.device)
+    return bins.index_add_(0, index_R, rows_R3.double())

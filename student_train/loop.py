@@ -1,0 +1,236 @@
+"""The training loop: data, forward, backward, step; evaluate, checkpoint, save.
+
+Distribution, mixed precision and tracking are accelerate's. The loop reads from top to bottom:
+`prepare` sets up what it works with, `steps_of` gives the data of a step, `progress` tells what
+happens, `checkpoint` and `save` write what stays.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+
+from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.steps import StepData, steps_of
+from decant.student_train.outputs.best import Best
+from decant.student_train.outputs.checkpoint import batch_record, config_record
+from decant.student_train.outputs.hub import check_hub, push
+from decant.student_train.outputs.metrics import (
+    Metrics,
+    Window,
+    bar_text,
+    peak_memory_bytes,
+    progress_bar,
+)
+from decant.student_train.outputs.model_card import model_card
+from decant.student_train.outputs.plots import PLOT, draw
+from decant.student_train.outputs.save import STUDENT, save_student, save_summary
+from decant.student_train.prepare import Run, check_output, finished, held, prepare
+from decant.student_train.prepare_data import overrides
+from decant.student_train.runtime.distributed import (
+    backward,
+    microbatch,
+    start_accelerator,
+    sum_over_processes,
+)
+from decant.student_train.runtime.interrupt import Interrupt
+from decant.student_train.runtime.optimizer import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class NotFinite(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a student from a cache; returns the summary that also stands in `summary.json`.
+
+    A rerun with the same config resumes from the last checkpoint. Raises ValueError if the user
+    must change something, Busy if another run is writing to the output, NotFinite (naming the
+    samples) if the loss stops being a number.
+    """
+    check_output(config)
+    accelerator = start_accelerator(config)
+    set_seed(config.seed)
+    output = Path(config.output)
+    with held(output, accelerator):
+        if (summary := finished(output, config, accelerator.num_processes)) is not None:
+            if config.push_to_hub and accelerator.is_main_process:
+                check_hub(config.push_to_hub)
+                _push(config, output)
+            return summary
+        if config.push_to_hub and accelerator.is_main_process:
+            check_hub(config.push_to_hub)
+        run = prepare(config, accelerator)
+        metrics = Metrics(output, accelerator, resumed_at=run.first_step)
+        best = None
+        if config.eval.keep_best:
+            best = Best(
+                config.eval.keep_best,
+                config.eval.patience,
+                output,
+                accelerator,
+                resumed_at=run.first_step,
+            )
+        if config.trackers:
+            accelerator.init_trackers("decant", config=config_record(config))
+        try:
+            summary = _loop(config, accelerator, run, metrics, best)
+            if run.evaluation:
+                figures = run.evaluation.figures(run.model, accelerator, output)
+                if not (best and best.should_stop):
+                    metrics.write({**summary, "step": summary["steps"], **figures})
+                    if best:
+                        best.update(summary["steps"], figures, run.model)
+                if best and best.step not in (0, summary["steps"]):
+                    best.load(run.model)
+                    figures = run.evaluation.figures(run.model, accelerator, output)
+                summary |= figures
+        finally:
+            if config.plots and accelerator.is_main_process and metrics.path.exists():
+                draw(metrics.path, output / PLOT)
+        if best:
+            summary["best_step"] = best.step
+        summary["peak_memory_mb"] = round(peak_memory_bytes() / 1e6, 1)
+        save_student(
+            accelerator,
+            run.model,
+            run.tokenizer,
+            output,
+            card=model_card(config, run.manifests, summary),
+            adapter=run.adapter,
+            load_base=run.load_base if config.adapter.merge else None,
+        )
+        if accelerator.is_main_process:
+            records = {
+                "config": config_record(config),
+                "batches": batch_record(config, accelerator.num_processes),
+            }
+            save_summary({**summary, **records}, output)
+            run.checkpoints.remove(summary["steps"])
+        if best:
+            best.remove()
+        accelerator.end_training()
+        if config.push_to_hub and accelerator.is_main_process:
+            _push(config, output)
+    return summary
+
+
+def _push(config: TrainConfig, output: Path) -> None:
+    log.info(push(output / STUDENT, config.push_to_hub, private=config.hub_private))
+
+
+def _loop(
+    config: TrainConfig, accelerator: Accelerator, run: Run, metrics: Metrics, best: Best | None
+) -> dict[str, Any]:
+    """Train to the last step. Raises KeyboardInterrupt, checkpointed, if asked to stop."""
+    model, optimizer = run.model, run.optimizer
+    step, epoch, window = run.first_step, run.stream.epoch, Window()
+    data: StepData | None = None
+    consumed = run.stream.consumed
+    sequences_per_step = run.stream.sequences_per_step * config.gradient_accumulation
+    if best and best.should_stop:  # it did, before it was interrupted
+        return {"steps": step, "epochs": round(epoch, 4)}
+    with (
+        Interrupt() as interrupted,
+        progress_bar(run.steps, step, accelerator) as bar,
+        contextlib.closing(
+            steps_of(
+                run.stream,
+                num_microbatches=config.gradient_accumulation,
+                packing=config.packing,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        ) as steps,
+    ):
+        model.train()
+        while step < run.steps and not interrupted.anywhere(accelerator):
+            if not run.stream.await_data(consumed + sequences_per_step, accelerator):
+                continue
+            started = time.monotonic()
+            data = next(steps)
+            consumed = data.state["consumed"]
+            waited_s = time.monotonic() - started
+
+            # The mean is over the targets of the whole step, on all processes.
+            num_targets = sum_over_processes(accelerator, data.num_targets)
+            lr = learning_rate(config.optimizer, step, run.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms = config.loss.at(step, run.steps, overrides(config))
+
+            parts = []
+            for i, batch in enumerate(data.microbatches):
+                is_last = i == len(data.microbatches) - 1
+                with microbatch(accelerator, model, is_last=is_last):
+                    out = model(batch.to(accelerator.device), num_targets, terms)
+                    backward(accelerator, out.loss)
+                parts.append(torch.stack([out.loss.detach(), out.kd, out.ce]))
+            loss, kd, ce = accelerator.reduce(sum(parts), reduction="sum").tolist()
+            if not math.isfinite(loss):
+                raise _not_finite(f"loss is {loss} (kd {kd}, ce {ce})", step, data, parts)
+
+            grad_norm = 0.0
+            if config.optimizer.max_grad_norm:
+                grad_norm = float(
+                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+                )
+                if not math.isfinite(grad_norm) and config.mixed_precision != "fp16":
+                    raise _not_finite(f"the norm of the gradient is {grad_norm}", step, data, parts)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, epoch = step + 1, data.epoch
+
+            num_tokens = data.num_tokens * accelerator.num_processes  # shares are about equal
+            window.add(num_targets, num_tokens, waited_s, time.monotonic() - started)
+            bar.update()
+            bar.set_postfix_str(bar_text(loss, kd, ce, window), refresh=False)
+            if step % config.log_every_steps == 0 or step == run.steps:
+                values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
+                values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
+                metrics.write({**values, **window.summary()})
+                window = Window()
+            if run.evaluation and _due(config.eval.every_steps, step) and step < run.steps:
+                figures = run.evaluation.figures(model, accelerator)
+                metrics.write({"step": step, **figures})
+                if best:
+                    best.update(step, figures, model)
+                    if best.should_stop:
+                        log.info(
+                            "stopped at step %d: %s is best at %d", step, best.metric, best.step
+                        )
+                        break
+            if _due(config.save_every_steps, step) and step < run.steps:
+                run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+        stopped = interrupted.anywhere(accelerator)
+    if data and (stopped or run.evaluation):  # which takes its time, and may fail
+        run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+    if stopped:
+        raise KeyboardInterrupt
+    return {"steps": step, "epochs": round(epoch, 4)}
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _not_finite(what: str, step: int, data: StepData, parts: list[torch.Tensor]) -> NotFinite:
+    """Names the samples of the microbatches that are to blame, on all processes."""
+    blamed = [
+        sample
+        for batch, values in zip(data.microbatches, parts, strict=True)
+        if not values.isfinite().all()
+        for sample in batch.sample_ids
+    ]
+    ids = gather_object(blamed) or gather_object(
+        [sample for batch in data.microbatches for sample in batch.sample_ids]
+    )
+    named = ", ".join(ids[:32]) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+    return NotFinite(f"{what} at step {step + 1}; samples: {named}. No checkpoint was touched")

@@ -1,0 +1,234 @@
+"""The student with its loss inside: one module whose forward takes a batch and gives nats.
+
+Wrapping the loss into the module's forward keeps DDP and FSDP hooks intact and lets the head run
+fused with the loss, so [N, V] logits never exist. Heads that are not a linear map, scaled and
+capped (probed on the model, not assumed) go through the model's logits instead.
+Shapes: B sequences, L length, H hidden, N targets, V vocabulary.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from decant.student_train.config.loss import LossConfig, LossTerms
+from decant.student_train.data.batch import Batch
+from decant.student_train.data.packing import refuse_sight_of_later_tokens
+from decant.student_train.evaluation.heldout_sums import Figures, figures_of_chunks
+from decant.student_train.losses import (
+    SparseTargets,
+    fused_linear_divergence,
+    sparse_divergence,
+)
+from decant.student_train.losses.fused import FusedLoss
+from decant.student_train.losses.products import wide_linear
+from decant.student_train.model.head import UnusualHead, linear_head
+from decant.student_train.model.student import layer_classes
+
+log = logging.getLogger(__name__)
+
+
+class Distiller(nn.Module):
+    """A causal LM and the sparse distillation loss of its batches."""
+
+    def __init__(self, student: PreTrainedModel, loss: LossConfig, vocab_size: int) -> None:
+        """`vocab_size` is the cache's shared vocabulary: the student's rows beyond it are masked.
+
+        Raises ValueError if the student has fewer rows, or sees later tokens.
+        """
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.vocab_size = vocab_size
+        rows = student.get_output_embeddings().weight.shape[0]
+        if rows < vocab_size:
+            raise ValueError(
+                f"the student has {rows} output rows, the cache's vocabulary {vocab_size} ids; "
+                "use a student of the teacher's tokenizer"
+            )
+        refuse_sight_of_later_tokens(student)
+        name = type(student).__name__
+        self.head: dict[str, Any] | None = None
+        """Options of the fused loss for this student's head; None if its own logits are used."""
+        try:
+            self.head = linear_head(student)
+            log.info("student %s: head fused with the loss", name)
+        except UnusualHead as reason:
+            log.info("student %s: loss on the model's own logits, because %s", name, reason)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Layers to be sharded as units; accelerate asks (FSDP2)."""
+        return layer_classes(self.student)
+
+    def tie_weights(self) -> None:
+        """Tie the student's embeddings again; accelerate asks after moving parameters (FSDP2)."""
+        self.student.tie_weights()
+
+    def __call__(
+        self, batch: Batch, num_targets: float | None = None, terms: LossTerms | None = None
+    ) -> FusedLoss:
+        """The loss of a batch, divided by `num_targets` (default: the batch's own).
+
+        `terms` are the numbers of the step, by default those at the begin of a run.
+        """
+        terms = terms or self.loss.at(0, 1)
+        return _opened(super().__call__(_Sealed((batch, terms)), num_targets))
+
+    def figures(self, batch: Batch, terms: LossTerms) -> Figures:
+        """What the student is worth on a batch; logits are held for some targets at a time."""
+        _, out = super().__call__(_Sealed((batch, terms)), measure=True)
+        return out.content
+
+    def forward(
+        self, batch: "_Sealed", num_targets: float | None = None, measure: bool = False
+    ) -> "tuple[Tensor, _Sealed]":
+        """What `__call__` or `figures` gives, sealed, and the loss for hooks to see."""
+        content, terms = batch.content
+        if measure:
+            figures = self._figures(content, terms)
+            return figures.loss, _Sealed(figures)
+        out = self._loss(content, terms, num_targets)
+        return out.loss, _Sealed(out)
+
+    def _loss(self, batch: Batch, terms: LossTerms, num_targets: float | None) -> FusedLoss:
+        inputs = _inputs(batch)
+        options: dict[str, Any] = {
+            "kind": terms.kind,
+            "temperature": terms.temperature,
+            "tail": terms.tail,
+            "scale_by_t2": terms.scale_by_t2,
+            "vocab_size": self.vocab_size,
+            **terms.options,
+        }
+        kd_weight, ce_weight = (_weights(w, batch) for w in (terms.kd_weight, terms.ce_weight))
+        targets = batch.targets_at(terms.temperature)
+        if self.head is not None:
+            options |= {**self.head, "kd_weight": kd_weight, "ce_weight": ce_weight}
+            return self._fused(inputs, batch, targets, num_targets, options)
+        logits_NV = self.student(**inputs).logits.flatten(0, 1).index_select(0, batch.predictors)
+        total = num_targets or max(batch.num_targets, 1)
+        kd_N = sparse_divergence(logits_NV, targets, **options)
+        logits_NV = logits_NV[:, : self.vocab_size].float()
+        ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
+        loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
+        return FusedLoss(loss=loss, kd=kd_N.detach().sum() / total, ce=ce_N.detach().sum() / total)
+
+    def _fused(
+        self,
+        inputs: dict[str, Any],
+        batch: Batch,
+        targets: SparseTargets,
+        num_targets: float | None,
+        options: dict[str, Any],
+    ) -> FusedLoss:
+        def loss_of(hidden_NH: Tensor, head: nn.Linear) -> FusedLoss:
+            return fused_linear_divergence(
+                hidden_NH,
+                head.weight,
+                targets,
+                batch.labels,
+                bias=head.bias,
+                num_targets=num_targets or None,  # 0: all of the step were rejected
+                **options,
+            )
+
+        return self._at_head(inputs, batch, loss_of)
+
+    def _figures(self, batch: Batch, terms: LossTerms) -> Figures:
+        inputs, vocab_size = _inputs(batch), self.vocab_size
+        if self.head is None:
+            logits_NV = self.student(**inputs).logits.flatten(0, 1)
+            logits_NV = logits_NV.index_select(0, batch.predictors)
+            return figures_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
+        scale, softcap = self.head["logit_scale"], self.head["softcap"]
+
+        def figures_of(hidden_NH: Tensor, head: nn.Linear) -> Figures:
+            product = wide_linear(hidden_NH, head.weight, head.bias)
+
+            def logits_of(rows: slice) -> Tensor:
+                logits_RV = scale * product(rows)
+                return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
+
+            return figures_of_chunks(logits_of, batch, terms, vocab_size)
+
+        return self._at_head(inputs, batch, figures_of)
+
+    def _at_head(
+        self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]
+    ) -> Any:
+        """What `function` makes of the last hidden states of the predictors and of the head."""
+        head = self.student.get_output_embeddings()
+
+        def at_head(hidden_NH: Tensor) -> Any:
+            return function(hidden_NH, head)
+
+        def of_student() -> Any:
+            hidden_BLH = self.student.base_model(**inputs).last_hidden_state
+            hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, batch.predictors)
+            return _call_as(head, at_head, hidden_NH)
+
+        return _call_as(self.student, of_student)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """What the student's forward takes."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is None:
+        inputs["attention_mask"] = batch.attention_mask
+    else:
+        inputs["position_ids"] = batch.position_ids
+    return inputs
+
+
+def _weights(weights: tuple[float, ...], batch: Batch) -> float | Tensor:
+    """One weight for all targets, or [N] by the cache that each target is of."""
+    if len(weights) == 1:
+        return weights[0]
+    assert batch.source is not None
+    table = torch.tensor(weights, device=batch.source.device)
+    return table.index_select(0, batch.source)
+
+
+class _Sealed:
+    """Keeps a batch or a loss in float32.
+
+    FSDP2's mixed precision casts the float tensors of every argument and result that it can look
+    into, dataclasses too: a teacher's log probs would be rounded to 16 bits on their way in.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+def _opened(out: tuple[Tensor, _Sealed]) -> FusedLoss:
+    """The loss behind a module's hooks: ZeRO-3 gathers in the backward of what it hands out."""
+    loss, content = out[0], out[1].content
+    is_cast = loss.dtype != content.loss.dtype
+    return content if is_cast else dataclasses.replace(content, loss=loss)
+
+
+def _call_as(module: nn.Module, forward: Callable[..., Any], *args: Tensor) -> Any:
+    """Return `module(*args)` with `forward` in place of its own.
+
+    So the module's hooks run around it: FSDP2 gathers a module's parameters before its forward and
+    frees them after, wherever the module was sharded.
+    """
+
+    def sealed(*args: Tensor) -> tuple[Tensor, _Sealed]:
+        out = forward(*args)
+        return out.loss, _Sealed(out)
+
+    own = module.__dict__.get("forward")
+    module.forward = sealed
+    try:
+        return _opened(module(*args))
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

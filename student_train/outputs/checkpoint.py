@@ -1,0 +1,147 @@
+"""Checkpoints of a run: complete or absent, exact to the sample, refused for another config."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.stream import SequenceStream
+from decant.student_train.outputs.save import sync, sync_tree
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+FREE_TO_CHANGE = (
+    "output",
+    "log_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+    "trackers",
+    "batch_size",
+    "gradient_accumulation",
+    "packing",
+    "compile",
+    "gradient_checkpointing",
+    "plots",
+    "push_to_hub",
+    "hub_private",
+)
+"""Fields that do not change what is computed, so a resumed run may differ in them. Of the sizes of
+batches only the product counts: `refuse_other_batches`."""
+
+
+def config_record(config: TrainConfig) -> dict[str, Any]:
+    """The fields that a checkpoint is only good for, as plain JSON values."""
+    fields = dataclasses.asdict(config)
+    for name in FREE_TO_CHANGE:
+        del fields[name]
+    return json.loads(json.dumps(fields))
+
+
+def refuse_other_config(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
+    """Raise ValueError, listing the differences, unless both configs compute the same."""
+    differing = [
+        f"  {name}: was {theirs.get(name)!r}, this run gives {ours.get(name)!r}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{where} is of another config; differing:\n"
+            + "\n".join(differing)
+            + "\nUse the same config to resume, or another output."
+        )
+
+
+def batch_record(config: TrainConfig, num_processes: int) -> dict[str, int]:
+    """How many sequences make a step."""
+    return {
+        "batch_size": config.batch_size,
+        "gradient_accumulation": config.gradient_accumulation,
+        "num_processes": num_processes,
+    }
+
+
+def refuse_other_batches(theirs: dict[str, int], ours: dict[str, int], where: str) -> None:
+    """Raise ValueError if a step has another number of sequences by a change of config.
+
+    With another number of processes alone it is a warning: a run must be able to go on.
+    """
+    was, now = math.prod(theirs.values()), math.prod(ours.values())
+    if was == now:
+        return
+    found = f"{where} is of steps of {was} sequences ({theirs}), this run has {now} ({ours})"
+    if {**theirs, "num_processes": 0} != {**ours, "num_processes": 0}:
+        raise ValueError(
+            f"{found}. Keep batch_size * gradient_accumulation * processes, or use another output"
+        )
+    log.warning("%s; it goes on with the samples that were not seen", found)
+
+
+class Checkpoints:
+    """The checkpoints in one directory, `step-000100/` and so on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        batches: dict[str, int],
+        accelerator: Accelerator,
+    ) -> None:
+        """Nothing is touched before `save`."""
+        self.folder, self.config, self.batches = folder, config, batches
+        self.accelerator = accelerator
+
+    def resume(self, stream: SequenceStream) -> int:
+        """Restore model, optimizer, random state and stream; returns the step, 0 if there is none.
+
+        Raises ValueError, listing the differences, if the checkpoint is of another config.
+        """
+        steps = sorted(self.folder.glob("step-*"))
+        if not steps:
+            return 0
+        latest = steps[-1]
+        state = json.loads((latest / "decant.json").read_text())
+        refuse_other_config(state["config"], self.config, str(latest))
+        refuse_other_batches(state["batches"], self.batches, str(latest))
+        self.accelerator.load_state(str(latest))
+        stream.load_state_dict(state["stream"])
+        log.info("resumed from %s", latest)
+        return int(state["step"])
+
+    def remove(self, step: int) -> None:
+        """Drop the one of a step, on the first process, once what it was kept for is done."""
+        shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
+
+    def save(self, step: int, stream_state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`."""
+        temporary, target = self.folder / f".step-{step:08d}.tmp", self.folder / f"step-{step:08d}"
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {
+                "step": step,
+                "config": self.config,
+                "batches": self.batches,
+                "stream": stream_state,
+            }
+            (temporary / "decant.json").write_text(json.dumps(state, indent=1))
+            shutil.rmtree(target, ignore_errors=True)
+            sync_tree(temporary)
+            os.replace(temporary, target)
+            sync(self.folder)
+            for old in sorted(self.folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()

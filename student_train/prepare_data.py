@@ -1,0 +1,83 @@
+"""Which data a run trains and evaluates on: one cache, a mixture, or a cache still being dumped."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from accelerate import Accelerator
+
+from decant.storage import CacheReader
+from decant.student_train.config.loss import Weight
+from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.follow import FollowStream
+from decant.student_train.data.mixture import MixtureStream, check_same_vocabulary
+from decant.student_train.data.stream import CacheStream, SequenceStream
+
+
+def training_stream(config: TrainConfig, accelerator: Accelerator) -> SequenceStream:
+    """This process's share of the training data."""
+    share: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "temperature": config.loss.temperatures,
+        "seed": config.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+    }
+    if config.follow:
+        return FollowStream(config.cache, **share)
+    share["part"] = "train" if config.eval.heldout_fraction else "all"
+    share["heldout_fraction"] = config.eval.heldout_fraction
+    if config.mixture:
+        caches = [entry.cache for entry in config.mixture]
+        return MixtureStream(caches, [entry.weight for entry in config.mixture], **share)
+    return CacheStream(config.cache, **share)
+
+
+def heldout_streams(
+    config: TrainConfig, reader: CacheReader, accelerator: Accelerator
+) -> dict[str, CacheStream]:
+    """This process's share of the data to evaluate on, by name; empty if there is none.
+
+    Raises ValueError if a cache of its own has another tokenizer or vocabulary than `reader`, or is
+    trained on.
+    """
+    if config.eval.cache:
+        urls = [config.eval.cache]
+        heldout = CacheReader(config.eval.cache)
+        check_same_vocabulary(reader, heldout)
+        readers = [CacheReader(share.cache) for share in config.mixture] or [reader]
+        if heldout.manifest.cache_id in [trained.manifest.cache_id for trained in readers]:
+            raise ValueError(
+                f"eval.cache {config.eval.cache} is trained on (cache id "
+                f"{heldout.manifest.cache_id}): give another, or hold out a part of it with "
+                "eval.heldout_fraction"
+            )
+    elif config.eval.heldout_fraction:
+        urls = [share.cache for share in config.mixture] or [config.cache]
+    else:
+        urls = []
+    return {
+        name: CacheStream(
+            url,
+            batch_size=config.eval.batch_size,
+            temperature=config.loss.temperatures,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            part="heldout" if config.eval.heldout_fraction else "all",
+            heldout_fraction=config.eval.heldout_fraction,
+        )
+        for name, url in zip(_names(urls), urls, strict=True)
+    }
+
+
+def overrides(config: TrainConfig) -> Sequence[tuple[Weight | None, Weight | None]]:
+    """The kd and CE weight that each cache sets for itself, for `LossConfig.at`."""
+    return [(share.kd_weight, share.ce_weight) for share in config.mixture] or [(None, None)]
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """Last parts of the paths, numbered where they are not distinct."""
+    names = [PurePosixPath(url.rstrip("/")).name for url in urls]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}-{i}" for i, name in enumerate(names)]

@@ -1,0 +1,1 @@
+"""Score a sample of a cache again and compare."""

@@ -1,0 +1,213 @@
+"""The engine of a teacher elsewhere: asks services that `python -m teacher_dump serve` offers.
+
+The machine needs neither weights nor GPU nor vLLM: tokenizer and description come from the service.
+Requests are in flight several at a time, their answers are taken in order, and no more are asked
+for than `teacher.requests` per endpoint, so the memory is bounded.
+"""
+
+import asyncio
+import collections
+import contextlib
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
+from decant.teacher_dump.engines.http.client import TeacherClient
+from decant.teacher_dump.engines.http.messages import (
+    SCORE_PATH,
+    TOKENIZER_PATH,
+    MessageError,
+    ScoreAnswer,
+    ScoreRequest,
+    TeacherCard,
+    unframe_files,
+)
+from decant.teacher_dump.engines.packed_rows import Reduction, unpack
+from decant.teacher_dump.engines.seam import (
+    EngineError,
+    TeacherConfig,
+    not_finite,
+    refuse_overlong,
+)
+from decant.teacher_dump.inputs.sequences import TokenSequence
+
+T = TypeVar("T")
+
+
+class HttpEngine:
+    """A teacher behind one or several services."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        model_path: str,
+        *,
+        vocab_size: int,
+        truncation: Truncation,
+        temperatures: tuple[float, ...],
+        max_length: int,
+    ) -> None:
+        """Connect; `model_path` is the teacher's fingerprint. See `open_engine`."""
+        self._reduction = Reduction(
+            vocab_size=vocab_size, truncation=truncation, temperatures=temperatures
+        )
+        self._request_tokens = config.max_batch_tokens
+        self._num_ahead = config.requests * len(config.endpoints)
+        self._loop = _Loop()
+        try:
+            self._client: TeacherClient = self._loop.call(_open_client(config, model_path))
+            card = self._loop.call(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+        self._digest, self._max_length = card.digest(), card.max_length
+        self.card = card
+
+    def score(
+        self, sequences: Sequence[TokenSequence], first_sequence: int
+    ) -> Iterator[ScoredSequence]:
+        """The scored sequences in the order given; see `Engine.score`."""
+        ahead: collections.deque[tuple[int, Sequence[TokenSequence], Future[ScoreAnswer]]]
+        ahead = collections.deque()
+        chunks = self._chunks(sequences)
+        try:
+            while True:
+                while len(ahead) < self._num_ahead and (chunk := next(chunks, None)):
+                    start, members = chunk
+                    answer = self._loop.start(self._answer(members, first_sequence + start))
+                    ahead.append((start, members, answer))
+                if not ahead:
+                    return
+                start, members, answer = ahead.popleft()
+                rows = answer.result().rows
+                for member, part in zip(members, rows, strict=False):
+                    yield unpack(member, part, self._reduction)
+                if len(rows) < len(members):
+                    raise not_finite(members[len(rows)], start + len(rows))
+        finally:
+            for *_, answer in ahead:
+                answer.cancel()
+
+    def close(self) -> None:
+        """Drop all connections; again is no harm."""
+        if hasattr(self, "_client") and self._loop.is_running:
+            self._loop.call(self._client.close())
+        self._loop.close()
+
+    async def _answer(self, members: Sequence[TokenSequence], first_sequence: int) -> ScoreAnswer:
+        request = ScoreRequest.of(self._digest, self._reduction, members, first_sequence)
+        data = await self._client.ask("POST", SCORE_PATH, request.to_bytes())
+        num_targets = [int(member.is_target.sum()) for member in members]
+        try:
+            return ScoreAnswer.from_bytes(data, num_targets, self._reduction)
+        except MessageError as error:
+            raise EngineError(f"a teacher service answers wrongly: {error}") from error
+
+    def _chunks(
+        self, sequences: Sequence[TokenSequence]
+    ) -> Iterator[tuple[int, Sequence[TokenSequence]]]:
+        """Sequences of one request each, with the index of the first."""
+        start = tokens = 0
+        for index, sequence in enumerate(sequences):
+            refuse_overlong(sequence, self._max_length)
+            length = len(sequence.input_ids)
+            if tokens and tokens + length > self._request_tokens:
+                yield start, sequences[start:index]
+                start, tokens = index, 0
+            tokens += length
+        if start < len(sequences):
+            yield start, sequences[start:]
+
+
+def describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
+    """The card of the services' teacher, and its tokenizer if the service has one.
+
+    Raises EngineError.
+    """
+    loop = _Loop()
+    try:
+        return loop.call(_describe(config))
+    finally:
+        loop.close()
+
+
+async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
+    client = await _open_client(config)
+    try:
+        card = await client.connect()
+        if not card.tokenizer_fingerprint or config.tokenizer:
+            return card, None
+        data = await client.ask("GET", TOKENIZER_PATH)
+    finally:
+        await client.close()
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, content in unframe_files(data).items():
+                Path(folder, name).write_bytes(content)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # whatever a damaged or unknown tokenizer may raise
+            raise EngineError(f"the service's tokenizer cannot be loaded: {error}") from error
+    refuse_other_tokenizer(card, tokenizer)
+    return card, tokenizer
+
+
+def refuse_other_tokenizer(card: TeacherCard, tokenizer: Any) -> None:
+    """Raise EngineError if this is not the tokenizer that the service's teacher reads."""
+    found = tokenizer_fingerprint(tokenizer)
+    if card.tokenizer_fingerprint and found != card.tokenizer_fingerprint:
+        raise EngineError(
+            f"the service's teacher {card.teacher.name} has tokenizer {card.tokenizer_fingerprint},"
+            f" here it is {found}: use the service's own (teacher.tokenizer: ''), and the same "
+            "version of transformers on both sides"
+        )
+
+
+async def _open_client(config: TeacherConfig, fingerprint: str = "") -> TeacherClient:
+    return TeacherClient(config, fingerprint)
+
+
+class _Loop:
+    """An event loop in a thread of its own, which ends with the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = self.start(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        if not self.is_running:
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            self.call(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    """Cancel every other task of this loop and wait for its end."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

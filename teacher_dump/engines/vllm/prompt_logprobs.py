@@ -1,0 +1,109 @@
+"""The public route: vLLM's own prompt_logprobs, the top k at T=1 over all output rows.
+
+For teachers that cannot carry the scoring head (`vllm_model`), which is exact where this is not.
+vLLM is imported when a window is scored, never with this file.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from decant.teacher_dump.engines.packed_rows import Reduction, pack
+from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR, Sparse
+from decant.teacher_dump.engines.vllm.messages import Refused, Window
+
+TAIL_RESOLUTION = 2.0**-23
+"""Float32 log probs cannot say whether less than this is left."""
+STEP_BYTES = 1 << 30
+"""vLLM holds the float32 log probs of all tokens of a step at once, up to this much."""
+
+
+def check(reduction: Reduction, num_rows: int, why: str) -> None:
+    """Raise Refused unless prompt_logprobs can give what is asked."""
+    problem = ""
+    if reduction.truncation.method != "topk":
+        problem = f"truncation.method {reduction.truncation.method}"
+    elif reduction.temperatures != (1.0,):
+        problem = f"temperatures {list(reduction.temperatures)}"
+    elif num_rows != reduction.vocab_size:
+        problem = f"{num_rows} output rows for a vocabulary of {reduction.vocab_size} (padding)"
+    if problem:
+        raise Refused(
+            f"{problem} cannot be had from vLLM's prompt_logprobs, which are the top k at T=1 over "
+            f"all output rows, and its full logits cannot be used ({why}). "
+            "Use teacher.engine: transformers"
+        )
+
+
+def max_step_tokens(num_rows: int) -> int:
+    """How many tokens vLLM may compute at a time with this many output rows."""
+    return max(512, STEP_BYTES // (4 * num_rows))
+
+
+def score(llm: Any, reduction: Reduction, window: Window) -> list[NDArray[np.int32] | None]:
+    """The packed rows of a window's sequences, from vLLM's flat answer."""
+    from vllm import TokensPrompt
+
+    params = request_params(reduction)
+    sequences = list(window.sequences())
+    prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids, _ in sequences]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        rows_from_flat(output.prompt_logprobs, reduction, ids, positions)
+        for (ids, positions), output in zip(sequences, outputs, strict=True)
+    ]
+
+
+def request_params(reduction: Reduction) -> Any:
+    """What vLLM is asked for."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        prompt_logprobs=reduction.truncation.k,
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def rows_from_flat(
+    flat: Any, reduction: Reduction, ids: NDArray[np.int32], positions: NDArray[np.int64]
+) -> NDArray[np.int32] | None:
+    """Packed rows of the targets from vLLM's flat answer: per token itself, then ranks 1 to k.
+
+    None if log probs of the targets are not finite. The mass not kept is 1 - sum p, as exact as
+    float32 log probs allow, at least what is known to be missing (an actual token outside the top
+    k) and at most V - k times the last kept.
+    """
+    k, vocab_size = reduction.truncation.k, reduction.vocab_size
+    entries = (len(ids) - 1, k + 1)
+    token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(entries)[positions - 1]
+    logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(entries)[positions - 1]
+    assert np.array_equal(token_ids[:, 0], ids[positions])
+    if not (logprobs < np.inf).all():
+        return None
+    label_logprob, kept = logprobs[:, 0], logprobs[:, 1:]
+    outside = ~(token_ids[:, 1:] == token_ids[:, :1]).any(axis=1)
+    p = np.exp(kept.astype(np.float64))
+    missing = np.where(outside, np.exp(label_logprob.astype(np.float64)), 0.0)
+    tail = np.maximum(1 - p.sum(axis=1), np.maximum(missing, TAIL_RESOLUTION))
+    tail = np.minimum(tail, (vocab_size - k) * p[:, -1])
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(tail).astype(np.float32)
+    packed = pack(
+        Sparse(
+            token_ids=torch.from_numpy(token_ids[:, 1:]),
+            logprobs=torch.from_numpy(np.maximum(kept, LOGPROB_FLOOR)),
+            draws=None,
+            log_z=torch.zeros(len(positions), 1),
+            log_tail=torch.from_numpy(log_tail[:, None]),
+            label_logprob=torch.from_numpy(np.maximum(label_logprob, LOGPROB_FLOOR)),
+        )
+    )
+    rows: NDArray[np.int32] = packed.numpy()
+    return rows

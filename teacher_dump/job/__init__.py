@@ -1,0 +1,1 @@
+"""The dump, start to end."""

@@ -1,0 +1,235 @@
+"""Fill shards of a started cache: claim, read the inputs, score, write, commit.
+
+Scoring runs in the calling thread; each shard is encoded, written and committed by a thread of its
+own that follows it, so that the commit of one overlaps the scoring of the next. What lies around
+the shards (starting, sharing out, sealing) is not known here.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from decant.schemas import ScoredSequence, ShardPlan
+from decant.storage import CacheWriter
+from decant.storage.cache import paths
+from decant.storage.cache.writer import read_record
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines import Engine, open_engine
+from decant.teacher_dump.job.isolate import Isolator, Rejection
+from decant.teacher_dump.job.shard_inputs import read_inputs
+from decant.teacher_dump.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+Result = ScoredSequence | Rejection
+
+BYTES_WAITING = 256 << 20
+"""Scored sequences of a shard that may wait for its writing thread, in bytes; one always may."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filled:
+    """A shard that this process has committed."""
+
+    plan: ShardPlan
+    bytes: int
+    """Size of the shard file."""
+    rejected: int
+    """Sequences that the teacher could not score."""
+
+
+def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
+    """Load the teacher behind the configured engine; the caller closes it.
+
+    Raises EngineError if the engine is not installed or cannot give what the config asks for.
+    """
+    return open_engine(
+        config.teacher,
+        teacher.model_path,
+        vocab_size=teacher.shared_vocab_size,
+        truncation=config.truncation,
+        temperatures=tuple(config.temperatures),
+        max_length=config.sequences.max_length,
+    )
+
+
+def is_done(writer: CacheWriter, shard: int, *, retry_rejected: bool = False) -> bool:
+    """Whether a shard has a commit record, with `retry_rejected` one without rejected sequences."""
+    if not writer.store.exists(paths.record(shard)):
+        return False
+    return not (retry_rejected and read_record(writer.store, writer.manifest, shard).rejected)
+
+
+def fill_shard(
+    writer: CacheWriter,
+    engine: Engine,
+    plan: ShardPlan,
+    *,
+    max_rejected: float,
+    retry_rejected: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Filled | None:
+    """Score one shard and commit it; None if another process has it or has committed it.
+
+    `progress` is called for each sequence with the targets that are through. The shard's inputs
+    must lie in the cache (`inputs.restore_inputs`). Several processes may be given the same shard:
+    one fills it. With `retry_rejected`, a committed shard that has rejected sequences is scored
+    again and valid until it is replaced. Raises TooManyRejected where the teacher cannot score more
+    than `max_rejected` of the sequences; that or whatever else the engine or the disk raises leaves
+    the shard as if it had not been begun.
+    """
+    for filled in fill_shards(
+        writer,
+        engine,
+        [plan],
+        max_rejected=max_rejected,
+        retry_rejected=retry_rejected,
+        progress=progress,
+    ):
+        return filled
+    return None
+
+
+def fill_shards(
+    writer: CacheWriter,
+    engine: Engine,
+    plans: Iterable[ShardPlan],
+    *,
+    max_rejected: float,
+    retry_rejected: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Filled]:
+    """`fill_shard` over many, scoring one while the one before is still being committed.
+
+    Yields each shard once it is committed, not those of other processes. `plans` is read lazily:
+    the next one when the scoring of the last has ended. An error or interruption loses the shard
+    that is being scored; the one before it is still committed, unless the error is its own.
+    """
+    isolator = Isolator(engine, max_rejected)
+    committing: Future[Filled] | None = None
+    with ThreadPoolExecutor(2, "write") as threads:
+        for plan in plans:
+            with contextlib.ExitStack() as claim:
+                ours = claim.enter_context(writer.store.claim(paths.inputs(plan.shard)))
+                if not ours or is_done(writer, plan.shard, retry_rejected=retry_rejected):
+                    count = writer.manifest.num_shards
+                    log.info("shard %d of %d is another process's", plan.shard + 1, count)
+                    continue
+                files = (paths.shard(plan.shard), paths.record(plan.shard))
+                writer.store.remove_temporaries(paths.SHARDS, files)
+                inputs = read_inputs(writer.store, plan)
+                held = claim.pop_all()
+            waiting = _Waiting()
+            try:
+                writing = threads.submit(_write, held, writer, plan, waiting, retry_rejected)
+                for result in isolator.score(inputs, plan.first_sequence):
+                    if not waiting.put(result, _num_bytes(result)):
+                        writing.result()  # raises what ended it
+                    if committing is not None and committing.done():
+                        committing.result()  # raises if it failed
+                    progress(_num_targets(result))
+            except BaseException:
+                waiting.abandon()
+                raise
+            waiting.finish()
+            if committing is not None:
+                yield committing.result()
+            committing = writing
+        if committing is not None:
+            yield committing.result()
+
+
+class _Abandoned(Exception):
+    """Scoring broke off, so the shard is not to be committed."""
+
+
+class _Waiting:
+    """A queue from the scoring thread to the writing one, bounded by bytes."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[Result, int]] = deque()
+        self._bytes = 0
+        self._state = "open"  # or: finished, abandoned, refused
+        self._changed = threading.Condition()
+
+    def put(self, item: Result, size: int) -> bool:
+        """Append, once there is room; False if the reader is gone."""
+        with self._changed:
+            while self._items and self._bytes + size > BYTES_WAITING and self._state == "open":
+                self._changed.wait()
+            self._items.append((item, size))
+            self._bytes += size
+            self._changed.notify()
+            return self._state == "open"
+
+    def finish(self) -> None:
+        """Nothing comes any more."""
+        self._end("finished")
+
+    def abandon(self) -> None:
+        """The reader shall give up, whatever is left."""
+        self._end("abandoned")
+
+    def refuse(self) -> None:
+        """The reader is gone."""
+        self._end("refused")
+
+    def _end(self, state: str) -> None:
+        with self._changed:
+            if self._state != "abandoned":
+                self._state = state
+            self._changed.notify()
+
+    def __iter__(self) -> Iterator[Result]:
+        while True:
+            with self._changed:
+                while not self._items and self._state == "open":
+                    self._changed.wait()
+                if self._state == "abandoned":
+                    raise _Abandoned
+                if not self._items:
+                    return
+                item, size = self._items.popleft()
+                self._bytes -= size
+                self._changed.notify()
+            yield item
+
+
+def _write(
+    claim: contextlib.ExitStack,
+    writer: CacheWriter,
+    plan: ShardPlan,
+    waiting: _Waiting,
+    replace: bool,
+) -> Filled:
+    """Write a shard as its sequences arrive, and commit it."""
+    rejected = 0
+    try:
+        with claim, writer.shard(plan.shard, replace=replace) as shard:
+            for result in waiting:
+                if isinstance(result, Rejection):
+                    rejected += 1
+                    lost = result.sequence
+                    shard.reject(lost.sample_id, lost.input_ids, lost.is_target, result.reason)
+                else:
+                    shard.write(result)
+    finally:
+        waiting.refuse()
+    return Filled(plan=plan, bytes=shard.bytes_written, rejected=rejected)
+
+
+def _num_targets(result: Result) -> int:
+    if isinstance(result, Rejection):
+        return int(result.sequence.is_target.sum())
+    return result.num_targets
+
+
+def _num_bytes(result: Result) -> int:
+    if isinstance(result, Rejection):
+        return 0
+    entries = (result.token_ids, result.logprobs, result.draws)
+    return sum(values.nbytes for values in entries if values is not None)

@@ -1,0 +1,208 @@
+"""The dump job: open or start the cache, score every missing shard, seal it."""
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from decant.schemas import Manifest, ShardPlan
+from decant.storage import CacheWriter, Store
+from decant.storage.cache import paths
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines import Engine
+from decant.teacher_dump.inputs.sequences import SequenceCounts
+from decant.teacher_dump.job.fill import fill_shards, open_teacher
+from decant.teacher_dump.job.ray_executor import RayConfig, fill_with_ray, import_ray
+from decant.teacher_dump.job.shard_inputs import restore_inputs
+from decant.teacher_dump.job.start import (
+    is_sealed,
+    missing_shards,
+    open_or_create,
+    refuse_misfits,
+)
+from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+"""How often a worker looks whether worker 0 has started the cache, where no lock says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Which of several processes that fill one cache this is; alone by default."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"worker-index {self.index} of num-workers {self.count}: must lie in "
+                f"[0, {self.count})"
+            )
+
+    def fills(self, shard: int) -> bool:
+        """Whether this worker scores a shard: every `count`-th one, from `index` on."""
+        return shard % self.count == self.index
+
+
+def dump(
+    config: DumpConfig,
+    worker: Worker = Worker(),
+    ray: RayConfig | None = None,
+    *,
+    retry_rejected: bool = False,
+) -> Manifest:
+    """Fill the cache at `config.output`; shards that are committed already are left alone.
+
+    Several workers of one `count` share the shards of the same plan; the last one to end makes the
+    cache final. With `ray`, actors of a cluster fill the shards, and this process does the rest.
+    Sequences that the teacher could not score stay rejected, unless told to `retry_rejected`: their
+    shards are scored again.
+    Raises ValueError (or a subclass) if the user must change something, storage.Busy if another
+    process writes this cache. An interruption or error loses the shard in progress, no other.
+    """
+    if ray is not None:
+        import_ray()
+    store = Store(config.output)
+    teacher = describe_teacher(config.teacher)
+    refuse_misfits(config, teacher)
+    with store.lock(shared=worker.count > 1):
+        teacher = hash_weights(teacher, progress=log.info)
+        _await_start(store, worker)
+        with _alone(store, worker):
+            writer, missing = _set_up(config, store, teacher, worker, retry_rejected)
+            if not missing and is_sealed(writer):
+                log.info("%s is complete already", config.output)
+                store.remove_folder(paths.INPUTS)
+                return writer.manifest
+        log.info(
+            "%d sequences, %d targets in %d shards, %d shards to score%s",
+            writer.manifest.num_sequences,
+            writer.manifest.num_targets,
+            writer.manifest.num_shards,
+            len(missing),
+            f" by worker {worker.index} of {worker.count}" if worker.count > 1 else "",
+        )
+        try:
+            if missing and ray is not None:
+                fill_with_ray(config, teacher, writer, missing, ray, retry_rejected=retry_rejected)
+            elif missing:
+                engine = open_teacher(config, teacher)
+                try:
+                    _fill(writer, engine, missing, worker, config.max_rejected, retry_rejected)
+                finally:
+                    engine.close()
+        except BaseException:
+            with _alone(store, worker):
+                if writer.manifest.is_final and not writer.missing():  # some may be replaced
+                    writer.finalize(keep_inputs=worker.count > 1)
+            raise
+        with _alone(store, worker):
+            left = writer.missing()
+            if left and worker.count > 1:
+                log.info(
+                    "worker %d has done its part; %d of %d shards are other workers'",
+                    worker.index,
+                    len(left),
+                    writer.manifest.num_shards,
+                )
+                return writer.manifest
+            # Of shards that are scored again, none is missing while others still need the inputs.
+            manifest = writer.finalize(keep_inputs=retry_rejected and worker.count > 1)
+        assert manifest.totals is not None
+        log.info(
+            "%s is complete: %d targets, %.1f MB, %.1f bytes per target%s",
+            config.output,
+            manifest.totals.targets,
+            manifest.totals.bytes / 1e6,
+            manifest.totals.bytes / max(manifest.totals.targets, 1),
+            f", {manifest.totals.rejected} sequences rejected" if manifest.totals.rejected else "",
+        )
+        return manifest
+
+
+def _alone(store: Store, worker: Worker) -> AbstractContextManager[None]:
+    """One worker at a time; a single one is alone anyway."""
+    return store.lock(paths.SHARDS, wait=True) if worker.count > 1 else nullcontext()
+
+
+def _await_start(store: Store, worker: Worker) -> None:
+    """Where nothing can be locked, worker 0 alone starts the cache; the others wait for it."""
+    if store.is_local or worker.index == 0:
+        return
+    if not store.exists(paths.MANIFEST):
+        log.info("waiting for worker 0 to start %s", store.url)
+    while not store.exists(paths.MANIFEST):
+        time.sleep(POLL_S)
+
+
+def _set_up(
+    config: DumpConfig, store: Store, teacher: Teacher, worker: Worker, retry_rejected: bool
+) -> tuple[CacheWriter, list[ShardPlan]]:
+    """The started cache and the shards that this worker must score, with their inputs in place."""
+    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+
+        def tokenised(counts: SequenceCounts) -> None:
+            bar.update(counts.sequences - bar.n)
+
+        writer = open_or_create(config, store, teacher, tokenised)
+        for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
+            store.remove_temporaries(folder)
+        if worker.count == 1:
+            store.remove_temporaries(paths.SHARDS)
+        missing = missing_shards(writer, worker.fills, retry_rejected=retry_rejected)
+        restore_inputs(config, writer, teacher, missing, tokenised)
+    return writer, missing
+
+
+def _fill(
+    writer: CacheWriter,
+    engine: Engine,
+    missing: list[ShardPlan],
+    worker: Worker,
+    max_rejected: float,
+    retry_rejected: bool,
+) -> None:
+    """Fill the missing shards one after another, with a bar over all that this worker has."""
+    mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
+    committed = mine - sum(s.num_targets for s in missing)
+    start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
+    with tqdm(
+        desc="score",
+        total=mine,
+        initial=committed,
+        unit=" targets",
+        unit_scale=True,
+        disable=None,
+    ) as bar:
+
+        def done(num_targets: int) -> None:
+            nonlocal targets, sequences
+            sequences += 1
+            targets += num_targets
+            bar.update(num_targets)
+            bar.set_postfix_str(
+                f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
+            )
+
+        for filled in fill_shards(
+            writer,
+            engine,
+            missing,
+            max_rejected=max_rejected,
+            retry_rejected=retry_rejected,
+            progress=done,
+        ):
+            written_bytes += filled.bytes
+            log.info(
+                "shard %d of %d committed: %.1f MB, %.0f targets/s%s",
+                filled.plan.shard + 1,
+                writer.manifest.num_shards,
+                filled.bytes / 1e6,
+                targets / (time.monotonic() - start),
+                f", {filled.rejected} sequences rejected" if filled.rejected else "",
+            )

@@ -1,0 +1,179 @@
+"""The tokens to score, one file per shard, from the source to the engine.
+
+They are made when a cache is started, lie in it until it is final, and are made again, and compared
+with the plan, where they were lost.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from decant.schemas import FormatError, ShardPlan
+from decant.storage import CacheWriter, Store
+from decant.storage.cache import paths
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.records import Record
+from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence, iter_sequences
+from decant.teacher_dump.inputs.sources import describe_source, iter_records
+from decant.teacher_dump.job.responses import describe_generation, sampled_records
+from decant.teacher_dump.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+MADE_AGAIN = "delete it, and the same command makes it from the source again"
+
+
+def sequences_of(
+    config: DumpConfig,
+    teacher: Teacher,
+    counts: SequenceCounts,
+    records: Iterable[Record] | None = None,
+) -> Iterator[TokenSequence]:
+    """The token sequences of the source, or of `records`, checked against the vocabulary."""
+    return iter_sequences(
+        source_records(config, teacher) if records is None else records,
+        teacher.tokenizer,
+        config.sequences,
+        vocab_size=teacher.shared_vocab_size,
+        counts=counts,
+    )
+
+
+def source_records(config: DumpConfig, teacher: Teacher) -> Iterator[Record]:
+    """The records of the source; or, if asked for, the teacher's own responses to them."""
+    if not config.source.generate.n:
+        return iter_records(config.source)
+    described = describe_generation(config, teacher, describe_source(config.source))
+    return sampled_records(config, teacher, Store(config.output), described["fingerprint"])
+
+
+def sharded(
+    config: DumpConfig,
+    teacher: Teacher,
+    counts: SequenceCounts,
+    progress: Callable[[SequenceCounts], None],
+    records: Iterable[Record] | None = None,
+) -> Iterator[list[TokenSequence]]:
+    """The sequences of each shard: as many as reach `shard_targets`, in the source's order.
+
+    `records` are those of the source unless given.
+    """
+    shard: list[TokenSequence] = []
+    targets = 0
+    for sequence in sequences_of(config, teacher, counts, records):
+        shard.append(sequence)
+        targets += int(sequence.is_target.sum())
+        progress(counts)
+        if targets >= config.shard_targets:
+            yield shard
+            shard, targets = [], 0
+    if shard:
+        yield shard
+
+
+def restore_inputs(
+    config: DumpConfig,
+    writer: CacheWriter,
+    teacher: Teacher,
+    missing: Iterable[ShardPlan],
+    progress: Callable[[SequenceCounts], None],
+) -> None:
+    """Make the inputs of these shards from the source again where they are gone.
+
+    Raises FormatError if the source, whose content is the cache's, gives other tokens now.
+    """
+    present = set(writer.store.names(paths.INPUTS))
+    lost = {s.shard for s in missing if PurePath(paths.inputs(s.shard)).name not in present}
+    if not lost:
+        return
+    log.info("making the inputs of %d shards again from %s", len(lost), config.source.path)
+    first = 0
+    for shard, sequences in enumerate(sharded(config, teacher, SequenceCounts(), progress)):
+        if shard in lost:
+            again = write_input(writer.store, shard, first, sequences)
+            if again != writer.plan[shard]:
+                raise FormatError(
+                    f"{config.source.path} gives other tokens for shard {shard} than the plan of "
+                    f"{writer.store.url}, as another version of the tokenizer's library may do; "
+                    "dump into another output"
+                )
+            lost.remove(shard)
+        first += len(sequences)
+        if not lost:
+            break
+
+
+def write_input(store: Store, shard: int, first: int, sequences: list[TokenSequence]) -> ShardPlan:
+    """Publish the tokens of one shard, whose first sequence has this plan index."""
+    table, digest = _input_table(sequences)
+    with store.staged(paths.inputs(shard)) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    return ShardPlan(
+        shard=shard,
+        first_sequence=first,
+        num_sequences=len(sequences),
+        num_tokens=sum(len(s.input_ids) for s in sequences),
+        num_targets=sum(int(s.is_target.sum()) for s in sequences),
+        input_xxh3_128=digest,
+    )
+
+
+def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
+    """The sequences to score for one shard. Raises FormatError if they are not those planned."""
+    name = paths.inputs(plan.shard)
+    where = store.path(name)
+    try:
+        table = pq.read_table(
+            pa.BufferReader(store.read(name)), page_checksum_verification=True
+        ).combine_chunks()
+        sequences = _sequences(table)
+        _, digest = _input_table(sequences)
+    except FileNotFoundError:
+        raise FormatError(f"{where} is missing; the same command makes it again") from None
+    except Exception as error:  # whatever a damaged file may raise
+        raise FormatError(f"{where} is damaged: {error}; {MADE_AGAIN}") from error
+    if digest != plan.input_xxh3_128:
+        raise FormatError(
+            f"{where} is damaged: content hash {digest}, planned {plan.input_xxh3_128}; "
+            f"{MADE_AGAIN}"
+        )
+    return sequences
+
+
+def _sequences(table: pa.Table) -> list[TokenSequence]:
+    ids = table.column("input_ids").combine_chunks()
+    mask = table.column("is_target").combine_chunks()
+    flat_ids = ids.values.to_numpy()
+    flat_mask = mask.values.to_numpy(zero_copy_only=False)
+    offsets = ids.offsets.to_numpy()
+    return [
+        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop])
+        for sample_id, start, stop in zip(
+            table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], strict=True
+        )
+    ]
+
+
+def _input_table(sequences: list[TokenSequence]) -> tuple[pa.Table, str]:
+    """The tokens of a shard as a table, and a hash of the content that no library changes."""
+    lengths = np.array([len(s.input_ids) for s in sequences])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([s.input_ids for s in sequences]).astype("<i4")
+    mask = np.concatenate([s.is_target for s in sequences])
+    digest = xxhash.xxh3_128()
+    for part in (offsets.astype("<i8"), ids, np.packbits(mask)):
+        digest.update(part.tobytes())
+    digest.update("\0".join(s.sample_id for s in sequences).encode())
+    table = pa.table(
+        {
+            "sample_id": pa.array([s.sample_id for s in sequences], pa.string()),
+            "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+            "is_target": pa.ListArray.from_arrays(pa.array(offsets), pa.array(mask)),
+        }
+    )
+    return table, digest.hexdigest()

@@ -1,0 +1,302 @@
+"""Fix what will be scored: tokenise the source once, cut it into shards, seal the plan.
+
+Afterwards no record is read again: the tokens of each shard lie in the cache until it is final, so
+any number of workers can fill shards in any order and bad records are found before a teacher is
+loaded. Only what was lost since is made from the source again.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any
+
+import xxhash
+
+from decant.schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokenizer_fingerprint
+from decant.schemas.strict import canonical
+from decant.storage import CacheWriter, Store
+from decant.storage.cache import paths
+from decant.storage.cache.writer import read_records
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.records import SourceError
+from decant.teacher_dump.inputs.sequences import SequenceCounts
+from decant.teacher_dump.inputs.sources import describe_source, source_files
+from decant.teacher_dump.job.responses import (
+    describe_generation,
+    hash_parts,
+    refuse_generation,
+)
+from decant.teacher_dump.job.shard_inputs import sharded, write_input
+from decant.teacher_dump.teacher import Teacher, save_tokenizer
+
+log = logging.getLogger(__name__)
+
+STARTED = (paths.TOKENIZER, paths.PLAN, paths.INPUTS)
+"""Folders that an interrupted start may leave; anything else is somebody's data."""
+LATER = {"sequences.empty": "error", "sequences.duplicates": "keep"}
+"""What caches did that were started before they could say so."""
+PART = re.compile(r"part-\d{6}\.parquet")
+
+
+class ConfigChanged(ValueError):
+    """The directory holds a cache of another config, source, tokenizer or teacher."""
+
+
+def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError for what this teacher cannot give, and for an output among the inputs.
+
+    Looks at names and sizes only, so that it can come before anything that takes time.
+    """
+    slots, vocab_size = config.truncation.slots, teacher.shared_vocab_size
+    if slots > vocab_size:
+        raise ValueError(
+            f"truncation keeps {slots} entries per target, but {teacher.info.name} has only "
+            f"{vocab_size} ids: lower truncation.k (or draws)"
+        )
+    refuse_generation(config, teacher)
+    store = Store(config.output)
+    draws_alone = config.truncation.method == "sample" and not store.exists(paths.MANIFEST)
+    if draws_alone and config.precision != DumpConfig.__dataclass_fields__["precision"].default:
+        raise ValueError(
+            f"precision: {config.precision} has no effect with truncation.method sample, which "
+            "stores no log probs: leave it out"
+        )
+    if draws_alone and tuple(config.temperatures) != (1,):  # those of older versions have more
+        raise ValueError(
+            "truncation.method sample draws at temperature 1 and stores no log probs: temperatures "
+            f"must be [1.0], found {list(config.temperatures)}"
+        )
+    length, limit = config.sequences.max_length, teacher.max_positions
+    if limit and length > limit:
+        raise ValueError(
+            f"sequences.max_length is {length}, but {teacher.info.name} takes at most {limit} "
+            "positions: lower it"
+        )
+    if not store.is_local:
+        store.exists(paths.MANIFEST)  # raises OSError if the store cannot be asked
+        return
+    output = Path(store.path(""))
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"output {output} is not a directory: choose another")
+    output = output.resolve()
+    source = Path(os.path.expanduser(config.source.path)).resolve()
+    reads_all = source.is_dir() or "**" in source.parts
+    folder = Path(*source.parts[: source.parts.index("**")]) if "**" in source.parts else source
+    if reads_all and output.is_relative_to(folder):
+        raise ValueError(
+            f"output {output} lies inside the source {config.source.path}, which would read the "
+            "cache as records: choose an output elsewhere"
+        )
+    for file in source_files(config.source):
+        if file.resolve().is_relative_to(output):
+            raise ValueError(
+                f"the source file {file} lies inside the output {output}: choose an output of its "
+                "own"
+            )
+
+
+def open_or_create(
+    config: DumpConfig, store: Store, teacher: Teacher, progress: Callable[[SequenceCounts], None]
+) -> CacheWriter:
+    """Open the cache in `config.output`, or start it there.
+
+    Raises ConfigChanged, listing the differing fields, if the cache there is not the one this
+    config gives; FileExistsError if the directory holds something else.
+    """
+    source = describe_source(config.source)
+    if config.source.generate.n:
+        source = describe_generation(config, teacher, source)
+    if store.exists(paths.MANIFEST):
+        try:
+            writer = CacheWriter(config.output)
+        except FormatError as error:
+            raise FormatError(
+                f"{error}; restore it from a copy, or dump into another output"
+            ) from error
+        _refuse_changes(writer, _identity(config, source, teacher))
+        files = (f"{paths.TOKENIZER}/{name}" for name in writer.manifest.tokenizer.files)
+        if not all(store.exists(file) for file in files):
+            save_tokenizer(store, teacher.tokenizer)
+        return writer
+    refuse_foreign(config)
+    _clear(store)
+    try:
+        return _create(config, store, teacher, source, progress)
+    except FileExistsError as error:  # what lies there is another process's start
+        raise FileExistsError(
+            f"another process is starting a different cache in {store.url}: choose another output "
+            f"({error})"
+        ) from error
+    except BaseException:
+        if not store.exists(paths.MANIFEST):  # else it is a cache, which a rerun completes
+            _clear(store)
+        raise
+
+
+def _create(
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    source: dict[str, Any],
+    progress: Callable[[SequenceCounts], None],
+) -> CacheWriter:
+    counts = SequenceCounts()
+    plan, first = [], 0
+    for shard, sequences in enumerate(sharded(config, teacher, counts, progress)):
+        plan.append(write_input(store, shard, first, sequences))
+        first += len(sequences)
+    if not plan:
+        raise SourceError(
+            f"{config.source.path}: {counts.records} records give no sequence with a target"
+        )
+    if config.source.generate.n:
+        source = {**source, "generated": hash_parts(store)}
+    draft = Manifest.draft(
+        teacher=teacher.info,
+        tokenizer=save_tokenizer(store, teacher.tokenizer, new=True),
+        shared_vocab_size=teacher.shared_vocab_size,
+        # A manifest read back holds floats, whatever was given: 1 and 1.0 are written differently.
+        truncation=dataclasses.replace(config.truncation, p=float(config.truncation.p)),
+        temperatures=tuple(float(t) for t in config.temperatures),
+        precision=config.precision,
+        source=source,
+        sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
+    )
+    return CacheWriter.create(config.output, draft, plan)
+
+
+def refuse_foreign(config: DumpConfig) -> None:
+    """Raise FileExistsError if the output holds something that is no cache, nor a started one."""
+    store = Store(config.output)
+    if store.exists(paths.MANIFEST):
+        return
+    foreign = _foreign(store, sampling=config.source.generate.n > 0)
+    if foreign:
+        raise FileExistsError(
+            f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
+            "choose another output"
+        )
+
+
+def _foreign(store: Store, sampling: bool) -> list[str]:
+    """What lies in the output that no start of a dump can have left there."""
+    top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
+    if sampling and store.exists(paths.GENERATION):  # which says itself what it is of
+        top.remove(paths.GENERATED)
+    if not store.names(paths.SHARDS):  # made to be locked
+        top = [name for name in top if name != paths.SHARDS]
+    foreign = [name for name in top if name not in STARTED]
+    for folder, pattern in (
+        (paths.INPUTS, PART),
+        (paths.PLAN, re.compile(re.escape(PurePath(paths.segment(paths.PLAN)).name))),
+    ):
+        foreign += [
+            f"{folder}/{name}"
+            for name in store.names(folder)
+            if not (pattern.fullmatch(name) or _is_temporary(name))
+        ]
+    if top and paths.INPUTS not in top:  # a start begins with it, and ends by removing it last
+        foreign += top
+    return sorted(set(foreign))
+
+
+def _is_temporary(name: str, of: str = "") -> bool:
+    return name.startswith(f".{of}") and name.endswith(paths.TEMPORARY_SUFFIX)
+
+
+def _clear(store: Store) -> None:
+    for folder in STARTED:
+        store.remove_folder(folder)
+
+
+def missing_shards(
+    writer: CacheWriter, mine: Callable[[int], bool], *, retry_rejected: bool = False
+) -> list[ShardPlan]:
+    """The shards to score: those without a commit record, or whose file is gone or cut short.
+
+    Of a damaged shard the record is removed first, so that no state in between says it is whole;
+    shards that are not `mine` are left to the worker whose they are. With `retry_rejected`, those
+    with rejected sequences too, which stay as they are until they are replaced.
+    """
+    store = writer.store
+    whole, retried = set(), set()
+    sizes = store.sizes(paths.SHARDS)
+    try:
+        for record in writer.committed():
+            name = paths.shard(record.shard)
+            size = sizes.get(PurePath(name).name, -1)
+            if size == record.bytes or not mine(record.shard):
+                whole.add(record.shard)
+                if retry_rejected and record.rejected:
+                    retried.add(record.shard)
+                continue
+            found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
+            log.warning("%s %s: scoring it again", store.path(name), found)
+            store.remove(paths.record(record.shard))
+    except FormatError as error:
+        raise FormatError(
+            f"{error}; delete it, and the same command scores its shard again"
+        ) from error
+    return [s for s in writer.plan if s.shard not in whole - retried and mine(s.shard)]
+
+
+def is_sealed(writer: CacheWriter) -> bool:
+    """Whether the manifest is final and its sealed records are those beside the shards."""
+    if not writer.manifest.is_final or writer.missing():
+        return False
+    try:
+        sealed = read_records(writer.store, writer.manifest)
+    except FormatError:
+        return False
+    return len(sealed) == len(writer.plan) and all(
+        ours == theirs for ours, theirs in zip(sealed, writer.committed(), strict=True)
+    )
+
+
+def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    template = getattr(teacher.tokenizer, "chat_template", None)
+    return {
+        **dataclasses.asdict(config.sequences),
+        "shard_targets": config.shard_targets,
+        "chat_template_xxh3_128": xxhash.xxh3_128(canonical(template)).hexdigest(),
+    }
+
+
+def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, Any]:
+    """What must be equal for a rerun to continue a cache; names are those of the manifest."""
+    tokenizer = teacher.tokenizer
+    return {
+        "teacher.fingerprint": teacher.info.fingerprint,
+        "teacher.dtype": teacher.info.dtype,
+        "teacher.engine": teacher.info.engine.split()[0],
+        "tokenizer.fingerprint": "" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "shared_vocab_size": teacher.shared_vocab_size,
+        **{f"truncation.{k}": v for k, v in dataclasses.asdict(config.truncation).items()},
+        "temperatures": list(config.temperatures),
+        "precision": config.precision,
+        "source.fingerprint": source["fingerprint"],
+        **{f"sequences.{k}": v for k, v in _sequence_settings(config, teacher).items()},
+    }
+
+
+def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
+    stored = writer.manifest.to_json()
+    stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
+    if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
+        del ours["precision"]
+    differing = []
+    for name, value in ours.items():
+        theirs: Any = stored
+        for part in name.split("."):
+            theirs = theirs.get(part, LATER.get(name))
+        if theirs != value:
+            differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
+    if differing:
+        raise ConfigChanged(
+            f"{writer.store.url} holds another cache; differing:\n"
+            + "\n".join(differing)
+            + "\nUse the config it was started with to resume, or another output."
+        )

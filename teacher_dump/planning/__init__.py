@@ -1,0 +1,1 @@
+"""What a dump would cost, and what it would keep."""

@@ -1,0 +1,423 @@
+"""What a dump will cost, before it is paid: score a sample, measure, extrapolate.
+
+Counts are exact, for the whole source is tokenised. Everything else is measured on a stratified
+sample: time with the configured truncation, what each k keeps and loses with one so large that
+smaller ones are cut out of it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from decant.schemas import ScoredSequence
+from decant.storage import Store
+from decant.storage.inspect.truncation_cost import TOLERANCE
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines import Engine, EngineError
+from decant.teacher_dump.inputs.records import SourceError
+from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence
+from decant.teacher_dump.inputs.sources import iter_records, source_names
+from decant.teacher_dump.job.fill import open_teacher
+from decant.teacher_dump.job.isolate import Isolator, Rejection, allowed_rejections
+from decant.teacher_dump.job.responses import open_sampler, prompts_for, questions
+from decant.teacher_dump.job.shard_inputs import sharded
+from decant.teacher_dump.job.start import refuse_foreign, refuse_misfits
+from decant.teacher_dump.planning.ladder import (
+    AtK,
+    cut_ladder,
+    reference_truncation,
+    shard_bytes,
+)
+from decant.teacher_dump.planning.stratified import Drawn, FileGroups, StratifiedSample
+from decant.teacher_dump.teacher import Teacher, describe_teacher, engine_label
+
+INPUT_BYTES = 3
+"""Bytes per token that wait in the output to be scored, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineTime:
+    """How long one engine takes."""
+
+    engine: str
+    """With its version."""
+    problem: str
+    """Why it was not measured, or ""; the figures are 0 then."""
+    load_seconds: float = 0
+    targets_per_second: float = 0
+    hours: float = 0
+    """To score all targets, loading once included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a dump will give, and what it will cost."""
+
+    counts: SequenceCounts
+    """Of the whole source."""
+    shards: int
+    bytes: int
+    """Of all shards, as configured."""
+    bytes_per_target: float
+    engines: tuple[EngineTime, ...]
+    """The configured one first."""
+    generate_hours: float | None
+    """To sample the responses, loading once included; None for given text. With it, `counts` are
+    estimated from one response to each prompt of the sample."""
+    sample_sequences: int
+    sample_targets: int
+    mass: float | None
+    """Mean retained mass as configured; None for random entries."""
+    reference_k: int
+    """What `ladder` was cut from."""
+    beyond_reference: float
+    """Nats per target that the reference itself may be away from the teacher, at most."""
+    ladder: tuple[AtK, ...]
+    recommended_k: int | None
+    """Smallest k of the ladder with a `kl` of at most `truncation_cost.TOLERANCE`; None if only the
+    reference has that, of itself."""
+    disk_free: int | None
+    """Bytes; None for an object store."""
+    warnings: tuple[str, ...]
+    """What the dump would refuse, leave out, or not have room for."""
+
+
+def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -> Prediction:
+    """Tokenise the source, score `sample` sequences, extrapolate; nothing is written to the output.
+
+    `engines` are further ones to time. Raises ValueError as `dump` would for the same config; but
+    overlong records that would stop it are counted.
+    """
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, found {sample}")
+    teacher = describe_teacher(config.teacher)
+    refuse_misfits(config, teacher)
+    refuse_foreign(config)
+    counts = SequenceCounts()
+    generate_hours = None
+    if config.source.generate.n:
+        drawn, shards, generate_hours = _draw_responses(config, teacher, counts, sample)
+    else:
+        drawn, shards = _draw(config, teacher, counts, sample)
+    if not drawn:
+        raise SourceError(
+            f"{config.source.path}: {counts.records} records give no sequence with a target"
+        )
+    sequences = [entry.sequence for entry in drawn]
+    scored, timed = _timed(config, teacher, sequences, counts)
+    names = [name for name in dict.fromkeys(engines) if name != config.teacher.engine]
+    others = [_timed_other(config, name, teacher, sequences, counts) for name in names]
+
+    reference = reference_truncation(config.truncation, teacher.shared_vocab_size)
+    wide = scored
+    if config.truncation != reference:
+        wide = _score(dataclasses.replace(config, truncation=reference), teacher, sequences)
+    kept = [
+        index for index, one in enumerate(wide) if one is not None and scored[index] is not None
+    ]
+    if not kept:
+        raise EngineError("the teacher can score none of the sample's sequences")
+    full = [one for index in kept if (one := wide[index]) is not None]
+    own = [one for index in kept if (one := scored[index]) is not None]
+    weights = [drawn[index].weight for index in kept]
+    ladder, beyond = cut_ladder(config, teacher, full, weights, counts.targets, shards)
+    per_target, overhead = shard_bytes(config, teacher, own)
+    num_bytes = round(per_target * counts.targets + overhead * shards)
+    mass = None
+    if not config.truncation.sampled:
+        mass = _retained(own, weights)
+    free = _disk_free(config.output)
+    return Prediction(
+        counts=counts,
+        shards=shards,
+        bytes=num_bytes,
+        bytes_per_target=num_bytes / counts.targets,
+        engines=(timed, *others),
+        generate_hours=generate_hours,
+        sample_sequences=len(kept),
+        sample_targets=sum(one.num_targets for one in own),
+        mass=mass,
+        reference_k=reference.k,
+        beyond_reference=beyond,
+        ladder=ladder,
+        recommended_k=next(
+            (at.k for at in ladder if at.kl <= TOLERANCE and (at.k < reference.k or not beyond)),
+            None,
+        ),
+        disk_free=free,
+        warnings=tuple(
+            _warnings(
+                config,
+                counts,
+                num_bytes,
+                free,
+                rejected=len(sequences) - len(kept),
+                sample=len(sequences),
+                shards=shards,
+            )
+        ),
+    )
+
+
+def plan_text(prediction: Prediction, config: DumpConfig) -> str:
+    """The prediction as a table for a terminal."""
+    p, counts = prediction, prediction.counts
+    lines = [
+        f"records              {counts.records:,} ({counts.truncated_records:,} truncated, "
+        f"{counts.split_records:,} split, {counts.records_without_targets:,} without targets)",
+        f"sequences, tokens    {counts.sequences:,}, {counts.tokens:,} "
+        f"({counts.dropped_tokens:,} tokens dropped)",
+        f"targets, shards      {counts.targets:,}, {p.shards:,}",
+        f"bytes                {p.bytes / 1e6:,.1f} MB, {p.bytes_per_target:.1f} per target",
+    ]
+    if p.disk_free is not None:
+        lines.append(f"free at the output   {p.disk_free / 1e6:,.1f} MB")
+    if p.generate_hours is not None:
+        lines.append(
+            f"sampling             {_duration(p.generate_hours)}; the counts above are estimated "
+            f"from one response to each of {p.sample_sequences} prompts"
+        )
+    for timed in p.engines:
+        said = f"{timed.engine}: not measured: {timed.problem}"
+        if not timed.problem:
+            said = (
+                f"{_duration(timed.hours)} at {timed.targets_per_second:,.0f} targets/s, "
+                f"{timed.load_seconds:.0f} s to load included: {timed.engine}"
+            )
+        lines.append(f"time                 {said}")
+    lines.append(
+        f"from a sample of     {p.sample_sequences} sequences, {p.sample_targets:,} targets, "
+        "by file and length"
+    )
+    if p.mass is not None:
+        lines.append(f"retained mass        {p.mass:.4f} with the configured truncation")
+    lines += [
+        "",
+        "      k   retained mass: mean      5 %   smallest    KL, nats  bytes/target      MB",
+    ]
+    for at in p.ladder:
+        lines.append(
+            f"{at.k:7d}{at.mass_mean:22.4f} {at.mass_low:8.4f} {at.mass_least:10.4f} "
+            f"{at.kl:11.5f} {at.bytes_per_target:13.1f} {at.bytes / 1e6:7,.1f}"
+        )
+    lines += ["", _recommendation(p, config)]
+    lines += [f"warning: {warning}" for warning in p.warnings]
+    return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def _recommendation(p: Prediction, config: DumpConfig) -> str:
+    rule = f"costs at most {TOLERANCE:g} nats against k={p.reference_k}"
+    if p.recommended_k is None:
+        return (
+            f"no smaller k {rule}: keep that many, or take draws (truncation.method: topk+sample)"
+        )
+    text = f"recommended: k={p.recommended_k}, the smallest k of this table that {rule}"
+    if p.beyond_reference > TOLERANCE / 10:
+        text += f" (which may itself be up to {p.beyond_reference:.4f} from the teacher)"
+    if config.truncation.method != "sample" and config.truncation.k < p.recommended_k:
+        text += f"; configured is {config.truncation.k}"
+    return text
+
+
+def _draw(
+    config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
+) -> tuple[list[Drawn], int]:
+    """The sample, the same at every run, and how many shards there will be."""
+    if config.sequences.overlong == "error":  # counted, where a dump stops at the first
+        sequences = dataclasses.replace(config.sequences, overlong="truncate")
+        config = dataclasses.replace(config, sequences=sequences)
+    drawing = StratifiedSample(size)
+    groups = FileGroups(source_names(config.source))
+    records = groups.watch(iter_records(config.source))
+    shards = 0
+    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+
+        def tokenised(counts: SequenceCounts) -> None:
+            bar.update(counts.sequences - bar.n)
+
+        for shard in sharded(config, teacher, counts, tokenised, records):
+            shards += 1
+            for sequence in shard:
+                drawing.offer(sequence, groups.of(sequence.sample_id))
+    return drawing.draw(), shards
+
+
+def _draw_responses(
+    config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
+) -> tuple[list[Drawn], int, float]:
+    """Responses to a sample of the prompts; how many shards, and hours to sample all, about."""
+    drawing = StratifiedSample(size)
+    groups = FileGroups(source_names(config.source))
+    with tqdm(desc="tokenise", unit=" prompts", disable=None) as bar:
+        for question in questions(config, teacher, groups.watch(iter_records(config.source))):
+            counts.records += 1
+            counts.records_without_targets += not question.room
+            bar.update()
+            if question.room:
+                one = np.arange(len(question.token_ids)) == 0  # every prompt counts the same
+                prompt = TokenSequence(str(question.number), question.token_ids, one)
+                drawing.offer(prompt, groups.of(question.record.sample_id))
+    drawn = drawing.draw()
+    if not drawn:
+        return [], 0, 0.0
+    start = time.monotonic()
+    generator = open_sampler(config, teacher)
+    try:
+        loaded = time.monotonic() - start
+        asked = [
+            prompts_for(config, int(entry.sequence.sample_id), entry.sequence.input_ids)[0]
+            for entry in drawn
+        ]
+        start = time.monotonic()
+        with tqdm(desc="generate", total=len(asked), unit=" prompts", disable=None) as bar:
+            responses = generator.generate(asked)
+            bar.update(len(asked))
+        seconds = time.monotonic() - start
+    finally:
+        generator.close()
+    n = config.source.generate.n
+    answered, sums = [], np.zeros(3)
+    for entry, response in zip(drawn, responses, strict=True):
+        ids = np.concatenate([entry.sequence.input_ids, response.token_ids])
+        is_target = np.arange(len(ids)) >= len(entry.sequence.input_ids)
+        is_target |= config.sequences.targets == "all"
+        is_target[0] = False
+        sequence = TokenSequence(entry.sequence.sample_id, ids, is_target)
+        answered.append(Drawn(sequence, entry.weight * n))
+        sums += entry.weight * n * np.array([1, len(ids), is_target.sum()])
+    counts.sequences, counts.tokens, counts.targets = (round(value) for value in sums.tolist())
+    shards = -(-counts.targets // config.shard_targets)
+    hours = (loaded + seconds * counts.sequences / len(asked)) / 3600
+    return answered, shards, hours
+
+
+def _timed(
+    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], counts: SequenceCounts
+) -> tuple[list[ScoredSequence | None], EngineTime]:
+    """The sample scored as configured, and how long the whole source would take."""
+    start = time.monotonic()
+    engine = open_teacher(config, teacher)
+    try:
+        loaded = time.monotonic() - start
+        with contextlib.suppress(EngineError):
+            _isolated(engine, sequences[:1])  # what only happens once is not extrapolated
+        start = time.monotonic()
+        scored = _isolated(engine, sequences)
+        seconds = time.monotonic() - start
+    finally:
+        engine.close()
+    # The forward takes by far the most of it, and that goes by tokens.
+    seconds *= counts.tokens / sum(len(s.input_ids) for s in sequences)
+    return scored, EngineTime(
+        engine=engine_label(config.teacher),
+        problem="",
+        load_seconds=loaded,
+        targets_per_second=counts.targets / seconds,
+        hours=(loaded + seconds) / 3600,
+    )
+
+
+def _timed_other(
+    config: DumpConfig,
+    engine: str,
+    teacher: Teacher,
+    sequences: list[TokenSequence],
+    counts: SequenceCounts,
+) -> EngineTime:
+    """The same of an engine that is not the configured one; why not, if it cannot."""
+    try:
+        other = dataclasses.replace(config.teacher, engine=engine)
+        changed = dataclasses.replace(config, teacher=other)
+        return _timed(changed, teacher, sequences, counts)[1]
+    except (ValueError, RuntimeError, ImportError) as error:
+        return EngineTime(engine=engine, problem=str(error).splitlines()[0])
+
+
+def _score(
+    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence]
+) -> list[ScoredSequence | None]:
+    engine = open_teacher(config, teacher)
+    try:
+        return _isolated(engine, sequences)
+    finally:
+        engine.close()
+
+
+def _isolated(engine: Engine, sequences: list[TokenSequence]) -> list[ScoredSequence | None]:
+    """Each sequence scored, or None if the teacher cannot."""
+    results = Isolator(engine, 1.0).score(sequences, 0)
+    bar = tqdm(results, desc="score", total=len(sequences), disable=None, leave=False)
+    return [None if isinstance(result, Rejection) else result for result in bar]
+
+
+def _retained(scored: list[ScoredSequence], weights: list[float]) -> float:
+    """Mean retained mass over the targets that the sample stands for."""
+    lost = total = 0.0
+    for sequence, weight in zip(scored, weights, strict=True):
+        assert sequence.log_tail is not None
+        lost += weight * float(np.exp(sequence.log_tail[:, 0], dtype=np.float64).sum())
+        total += weight * sequence.num_targets
+    return 1 - lost / total
+
+
+def _disk_free(output: str) -> int | None:
+    store = Store(output)
+    if not store.is_local:
+        return None
+    path = Path(store.path(""))
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _warnings(
+    config: DumpConfig,
+    counts: SequenceCounts,
+    num_bytes: int,
+    free: int | None,
+    rejected: int,
+    sample: int,
+    shards: int,
+) -> list[str]:
+    found = []
+    if config.sequences.overlong == "error" and counts.truncated_records:
+        found.append(
+            f"{counts.truncated_records:,} records are longer than max_length="
+            f"{config.sequences.max_length}, and overlong: error stops the dump at the first: "
+            "raise max_length, or set overlong to truncate or split"
+        )
+    if counts.records_without_targets:
+        found.append(
+            f"{counts.records_without_targets:,} of {counts.records:,} records have no target "
+            "within max_length and are left out"
+        )
+    if rejected:
+        found.append(
+            f"the teacher cannot score {rejected} of the sample's sequences: the dump leaves such "
+            f"out and lists them, up to a share of max_rejected={config.max_rejected:g} per shard"
+        )
+        per_shard = counts.sequences / shards
+        if rejected / sample * per_shard > allowed_rejections(int(per_shard), config.max_rejected):
+            found.append(
+                f"{rejected} of {sample} is more than max_rejected allows: at that rate the dump "
+                "will stop; raise it, or mend the records"
+            )
+    need = num_bytes + INPUT_BYTES * counts.tokens
+    if free is not None and need > free:
+        found.append(
+            f"the dump needs about {need / 1e6:,.0f} MB at {os.path.abspath(config.output)}, which "
+            f"has {free / 1e6:,.0f} MB free: lower k, or choose another output"
+        )
+    return found
