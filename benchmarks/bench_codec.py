@@ -28,7 +28,8 @@ from decant.schemas import (
     Truncation,
 )
 from decant.storage import CacheReader, CacheWriter, verify
-from decant.storage.cache import rows as codec
+from decant.storage.cache import logprobs as logprobs_code
+from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_rows, check_sequence
 from decant.storage.inspect.collect import inspect
 
@@ -65,19 +66,19 @@ def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, 
     reader = CacheReader(cache)
     layout, groups = reader.manifest.layout, reader.row_groups()
     tables = [reader.read_table(group) for group in groups]
-    rows = [codec.decode(table, layout) for table in tables]
+    rows = [rows_codec.decode(table, layout) for table in tables]
     sequences = [
         [exact(group[i], layout.temperatures) for i in range(len(group))] for group in rows
     ]
     targets = sum(group.targets for group in groups)
     steps: dict[str, Callable[[], object]] = {
         "check_sequence": lambda: check_all(sequences, layout),
-        "encode": lambda: [codec.encode(group, 0, layout) for group in sequences],
+        "encode": lambda: [rows_codec.encode(group, 0, layout) for group in sequences],
         "write": lambda: write(
             f"{folder}/{time.monotonic_ns()}", [s for g in sequences for s in g], reader.manifest
         ),
         "read_table": lambda: [reader.read_table(group) for group in groups],
-        "decode": lambda: [codec.decode(table, layout) for table in tables],
+        "decode": lambda: [rows_codec.decode(table, layout) for table in tables],
         "read": lambda: [reader.read(group) for group in groups],
         "check_rows": lambda: [check_rows(group, layout) for group in rows],
         "verify": lambda: verify(cache),
@@ -107,10 +108,12 @@ def measure_errors() -> Iterator[tuple[str, str, float, float]]:
                 ordered = -np.sort(-dense, axis=1)
                 logprobs = ordered[:, :SLOTS].astype(np.float32)
                 log_tail = log_sum_exp(ordered[:, SLOTS:]).astype(np.float32)
-                stored = codec.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), precision)
-                tail = codec.tail_to_store(logprobs, log_tail)
-                decoded = codec.decode_logprobs(stored, None, tail, precision)
-                errors.append(codec.decoding_error(logprobs, decoded))
+                stored = logprobs_code.encode_logprobs(
+                    logprobs, np.ones(logprobs.shape, bool), precision
+                )
+                tail = logprobs_code.tail_to_store(logprobs, log_tail)
+                decoded = logprobs_code.decode_logprobs(stored, None, tail, precision)
+                errors.append(logprobs_code.decoding_error(logprobs, decoded))
             error = np.concatenate(errors)
             yield data, precision, float(error.mean()), float(error.max())
 

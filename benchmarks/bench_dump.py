@@ -40,7 +40,8 @@ from decant.schemas import Truncation
 from decant.storage import Store
 from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig
 from decant.teacher_dump.engines.vllm.process import torch_is_cpu_only, worker_environment
-from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
+from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.shard_inputs import sequences_of
 from decant.teacher_dump.job.start import open_or_create

@@ -49,7 +49,7 @@ from decant.schemas import (
     Truncation,
 )
 from decant.storage import CacheReader, CacheWriter
-from decant.storage.cache import rows as codec
+from decant.storage.cache import logprobs as logprobs_code
 
 RESULTS = Path(__file__).parent / "results"
 CACHES = Path(__file__).resolve().parents[1] / "build/vocab-models"
@@ -126,7 +126,7 @@ def measure(reader: CacheReader, repeats: int, columns: list[tuple]) -> Iterator
                 blob, decoded = peer(scored)
                 errors = {}
                 if scored.draws is None:
-                    error = codec.decoding_error(scored.logprobs[: len(decoded)], decoded)
+                    error = logprobs_code.decoding_error(scored.logprobs[: len(decoded)], decoded)
                     errors = {"kl_mean": float(error.mean()), "kl_max": float(error.max())}
                 size = len(blob) / len(decoded)
                 yield Row(**base, encoding=encoding, bytes_per_target=size, **errors)
@@ -211,7 +211,7 @@ def measure_ours(
     decoded = [rows.logprobs for rows in map(reader.read, groups) if rows.logprobs is not None]
     errors = {}
     if decoded:
-        error = codec.decoding_error(scored.logprobs, np.concatenate(decoded))
+        error = logprobs_code.decoding_error(scored.logprobs, np.concatenate(decoded))
         errors = {"kl_mean": float(error.mean()), "kl_max": float(error.max())}
     sizes: dict[str, int] = {}
     total = 0

@@ -31,7 +31,7 @@ from decant.schemas import (
 )
 from decant.storage import CacheReader, CacheWriter, Store
 from decant.storage.cache import paths
-from decant.storage.cache.writer import seal
+from decant.storage.cache.records import seal
 from decant.student_train import CacheStream
 
 SEQUENCES, LENGTH = 64, 256

@@ -29,7 +29,7 @@ from decant.schemas import Truncation
 from decant.teacher_dump.engines import TeacherConfig, open_engine
 from decant.teacher_dump.engines.http.messages import ScoreRequest
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 RESULTS = Path(__file__).parent / "results"
 TEMPERATURES = (1.0,)

@@ -4,23 +4,20 @@ Knows nothing of files, models or torch. `docs/format.md` is the normative text.
 """
 
 from decant.schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, shard_schema
-from decant.schemas.manifest import (
-    FORMAT_VERSION,
+from decant.schemas.manifest import FORMAT_VERSION, Manifest, TeacherInfo, TokenizerInfo
+from decant.schemas.sequence import ScoredSequence
+from decant.schemas.shards import (
     ByteRange,
     CommitRecord,
-    Manifest,
     Rejected,
     RowGroup,
     Segment,
     ShardPlan,
-    TeacherInfo,
-    TokenizerInfo,
     Totals,
-    Truncation,
 )
-from decant.schemas.sequence import ScoredSequence
 from decant.schemas.strict import FormatError, from_json, to_json
 from decant.schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from decant.schemas.truncation import Truncation
 
 __all__ = [
     "FORMAT_VERSION",

@@ -9,70 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from decant.schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
-from decant.schemas.strict import FormatError, canonical, from_json, to_json
+from decant.schemas.shards import Rejected, Segment, Totals
+from decant.schemas.strict import FormatError, canonical, from_json, to_json, with_later
+from decant.schemas.truncation import Truncation, check_temperatures
 
 FORMAT_VERSION = 3
 """What is written; all from 1 on are read, and completed in their own form."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
-METHODS = ("topk", "topp", "sample", "topk+sample")
-REASON_LENGTH = 200
-"""Characters of a reason for which a sequence was rejected."""
 MAX_LISTED = 1000
 """Rejected sequences that the manifest lists; the commit records hold all of them."""
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
-class Truncation:
-    """Which entries of each distribution are kept."""
-
-    method: str = "topk"
-    """topk | topp | sample | topk+sample."""
-    k: int = 64
-    """topk: entries kept; topp: at most this many; topk+sample: size of the exact head."""
-    p: float = 1.0
-    """topp: keep the smallest set of top entries whose mass reaches p."""
-    min_k: int = 1
-    """topp: keep at least this many."""
-    draws: int = 0
-    """sample, topk+sample: draws with replacement per target (from the tail for topk+sample)."""
-    seed: int = 0
-    """sample, topk+sample: seed; a sequence's draws depend on it and the sequence index alone."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"truncation.method {self.method!r} is not one of {METHODS}")
-        head = self.method != "sample"
-        if head and self.k < 1:
-            raise ValueError(f"truncation.k must be at least 1, found {self.k}")
-        if self.method == "topp":
-            if not 0 < self.p <= 1:
-                raise ValueError(f"truncation.p must lie in (0, 1], found {self.p}")
-            if not 1 <= self.min_k <= self.k:
-                raise ValueError(
-                    f"truncation.min_k must lie in [1, k={self.k}], found {self.min_k}"
-                )
-        elif self.p != 1.0 or self.min_k != 1:
-            raise ValueError(f"truncation.p and min_k have no effect with method {self.method!r}")
-        if self.sampled:
-            if not 1 <= self.draws <= 65_535:
-                raise ValueError(f"truncation.draws must lie in [1, 65535], found {self.draws}")
-            if not 0 <= self.seed < 2**63:
-                raise ValueError(f"truncation.seed must lie in [0, 2^63), found {self.seed}")
-        elif self.draws or self.seed:
-            raise ValueError(
-                f"truncation.draws and seed have no effect with method {self.method!r}"
-            )
-
-    @property
-    def sampled(self) -> bool:
-        """Whether entries are drawn at random."""
-        return self.method in ("sample", "topk+sample")
-
-    @property
-    def slots(self) -> int:
-        """K: entries a target can hold."""
-        head = 0 if self.method == "sample" else self.k
-        return head + (self.draws if self.sampled else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,131 +46,6 @@ class TokenizerInfo:
     """`schemas.tokenizer_fingerprint`, or "" when the source was ready ids without a tokenizer."""
     files: dict[str, str]
     """File name -> xxh3_128."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """One sealed file of zstd-compressed JSON lines that belongs to the manifest."""
-
-    name: str
-    """Path relative to the cache."""
-    entries: int
-    """Lines."""
-    bytes: int
-    """Size on disk."""
-    xxh3_128: str
-    """Hash of the whole file."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardPlan:
-    """Which sequences belong to one shard; a line of the plan segment."""
-
-    shard: int
-    first_sequence: int
-    num_sequences: int
-    num_tokens: int
-    num_targets: int
-    input_xxh3_128: str
-    """Hash of the tokens to score: pins the input of this shard."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ByteRange:
-    """A run of bytes of a shard and its hash."""
-
-    offset: int
-    length: int
-    xxh3_128: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGroup:
-    """One row group: whole sequences, consecutive."""
-
-    rows: int
-    sequences: int
-    targets: int
-    data: ByteRange
-    """All column chunks of the row group."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rejected:
-    """A sequence that the teacher could not score: its rows are stored without targets."""
-
-    sequence: int
-    """Index in the shard plan."""
-    sample_id: str
-    targets: int
-    """Targets lost."""
-    reason: str
-    """One line of at most REASON_LENGTH characters."""
-
-    def __post_init__(self) -> None:
-        if self.sequence < 0 or self.targets < 0:
-            raise ValueError(f"a rejected sequence needs an index and a count >= 0, found {self}")
-        if len(self.reason) > REASON_LENGTH or len(self.reason.splitlines()) > 1:
-            raise ValueError(
-                f"a reason is one line of at most {REASON_LENGTH} characters, found {self.reason!r}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CommitRecord:
-    """Says that a shard is complete; written after it."""
-
-    shard: int
-    cache_id: str
-    first_sequence: int
-    num_sequences: int
-    rows: int
-    targets: int
-    """Those stored: the planned ones without those of rejected sequences."""
-    rejected: tuple[Rejected, ...]
-    """In plan order."""
-    bytes: int
-    xxh3_128: str
-    """Hash of the whole shard file."""
-    row_groups: tuple[RowGroup, ...]
-    footer: ByteRange
-    """Everything behind the last row group."""
-    kl_error_mean: float
-    """Measured decoding error: mean over targets of KL(scored || decoded), nats."""
-    kl_error_max: float
-    seconds: float
-    """Wall time from the first sequence to the commit."""
-    worker: str
-    """host:pid."""
-
-    def to_json(self, version: int) -> dict[str, Any]:
-        """The fields as this format version writes them."""
-        fields = to_json(self)
-        if version < 3:
-            assert not self.rejected
-            del fields["rejected"]
-        return fields
-
-    @staticmethod
-    def parse(data: Any, where: str, version: int) -> "CommitRecord":
-        """Strict load of what this format version wrote."""
-        fields = _with_later(data, {"rejected": []}, version, 3, where)
-        return from_json(CommitRecord, fields, where)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Totals:
-    """Sums over all shards, once the cache is final."""
-
-    shards: int
-    sequences: int
-    tokens: int
-    targets: int
-    """Those stored, without those of rejected sequences."""
-    rejected: int
-    """Sequences without targets because the teacher could not score them."""
-    bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -392,32 +212,9 @@ class Manifest:
             )
         compact = data.get("precision") == "compact"
         code = to_json(VERSION_1_CODE) if compact else None
-        data = _with_later(data, {"compact": code, "ids": "lo16"}, version, 2, where)
-        data = _with_later(data, {"rejected": []}, version, 3, where)
+        data = with_later(data, {"compact": code, "ids": "lo16"}, version, 2, where)
+        data = with_later(data, {"rejected": []}, version, 3, where)
         if isinstance(data.get("totals"), dict):
-            totals = _with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
+            totals = with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
             data = {**data, "totals": totals}
         return from_json(Manifest, data, where)
-
-
-def _with_later(data: Any, fields: dict[str, Any], version: int, since: int, where: str) -> Any:
-    """Loaded JSON of a format version with the fields that came `since`; they must be new to it."""
-    if version >= since or not isinstance(data, dict):
-        return data
-    later = sorted(set(fields) & set(data))
-    if later:
-        raise FormatError(f"{where}: fields unknown in version {version}: {', '.join(later)}")
-    return {**data, **fields}
-
-
-def check_temperatures(temperatures: tuple[float, ...]) -> None:
-    """Raise ValueError unless they are finite, positive, of distinct names, and start with 1."""
-    rest = temperatures[1:]
-    if not temperatures or temperatures[0] != 1:
-        raise ValueError(f"temperatures must start with 1, found {list(temperatures)}")
-    names = {f"{t:g}" for t in temperatures}  # columns are named by six digits
-    if any(not 0 < t < float("inf") for t in rest) or len(names) < len(temperatures):
-        raise ValueError(
-            "temperatures must be positive, finite and distinct in their first six digits, "
-            f"found {list(temperatures)}"
-        )

@@ -97,3 +97,13 @@ def _value(hint: Any, data: Any, where: str) -> Any:
 
 def _kind(data: Any) -> str:
     return f"{type(data).__name__} {json.dumps(data)[:60]}"
+
+
+def with_later(data: Any, fields: dict[str, Any], version: int, since: int, where: str) -> Any:
+    """Loaded JSON of a format version with the fields that came `since`; they must be new to it."""
+    if version >= since or not isinstance(data, dict):
+        return data
+    later = sorted(set(fields) & set(data))
+    if later:
+        raise FormatError(f"{where}: fields unknown in version {version}: {', '.join(later)}")
+    return {**data, **fields}

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from decant.schemas import Manifest
 from decant.storage import Store
 from decant.student_train.config.run import TrainConfig
-from decant.student_train.data.packing import packing_refused
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
 from decant.student_train.model.distiller import Distiller
+from decant.student_train.model.probes import packing_refused
 from decant.student_train.model.student import compile_layers, load_student
 from decant.student_train.outputs.checkpoint import (
     CHECKPOINTS,

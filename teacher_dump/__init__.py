@@ -2,9 +2,9 @@
 
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError, TeacherConfig
+from decant.teacher_dump.inputs.config import SourceConfig
 from decant.teacher_dump.inputs.records import SourceError
 from decant.teacher_dump.inputs.sequences import SequenceConfig
-from decant.teacher_dump.inputs.sources import SourceConfig
 from decant.teacher_dump.job.run import dump
 from decant.teacher_dump.job.start import ConfigChanged
 

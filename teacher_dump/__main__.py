@@ -2,18 +2,19 @@
 
 import argparse
 import itertools
-import json
-from typing import Any
 
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
 from decant.schemas import to_json
 from decant.storage.cli import process as cli
+from decant.storage.cli.terminal import json_text
+from decant.teacher_dump.audit.command import AUDIT, audit_parser, run_audit
 from decant.teacher_dump.config import DumpConfig, ServeConfig
-from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.engines.seam import DTYPES, ENGINES
-from decant.teacher_dump.job.ray_executor import RayConfig
+from decant.teacher_dump.engines.config import ENGINES
+from decant.teacher_dump.engines.quiet import quiet_transformers
+from decant.teacher_dump.job.command import ray_config
+from decant.teacher_dump.job.ray_pool import RayConfig
+from decant.teacher_dump.service.command import SERVE
 
 DESCRIPTION = """Score a text source with a teacher once, into a cache that students train from.
 
@@ -31,31 +32,6 @@ COMMANDS = {
     "run": "Fill the cache; a rerun scores only what is missing.",
     "plan": "Score a sample, predict bytes, hours and retained mass per k; writes nothing.",
 }
-SERVE = """Offer a teacher to dump jobs on other machines, on the machine with the GPUs.
-
-  python -m teacher_dump serve --teacher.path path/or/hub-id --teacher.engine vllm --port 8000
-  python -m teacher_dump serve --config serve.yaml --host 0.0.0.0 --api_key_env TEACHER_KEY
-
-A job uses it with `teacher: {engine: http, endpoints: [http://host:8000]}`: it needs neither the
-model's files nor vLLM. Truncation and temperatures come with each job, so that one service is
-enough for several. GET /health answers 200 once the teacher is loaded.
-"""
-AUDIT = """Score a random sample of a cache again with a live teacher and compare.
-
-  python -m teacher_dump audit caches/mine --teacher path/or/hub-id
-  python -m teacher_dump audit caches/mine --teacher path/or/hub-id --sample 200 --json
-
-The sample is scored twice, in common batches and one by one; what the teacher then differs from
-itself (control) sets the tolerance: 1e-4 nats plus 4 times its 99 % quantile, beyond what the
-stored precision explains. Compared are kept ids (ties may change places), log probs, log Z and log
-tail at every temperature, the actual token's log prob, and counts of draws. No sequence as a whole
-and at most 1 % of the targets may lie beyond.
-
-A disagreement is named: shifted by one token; wrong temperature; another normalisation, tokenizer,
-vocabulary or teacher. One that is no larger than what bfloat16 differs from float32 by is a note.
-Works while a dump is running. Exit code 0: the cache agrees; 1: it does not, one line per finding;
-2: nothing could be compared, one line of why not.
-"""
 
 
 def parser() -> ArgumentParser:
@@ -109,35 +85,10 @@ def parser() -> ArgumentParser:
     service = cli.config_parser(ServeConfig, description=SERVE, exit_on_error=False)
     commands.add_subcommand("serve", service, help=SERVE.split("\n")[0])
     service.prog = "python -m teacher_dump serve"
-    audit = _audit_parser()
+    audit = audit_parser()
     commands.add_subcommand("audit", audit, help=AUDIT.split("\n")[0])
     audit.prog = "python -m teacher_dump audit"
     return root
-
-
-def _audit_parser() -> ArgumentParser:
-    command = ArgumentParser(
-        description=AUDIT, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
-    )
-    add = command.add_argument
-    add("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
-    add(
-        "--teacher",
-        required=True,
-        metavar="PATH",
-        help="directory or hub id of the teacher; with engine http the URL of a service",
-    )
-    add("--api-key-env", default="", metavar="NAME", help="http: variable with the service's key")
-    add("--revision", default="", help="branch, tag or commit of a hub id")
-    add("--tokenizer", default="", metavar="PATH", help="unless the teacher's own")
-    add("--engine", default="transformers", choices=ENGINES, help="which runs it")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: that of the dump")
-    add("--device", default="auto", help="transformers: a torch device; auto: GPUs if any")
-    add("--max-batch-tokens", type=int, default=8192, metavar="N", help="tokens per forward")
-    add("--sample", type=int, default=32, metavar="N", help="sequences to score")
-    add("--seed", type=int, default=0, help="of the choice of sequences")
-    add("--json", action="store_true", help="print one JSON object")
-    return command
 
 
 def main(arguments: list[str]) -> int:
@@ -159,27 +110,28 @@ def main(arguments: list[str]) -> int:
     except TypeError as error:  # `truncation: 64` in place of `truncation: {k: 64}`
         raise ValueError(f"a group of keys has a single value: {error}") from error
     if parsed.command == "audit":
-        return _audit(values)
+        return run_audit(values)
     if parsed.command == "serve":
         service = ServeConfig(**{name: values[name] for name in ServeConfig.__dataclass_fields__})
-        _quiet()
+        quiet_transformers()
         from decant.teacher_dump.service.serve import serve
 
         serve(service)
         return cli.DONE
     config = DumpConfig(**{name: values[name] for name in DumpConfig.__dataclass_fields__})
 
-    _quiet()
+    quiet_transformers()
     if parsed.command == "plan":
-        from decant.teacher_dump.planning.predict import plan_text, predict
+        from decant.teacher_dump.planning.predict import predict
+        from decant.teacher_dump.planning.text import plan_text
 
         prediction = predict(config, values["sample"], values["engines"])
-        print(_json(prediction) if values["json"] else plan_text(prediction, config))
+        print(json_text(to_json(prediction)) if values["json"] else plan_text(prediction, config))
         return cli.DONE
     from decant.teacher_dump.job.run import Worker, dump
 
     worker = Worker(values["worker_index"], values["num_workers"])
-    manifest = dump(config, worker, _ray(values), retry_rejected=values["retry_rejected"])
+    manifest = dump(config, worker, ray_config(values), retry_rejected=values["retry_rejected"])
     targets, state = manifest.num_targets, ", not all of them committed yet"
     if manifest.totals is not None:
         targets, state = manifest.totals.targets, ""
@@ -187,62 +139,6 @@ def main(arguments: list[str]) -> int:
             state = f", {manifest.totals.rejected} sequences rejected"
     print(f"{config.output}: {targets} targets in {manifest.num_shards} shards{state}")
     return cli.DONE
-
-
-def _ray(values: Any) -> RayConfig | None:
-    ray = values["ray"]
-    if values["executor"] == "local" and ray != RayConfig():
-        raise ValueError("ray.* have no effect with executor local: add --executor ray")
-    if values["executor"] == "ray" and values["num_workers"] != 1:
-        raise ValueError("num-workers has no effect with executor ray, which counts its actors")
-    return ray if values["executor"] == "ray" else None
-
-
-def _audit(options: Any) -> int:
-    _quiet()
-    from decant.teacher_dump.audit.run import audit, report_text
-
-    config = TeacherConfig(
-        path="" if options["engine"] == "http" else options["teacher"],
-        endpoints=(options["teacher"],) if options["engine"] == "http" else (),
-        api_key_env=options["api_key_env"],
-        revision=options["revision"],
-        tokenizer=options["tokenizer"],
-        engine=options["engine"],
-        dtype=options["dtype"],
-        device=options["device"],
-        max_batch_tokens=options["max_batch_tokens"],
-    )
-    with tqdm(desc="audit", unit=" sequences", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = audit(
-            options["url"],
-            config,
-            sample=options["sample"],
-            seed=options["seed"],
-            progress=progress,
-        )
-    if options["json"]:
-        print(_json({"ok": report.ok, **to_json(report)}))
-    else:
-        print(report_text(report))
-    return cli.DONE if report.ok else cli.BAD_DATA
-
-
-def _json(value: Any) -> str:
-    fields = value if isinstance(value, dict) else to_json(value)
-    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # what it warns of is refused or not our case
-    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from decant.schemas import PRECISIONS, Truncation
-from decant.schemas.manifest import check_temperatures
+from decant.schemas.truncation import check_temperatures
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.inputs.config import SourceConfig
 from decant.teacher_dump.inputs.sequences import SequenceConfig
-from decant.teacher_dump.inputs.sources import SourceConfig
 
 LOWEST_TEMPERATURE = 0.01
 """Float32 log probs divided by less keep too few digits for the masses to sum to 1."""

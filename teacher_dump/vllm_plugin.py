@@ -9,12 +9,8 @@ import threading
 import time
 from typing import Any
 
-PLUGIN = "decant"
-"""Our name in the groups vllm.general_plugins and vllm.endpoint_plugins, and in VLLM_PLUGINS."""
-HEAD_VARIABLE = "DECANT_SCORING_HEAD"
-"""Architecture that is to carry the scoring head."""
-SERVER_VARIABLE = "DECANT_SERVER_PID"
-"""The process that serves; those it starts are to end with it."""
+from decant.teacher_dump.engines.vllm.names import HEAD_VARIABLE, SERVER_VARIABLE
+
 WATCH_SECONDS = 1.0
 
 
@@ -28,9 +24,9 @@ def put_head_on() -> None:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     architecture = os.environ.get(HEAD_VARIABLE)
     if architecture:
-        from decant.teacher_dump.engines.vllm import scoring_head as vllm_model
+        from decant.teacher_dump.engines.vllm import scoring_head
 
-        vllm_model.register(architecture)
+        scoring_head.register(architecture)
 
 
 def _end_with(parent: int) -> None:
@@ -45,18 +41,3 @@ def endpoint() -> Any:
     from decant.teacher_dump.service.vllm_server import Endpoint
 
     return Endpoint()
-
-
-class WorkerExtension:
-    """What we add to every worker of vLLM, to be called by `collective_rpc`."""
-
-    model_runner: Any
-
-    def clear_kv_cache(self) -> None:
-        """Zero the keys and values of all sequences, none of which may be running.
-
-        vLLM reads whole blocks and multiplies what lies beyond a sequence by zero, so a NaN that
-        one sequence leaves behind spoils the next one in its block.
-        """
-        for tensor in self.model_runner.kv_caches:
-            tensor.zero_()

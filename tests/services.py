@@ -22,8 +22,9 @@ from aiohttp import web
 from decant.teacher_dump.config import ServeConfig
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.engines.http.messages import SCORE_PATH
+from decant.teacher_dump.service.embedded import EngineBackend
 from decant.teacher_dump.service.routes import Service
-from decant.teacher_dump.service.serve import EngineBackend, make_service
+from decant.teacher_dump.service.serve import make_service
 from decant.teacher_dump.teacher import describe_teacher, hash_weights
 from tests.commands import Command, setting
 

@@ -25,7 +25,8 @@ from decant.student_train import (
     TrainConfig,
     train,
 )
-from decant.student_train.model.adapters import AdapterConfig, attach, trainable_weights
+from decant.student_train.config.student import AdapterConfig
+from decant.student_train.model.adapters import attach, trainable_weights
 from tests import models
 
 LORA = AdapterConfig(r=4, alpha=8)

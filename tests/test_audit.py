@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.storage import CacheReader, CacheWriter
 from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
-from decant.teacher_dump.audit.run import AuditReport, audit, report_text
+from decant.teacher_dump.audit.report import AuditReport, report_text
+from decant.teacher_dump.audit.run import audit
 from tests import models
 from tests.commands import command
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from decant.storage.cache import rows as codec
+from decant.storage.cache import logprobs as logprobs_code
 
 PATH = Path(__file__).parents[1] / "benchmarks/bench_format.py"
 
@@ -144,4 +144,4 @@ def test_prefix_moves_what_it_drops_into_the_tail(bench):
         assert cut.token_ids.shape == (5, k)
         mass = np.exp(cut.logprobs).sum(axis=1) + np.exp(cut.log_tail[:, 0])
         np.testing.assert_allclose(mass, 1, atol=1e-6)
-    assert (codec.decoding_error(data.logprobs, data.logprobs) == 0).all()
+    assert (logprobs_code.decoding_error(data.logprobs, data.logprobs) == 0).all()

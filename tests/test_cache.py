@@ -20,6 +20,7 @@ from decant.storage import Busy, CacheReader, CacheWriter, Store, verify
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_sequence
 from decant.storage.cache.writer import ROW_GROUP_ROWS
+from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.storage.inspect.collect import inspect
 from tests import caches
 
@@ -250,7 +251,7 @@ def test_a_killed_writer_publishes_nothing_and_a_rerun_completes(tmp_path: Path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (leftover,) = (path / paths.SHARDS).iterdir()
-    assert leftover.name.endswith(paths.TEMPORARY_SUFFIX) and leftover.stat().st_size > 4
+    assert leftover.name.endswith(TEMPORARY_SUFFIX) and leftover.stat().st_size > 4
     assert not list(CacheWriter(path).committed())
     with store.lock():
         store.remove_temporaries(paths.SHARDS)

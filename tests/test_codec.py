@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence, Truncation
 from decant.storage import Rows
-from decant.storage.cache import rows as codec
+from decant.storage.cache import logprobs as logprobs_code
+from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_rows, check_sequence
 from tests import caches
 
@@ -27,7 +28,7 @@ def round_trip(sequences: list[ScoredSequence], cache: caches.Settings) -> Rows:
     layout = cache.draft().layout
     for sequence in sequences:
         check_sequence(sequence, layout)
-    rows = codec.decode(codec.encode(sequences, 5, layout), layout)
+    rows = rows_codec.decode(rows_codec.encode(sequences, 5, layout), layout)
     assert check_rows(rows, layout) == []
     assert rows.sequence.tolist() == list(range(5, 5 + len(sequences)))
     return rows
@@ -35,10 +36,10 @@ def round_trip(sequences: list[ScoredSequence], cache: caches.Settings) -> Rows:
 
 def error_of(logprobs: NDArray[np.float32], log_tail: NDArray[np.float32]) -> NDArray[np.float64]:
     """[n] decoding error of the compact code."""
-    steps = codec.encode_logprobs(logprobs, np.isfinite(logprobs), "compact")
-    tail = codec.tail_to_store(logprobs, log_tail)
-    decoded = codec.decode_logprobs(steps, ~np.isfinite(logprobs), tail, "compact")
-    return codec.decoding_error(logprobs, decoded)
+    steps = logprobs_code.encode_logprobs(logprobs, np.isfinite(logprobs), "compact")
+    tail = logprobs_code.tail_to_store(logprobs, log_tail)
+    decoded = logprobs_code.decode_logprobs(steps, ~np.isfinite(logprobs), tail, "compact")
+    return logprobs_code.decoding_error(logprobs, decoded)
 
 
 def top(dense: NDArray[np.float64], k: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -93,7 +94,7 @@ def test_a_round_trip_keeps_everything_but_the_precision_of_log_probs(
             np.testing.assert_allclose(rows[i].log_tail, sequence.log_tail, rtol=0, atol=1e-5)
             sequence = dataclasses.replace(sequence, log_tail=rows[i].log_tail)
         caches.assert_equal(rows[i], sequence, logprobs=precision == "f32")
-        bound = codec.logprob_bound(rows[i].logprobs, precision)
+        bound = logprobs_code.logprob_bound(rows[i].logprobs, precision)
         used = sequence.token_ids >= 0
         error = np.abs(rows[i].logprobs[used] - sequence.logprobs[used])
         assert (error <= bound[used]).all()
@@ -135,8 +136,8 @@ def test_the_compact_code_equals_its_equation(slots: int) -> None:
     unused = np.arange(slots) >= num_kept[:, None]
     logprobs[unused] = -np.inf
     log_tail = np.log1p(-np.exp(logprobs, dtype=np.float64).sum(axis=1)).astype(np.float32)
-    steps = codec.encode_logprobs(logprobs, ~unused, "compact")
-    decoded = codec.decode_logprobs(steps, unused, log_tail, "compact")
+    steps = logprobs_code.encode_logprobs(logprobs, ~unused, "compact")
+    decoded = logprobs_code.decode_logprobs(steps, unused, log_tail, "compact")
     for row in range(5):
         code, gaps = 0, []
         for step in steps[row, : num_kept[row]].tolist():
@@ -152,9 +153,9 @@ def test_compact_mass_is_one_at_temperature_one() -> None:
     generator = np.random.default_rng(0)
     for spread in (0.01, 1, 3, 8, 30):
         logprobs, log_tail = top(caches.random_logprobs(generator, 200, 1000, spread), 64)
-        steps = codec.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), "compact")
-        tail = codec.tail_to_store(logprobs, log_tail)
-        decoded = codec.decode_logprobs(steps, None, tail, "compact")
+        steps = logprobs_code.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), "compact")
+        tail = logprobs_code.tail_to_store(logprobs, log_tail)
+        decoded = logprobs_code.decode_logprobs(steps, None, tail, "compact")
         mass = np.exp(decoded, dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
         np.testing.assert_allclose(mass, 1, atol=1e-6)
 
@@ -194,9 +195,9 @@ def test_f16_stays_within_the_stated_error() -> None:
     generator = np.random.default_rng(0)
     for spread in (0.1, 3, 8):
         logprobs, _ = top(caches.random_logprobs(generator, 500, 1000, spread), 64)
-        stored = codec.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), "f16")
-        decoded = codec.decode_logprobs(stored, None, logprobs[:, 0], "f16")
-        assert codec.decoding_error(logprobs, decoded).max() <= 1e-6
+        stored = logprobs_code.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), "f16")
+        decoded = logprobs_code.decode_logprobs(stored, None, logprobs[:, 0], "f16")
+        assert logprobs_code.decoding_error(logprobs, decoded).max() <= 1e-6
 
 
 def test_a_kept_mass_of_almost_nothing_is_rebuilt() -> None:
@@ -205,10 +206,10 @@ def test_a_kept_mass_of_almost_nothing_is_rebuilt() -> None:
     logprobs = kept.astype(np.float32)
     for rounding in (0.0, 1e-7, 3e-6):
         log_tail = (np.log1p(-np.exp(kept).sum(axis=1)) + rounding).astype(np.float32)
-        steps = codec.encode_logprobs(logprobs, np.ones((3, 2), bool), "compact")
-        tail = codec.tail_to_store(logprobs, log_tail)
+        steps = logprobs_code.encode_logprobs(logprobs, np.ones((3, 2), bool), "compact")
+        tail = logprobs_code.tail_to_store(logprobs, log_tail)
         np.testing.assert_allclose(tail, log_tail, atol=4e-6)
-        decoded = codec.decode_logprobs(steps, None, tail, "compact")
+        decoded = logprobs_code.decode_logprobs(steps, None, tail, "compact")
         np.testing.assert_allclose(np.exp(decoded), np.exp(logprobs), rtol=0.05)
 
 
@@ -222,7 +223,7 @@ def test_impossible_tokens_keep_every_number_finite(precision: str) -> None:
     ids = np.array([0, 1, 2, 4, 19], np.int32)
     sequence = caches.scored_sequence(dense, ids, np.arange(5) > 0, cache)
     rows = round_trip([sequence], cache)
-    error = codec.decoding_error(sequence.logprobs, rows.logprobs)
+    error = logprobs_code.decoding_error(sequence.logprobs, rows.logprobs)
     assert np.isfinite(error).all() and error.max() < 1e-4
     np.testing.assert_allclose(rows.logprobs[:, :3], sequence.logprobs[:, :3], atol=0.05)
 
@@ -234,9 +235,9 @@ def test_the_decoding_error_is_the_generalised_divergence() -> None:
     other = logprobs + generator.normal(scale=0.01, size=logprobs.shape).astype(np.float32)
     p, q = np.exp(logprobs.astype(np.float64)), np.exp(other.astype(np.float64))
     expected = (p * np.log(p / q) - p + q).sum(axis=1)
-    np.testing.assert_allclose(codec.decoding_error(logprobs, other), expected, atol=1e-8)
-    np.testing.assert_array_equal(codec.decoding_error(logprobs, logprobs), 0)
-    assert (codec.decoding_error(logprobs, other) > 0).all()
+    np.testing.assert_allclose(logprobs_code.decoding_error(logprobs, other), expected, atol=1e-8)
+    np.testing.assert_array_equal(logprobs_code.decoding_error(logprobs, logprobs), 0)
+    assert (logprobs_code.decoding_error(logprobs, other) > 0).all()
 
 
 @pytest.mark.parametrize("precision", ["f16", "compact"])

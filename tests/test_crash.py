@@ -22,7 +22,7 @@ import pytest
 
 from decant.storage import CacheReader, Store, verify
 from decant.storage.cache import paths
-from decant.storage.cache.writer import read_manifest
+from decant.storage.cache.records import read_manifest
 from decant.teacher_dump import DumpConfig
 from tests.commands import Command, Result, command, end_before
 from tests.test_dump import (

@@ -16,8 +16,10 @@ from decant.schemas import ScoredSequence, TokenizerInfo, Truncation, to_json
 from decant.storage import CacheReader, CacheWriter
 from decant.storage.__main__ import main
 from decant.storage.cli import process as cli
-from decant.storage.inspect.diff import Difference, diff, diff_text
-from decant.storage.inspect.examples import escaped, fit, shown, width
+from decant.storage.cli.terminal import escaped, fit, width
+from decant.storage.inspect.diff import Difference, diff
+from decant.storage.inspect.diff_text import diff_text
+from decant.storage.inspect.examples import shown
 from decant.storage.inspect.head import head, head_text
 from tests import caches
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from decant.schemas import FormatError, ScoredSequence, Truncation
 from decant.storage import CacheReader, verify
-from decant.storage.cache import rows as codec
+from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_sequence
 from decant.storage.exchange.export import export
-from decant.storage.inspect.diff import diff, diff_text
+from decant.storage.inspect.diff import diff
+from decant.storage.inspect.diff_text import diff_text
 from decant.storage.inspect.head import head, head_text
 from decant.student_train import CacheStream
 from decant.student_train.losses import (
@@ -44,9 +45,9 @@ def test_any_draws_survive_their_steps(data: st.DataObject, num_draws: int, rows
     for row in range(rows):
         found, times = np.unique(drawn[row], return_counts=True)
         ids[row, : len(found)], counts[row, : len(found)] = found, times
-    steps = codec.draw_steps(ids, counts)
+    steps = rows_codec.draw_steps(ids, counts)
     np.testing.assert_array_equal(steps.cumsum(axis=1), np.sort(drawn, axis=1))
-    back, times, num_kept = codec.draws_of_steps(steps)
+    back, times, num_kept = rows_codec.draws_of_steps(steps)
     used = ids >= 0
     np.testing.assert_array_equal(num_kept, used.sum(axis=1))
     np.testing.assert_array_equal(np.where(used, back, -1), ids)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from decant.schemas import Truncation
 from decant.storage import CacheReader
 from decant.student_train import CacheStream, Distiller, LossConfig
-from decant.student_train.data.stream import heldout_batches
+from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.evaluation.heldout_sums import NUM_BINS, Figures, figures_of_chunks
 from tests import caches, models

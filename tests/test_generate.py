@@ -18,10 +18,12 @@ from decant.schemas import FormatError
 from decant.storage import CacheReader, verify
 from decant.teacher_dump import DumpConfig, SourceError, TeacherConfig, dump
 from decant.teacher_dump.engines import EngineError
-from decant.teacher_dump.engines.opening import Prompt, Sampling, open_generator
-from decant.teacher_dump.inputs.sources import GenerateConfig
+from decant.teacher_dump.engines.opening import open_generator
+from decant.teacher_dump.engines.seam import Prompt, Sampling
+from decant.teacher_dump.inputs.config import GenerateConfig
 from decant.teacher_dump.job.responses import GenerationChanged
-from decant.teacher_dump.planning.predict import plan_text, predict
+from decant.teacher_dump.planning.predict import predict
+from decant.teacher_dump.planning.text import plan_text
 from tests import models
 from tests.commands import Command, command
 from tests.test_dump import MODULE, change, rows, save_config, save_records

@@ -25,7 +25,7 @@ from decant.teacher_dump.engines import TeacherConfig, open_engine
 from decant.teacher_dump.engines.http import client as http_client
 from decant.teacher_dump.engines.http.engine import HttpEngine
 from decant.teacher_dump.engines.seam import SequenceError, Unavailable
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.teacher import describe_teacher
 from tests import models
 from tests.commands import Command, command, setting

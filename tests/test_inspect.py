@@ -36,6 +36,7 @@ from decant.storage import CacheReader, VerifyReport, verify
 from decant.storage.__main__ import main
 from decant.storage.cache import paths
 from decant.storage.cli import process as cli
+from decant.storage.cli.terminal import width
 from decant.storage.inspect import statistics
 from decant.storage.inspect.collect import (
     RANKS,
@@ -46,7 +47,7 @@ from decant.storage.inspect.collect import (
     report_text,
 )
 from decant.storage.inspect.diff import AtTemperatureDiff, Difference, DifferingTarget
-from decant.storage.inspect.examples import Entry, Target, width
+from decant.storage.inspect.examples import Entry, Target
 from decant.storage.inspect.html import report_html
 from decant.storage.inspect.report import (
     AtK,
@@ -56,7 +57,8 @@ from decant.storage.inspect.report import (
     Sample,
     WorkerSpeed,
 )
-from decant.storage.inspect.statistics import SequenceHashes, Statistics
+from decant.storage.inspect.sketches import SequenceHashes
+from decant.storage.inspect.statistics import Statistics
 from tests import caches
 
 inspect_module = importlib.import_module("decant.storage.inspect.collect")

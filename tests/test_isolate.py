@@ -19,7 +19,7 @@ from decant.schemas import FormatError, ScoredSequence, Truncation
 from decant.storage import CacheReader, CacheWriter, verify
 from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
 from decant.teacher_dump.engines import Engine, open_engine
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.job.isolate import FEW, Isolator, Rejection, TooManyRejected
 from tests import models
 

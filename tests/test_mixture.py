@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from decant.schemas import TokenizerInfo, Truncation
 from decant.storage import CacheReader, CacheWriter
 from decant.student_train import EvalConfig, train
+from decant.student_train.config.mixture import CacheShare
 from decant.student_train.data.batch import Batch
-from decant.student_train.data.mixture import CacheShare, MixtureStream, interleaving
+from decant.student_train.data.mixture import MixtureStream, interleaving
 from decant.student_train.data.packing import arrange
 from tests import caches
 from tests.test_train import config

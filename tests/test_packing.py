@@ -20,13 +20,8 @@ from decant.student_train import (
     StudentConfig,
     train,
 )
-from decant.student_train.data.packing import (
-    arrange,
-    first_fit,
-    lengths_of,
-    pack,
-    packing_refused,
-)
+from decant.student_train.data.packing import arrange, first_fit, lengths_of, pack
+from decant.student_train.model.probes import packing_refused
 from tests import models
 from tests.test_train import STUDENT, config, losses
 

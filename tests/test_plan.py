@@ -22,10 +22,11 @@ from decant.teacher_dump import (
     TeacherConfig,
     dump,
 )
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.job.isolate import TooManyRejected
-from decant.teacher_dump.planning.predict import Prediction, plan_text, predict
+from decant.teacher_dump.planning.predict import Prediction, predict
 from decant.teacher_dump.planning.stratified import StratifiedSample
+from decant.teacher_dump.planning.text import plan_text
 from examples.demo import corpus
 from tests import models
 from tests.commands import command

@@ -14,7 +14,7 @@ import pytest
 
 from decant.storage import CacheReader
 from decant.teacher_dump import DumpConfig, dump
-from decant.teacher_dump.job.ray_executor import RayConfig
+from decant.teacher_dump.job.ray_pool import RayConfig
 from tests import models
 from tests.commands import Command, command, setting
 from tests.test_crash import assert_same

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from decant.schemas import FormatError, Manifest, Rejected, Truncation
-from decant.schemas.manifest import MAX_LISTED, REASON_LENGTH
+from decant.schemas.manifest import MAX_LISTED
+from decant.schemas.shards import REASON_LENGTH
 from decant.storage import CacheReader, CacheWriter, Store, verify
 from decant.storage.cache.writer import one_line
 from decant.storage.exchange.export import export

@@ -13,13 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from decant.teacher_dump.inputs.records import Record, SourceError
-from decant.teacher_dump.inputs.sequences import (
-    SequenceConfig,
-    SequenceCounts,
-    TokenSequence,
-    iter_sequences,
-)
+from decant.teacher_dump.inputs.records import Record, SourceError, TokenSequence
+from decant.teacher_dump.inputs.sequences import SequenceConfig, SequenceCounts, iter_sequences
 
 VOCAB_SIZE = 300
 SENTENCES = ["hello world, how are you?", "the user asks and the assistant answers", "a b c \n"]

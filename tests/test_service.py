@@ -35,7 +35,7 @@ from decant.teacher_dump.engines.http.messages import (
     unframe_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.service.routes import (
     MAX_BODY_BYTES,
     MAX_PENDING_TOKENS,

@@ -13,8 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decant.teacher_dump.inputs.config import SourceConfig
 from decant.teacher_dump.inputs.records import SourceError
-from decant.teacher_dump.inputs.sources import SourceConfig, describe_source, iter_records
+from decant.teacher_dump.inputs.sources import describe_source, iter_records
 
 ROWS = [{"id": f"s{n}", "text": f"text {n} é\u2028"} for n in range(5)]
 

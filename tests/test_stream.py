@@ -17,8 +17,8 @@ from decant.schemas import FormatError, Truncation
 from decant.storage import CacheReader
 from decant.student_train import CacheStream
 from decant.student_train.data.batch import decode_compact
+from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.data.order import permutation, select_part, taken_in_turn
-from decant.student_train.data.stream import heldout_batches
 from tests import caches
 
 SETTINGS = caches.Settings(truncation=Truncation(k=3), vocab_size=20)

@@ -31,7 +31,7 @@ from decant.schemas import ScoredSequence, Truncation
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
 from decant.teacher_dump.engines.seam import SequenceError
 from decant.teacher_dump.engines.transformers.engine import WINDOW_BATCHES, TransformersEngine
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from tests import models
 
 K, V = 12, models.VOCAB_SIZE

@@ -33,9 +33,9 @@ from transformers import (
 from decant.schemas import Layout, ScoredSequence, Truncation
 from decant.storage.cache.checks import check_sequence
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
-from decant.teacher_dump.engines.opening import Prompt, Sampling, open_generator
+from decant.teacher_dump.engines.opening import open_generator
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.engines.seam import SequenceError
+from decant.teacher_dump.engines.seam import Prompt, Sampling, SequenceError
 from decant.teacher_dump.engines.sparsify import uniforms_for
 from decant.teacher_dump.engines.vllm.engine import VllmEngine
 from decant.teacher_dump.engines.vllm.messages import Refused
@@ -45,7 +45,7 @@ from decant.teacher_dump.engines.vllm.prompt_logprobs import (
     rows_from_flat,
 )
 from decant.teacher_dump.engines.vllm.setup import saved_dtype
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 if importlib.util.find_spec("vllm") is None:  # to import it would change torch in this process
     pytest.skip("vllm is not installed", allow_module_level=True)

@@ -19,7 +19,7 @@ import torch
 from decant.schemas import ScoredSequence, Truncation
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
 from decant.teacher_dump.engines.seam import SequenceError
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.teacher import describe_teacher, hash_weights
 from tests import models
 from tests.services import ServedTeacher, http_config, wait_for

@@ -36,7 +36,7 @@ from decant.student_train import (
     TrainConfig,
     train,
 )
-from decant.student_train.data.stream import heldout_batches
+from decant.student_train.data.heldout import heldout_batches
 from examples.reproduce.common import COLORS, LABELS, arguments, calibration, save, table
 
 ROOT = Path(__file__).resolve().parents[2]

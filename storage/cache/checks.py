@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import FormatError, Layout, ScoredSequence
-from decant.storage.cache.rows import Rows, empty, logprob_bound
+from decant.storage.cache.logprobs import empty, logprob_bound
+from decant.storage.cache.rows import Rows
 
 EPSILON = 1e-4
 """How far kept mass + tail of exact log probs may be from 1 at T=1; 20 times it elsewhere. Stored

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decant.schemas import FORMAT_VERSION, Manifest
 from decant.storage.cache import paths
 from decant.storage.cache.reader import CacheReader
-from decant.storage.cache.writer import committed_shards, seal
+from decant.storage.cache.records import committed_shards, seal
 from decant.storage.files.store import Store
 
 MADE = (paths.PLAN, paths.RECORDS, paths.SHARDS, paths.TOKENIZER)

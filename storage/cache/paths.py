@@ -12,7 +12,6 @@ GENERATION = "generated/_generation.json"
 TOKENIZER = "tokenizer"
 KEPT_REPORT = "stats/inspect.json"
 """Figures that inspect keeps; no part of the cache."""
-TEMPORARY_SUFFIX = ".tmp"
 RECORD_INDEX = "records/records-000000.parquet"
 """The commit records of a final cache."""
 

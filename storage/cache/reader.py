@@ -21,9 +21,9 @@ from decant.schemas import (
 )
 from decant.schemas import RowGroup as RowGroupRecord
 from decant.storage.cache import paths
-from decant.storage.cache import rows as codec
+from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
-from decant.storage.cache.writer import (
+from decant.storage.cache.records import (
     committed_shards,
     read_manifest,
     read_plan,
@@ -63,7 +63,7 @@ class CacheReader:
         self._schema = shard_schema(self.manifest.layout)
         self._recent: dict[int, CommitRecord] = {}
         self._footers: dict[int, pq.FileMetaData] = {}
-        self._last: tuple[int, codec.Rows] | None = None
+        self._last: tuple[int, rows_codec.Rows] | None = None
 
     def _set_index(self, index: ShardIndex) -> None:
         self.index = index
@@ -147,16 +147,16 @@ class CacheReader:
         """The plan of all shards, committed or not."""
         return list(self.plan)
 
-    def read(self, group: RowGroupRef) -> codec.Rows:
+    def read(self, group: RowGroupRef) -> rows_codec.Rows:
         """The decoded columns of one row group.
 
         Raises FormatError, naming the file, if a byte of it is not what was committed.
         """
-        return codec.decode_rows(self.read_stored(group), self.manifest.layout)
+        return rows_codec.decode_rows(self.read_stored(group), self.manifest.layout)
 
-    def read_stored(self, group: RowGroupRef) -> codec.StoredRows:
+    def read_stored(self, group: RowGroupRef) -> rows_codec.StoredRows:
         """The columns of one row group, not decoded. Raises FormatError as `read`."""
-        return codec.stored_rows(self.read_table(group), self.manifest.layout)
+        return rows_codec.stored_rows(self.read_table(group), self.manifest.layout)
 
     def read_table(self, group: RowGroupRef) -> pa.Table:
         """One row group as stored. Raises FormatError as `read`."""

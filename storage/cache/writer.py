@@ -5,12 +5,10 @@ Decides nothing about what a sequence contains; refuses what `storage.check` ref
 
 import dataclasses
 import os
-import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +19,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from decant.schemas import (
-    ByteRange,
     CommitRecord,
     FormatError,
     Layout,
@@ -29,31 +26,31 @@ from decant.schemas import (
     Rejected,
     RowGroup,
     ScoredSequence,
-    Segment,
     ShardPlan,
-    from_json,
     shard_schema,
     to_json,
 )
-from decant.schemas.manifest import MAX_LISTED, REASON_LENGTH
+from decant.schemas.shards import REASON_LENGTH
 from decant.storage.cache import paths
-from decant.storage.cache import rows as codec
+from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_sequence
-from decant.storage.cache.index import ShardIndex
+from decant.storage.cache.logprobs import decoding_error
+from decant.storage.cache.parquet import DENSE, byte_range, extent, parquet_options
+from decant.storage.cache.records import (
+    committed_shards,
+    read_manifest,
+    read_plan,
+    read_record,
+    seal,
+)
 from decant.storage.files.store import Store
 
 ROW_GROUP_ROWS = 16_384
 """A row group is closed before it would grow beyond this, but never below half of it."""
 ROW_GROUP_BYTES = 1 << 24
 """The same in bytes of ids and log probs before compression: fewer rows where K is large."""
-ZSTD_LEVEL = 1
-DENSE = 0.9
-"""Share of rows that are targets from which a shard counts as dense."""
-NOISE_SLOTS = 64
-"""So many entries make the low bytes of the ids noise: zstd gains 2 % in a fifth of the reading."""
 RECORDS_AT_ONCE = 16
 """Commit records that are fetched together: on an object store each one is a round trip."""
-RECORD_NAME = re.compile(r"part-\d{6,}\.json")
 
 
 class CacheWriter:
@@ -220,14 +217,14 @@ class ShardWriter:
 
     def _flush(self) -> None:
         first = self._plan.first_sequence + sum(group[1] for group in self._groups)
-        table = codec.encode(self._buffer, first, self._layout)
+        table = rows_codec.encode(self._buffer, first, self._layout)
         self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
         if self._layout.has_logprobs and self._layout.precision != "f32":
-            decoded = codec.decode(table, self._layout).logprobs
+            decoded = rows_codec.decode(table, self._layout).logprobs
             assert decoded is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]
-            error = codec.decoding_error(np.concatenate(given), decoded)
+            error = decoding_error(np.concatenate(given), decoded)
             self._error_sum += float(error.sum())
             self._error_max = max(self._error_max, float(error.max(initial=0)))
         self._groups.append((len(table), len(self._buffer), scored))
@@ -281,7 +278,7 @@ class ShardWriter:
             whole = memoryview(source.read_buffer())
             groups = []
             for i, (num_rows, num_sequences, num_targets) in enumerate(self._groups):
-                data = _byte_range(whole, *_extent(metadata.row_group(i)))
+                data = byte_range(whole, *extent(metadata.row_group(i)))
                 groups.append(
                     RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
                 )
@@ -297,39 +294,12 @@ class ShardWriter:
                 bytes=len(whole),
                 xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
                 row_groups=tuple(groups),
-                footer=_byte_range(whole, end, len(whole)),
+                footer=byte_range(whole, end, len(whole)),
                 kl_error_mean=self._error_sum / max(targets, 1),
                 kl_error_max=self._error_max,
                 seconds=round(time.monotonic() - self._start, 3),
                 worker=f"{socket.gethostname()}:{os.getpid()}",
             )
-
-
-def parquet_options(schema: pa.Schema, dense: bool) -> dict:
-    """The physical choices of a shard, `dense` where nearly every row of it is a target.
-
-    `docs/measurements.md` says what each one is worth.
-    """
-    blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
-    floats = [f.name for f in schema if f.type == pa.float32()]
-    split = floats
-    if "num_kept" not in schema.names and "topk_logprob" in schema.names:
-        split = ["topk_logprob", *floats]  # where slots are left empty, rows compress better
-    full = "topk_mid" in schema.names and "num_kept" not in schema.names
-    noise = full and dense and schema.field("topk_lo").type.byte_width >= NOISE_SLOTS
-    plain = {"topk_lo"} if noise else set()
-    squeezed = [name for name in schema.names if name not in plain]
-    return {
-        "compression": {name: "none" if name in plain else "zstd" for name in schema.names},
-        "compression_level": dict.fromkeys(squeezed, ZSTD_LEVEL),
-        "use_dictionary": ["sequence", "sample_id"],
-        "column_encoding": {
-            **{name: "BYTE_STREAM_SPLIT" for name in split},
-            "position": "DELTA_BINARY_PACKED",
-        },
-        "write_statistics": [f.name for f in schema if f.name not in blobs],
-        "write_page_checksum": True,
-    }
 
 
 def one_line(reason: str) -> str:
@@ -356,106 +326,3 @@ def _without_targets(
         label_logprob=np.zeros(0, np.float32),
         entropy=None if layout.has_logprobs else np.zeros(0, np.float32),
     )
-
-
-def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
-    """Publish all commit records, in shard order; return the final manifest, not yet published."""
-    segment, index = publish_records(store, manifest, records)
-    return dataclasses.replace(
-        manifest,
-        totals=index.totals(),
-        records=segment,
-        rejected=tuple(islice(index.rejected(), MAX_LISTED)),
-    )
-
-
-def publish_records(
-    store: Store, manifest: Manifest, records: Iterable[CommitRecord]
-) -> tuple[Segment, ShardIndex]:
-    """Publish all commit records, in shard order, as one segment; return it and what it holds."""
-    version = manifest.format_version
-    if version == 1:
-        known = list(records)
-        segment = store.publish_segment(
-            paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
-        )
-        return segment, ShardIndex.of(known, manifest.cache_id)
-    with store.staged(paths.RECORD_INDEX) as path:
-        entries = ShardIndex.write(path, records, version)
-        data = path.read_bytes()
-    segment = Segment(
-        name=paths.RECORD_INDEX,
-        entries=entries,
-        bytes=len(data),
-        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
-    )
-    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
-
-
-def read_records(store: Store, manifest: Manifest) -> ShardIndex:
-    """The sealed commit records of a final cache. Raises FormatError if they are damaged."""
-    assert manifest.records is not None
-    where = store.path(manifest.records.name)
-    version = manifest.format_version
-    if version == 1:
-        entries = store.read_segment(manifest.records)
-        records = [CommitRecord.parse(entry, where, version) for entry in entries]
-        return ShardIndex.of(records, manifest.cache_id)
-    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where, version)
-
-
-def committed_shards(store: Store) -> set[int]:
-    """The shards that have a commit record; one listing, nothing is opened."""
-    return {
-        int(name.removeprefix("part-").removesuffix(".json"))
-        for name in store.names(paths.SHARDS)
-        if RECORD_NAME.fullmatch(name)
-    }
-
-
-def read_manifest(store: Store) -> Manifest:
-    """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
-    where = store.path(paths.MANIFEST)
-    try:
-        value = store.read_json(paths.MANIFEST)
-    except FormatError:
-        if store.exists(paths.MANIFEST):
-            raise
-        raise FormatError(f"{where} is missing: {store.url} holds no cache") from None
-    return Manifest.parse(value, where)
-
-
-def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
-    """The sealed shard plan. Raises FormatError if it is damaged."""
-    where = store.path(manifest.plan.name)
-    return [from_json(ShardPlan, entry, where) for entry in store.read_segment(manifest.plan)]
-
-
-def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
-    """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
-    name = paths.record(index)
-    where = store.path(name)
-    record = CommitRecord.parse(store.read_json(name), where, manifest.format_version)
-    if record.cache_id != manifest.cache_id or record.shard != index:
-        raise FormatError(
-            f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "
-            f"{index} of cache {manifest.cache_id}"
-        )
-    return record
-
-
-def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
-    starts, ends = [], []
-    for i in range(group.num_columns):
-        column = group.column(i)
-        start = column.data_page_offset
-        if column.has_dictionary_page:
-            start = min(start, column.dictionary_page_offset)
-        starts.append(start)
-        ends.append(start + column.total_compressed_size)
-    return min(starts), max(ends)
-
-
-def _byte_range(whole: memoryview, start: int, end: int) -> ByteRange:
-    digest = xxhash.xxh3_128(whole[start:end]).hexdigest()
-    return ByteRange(offset=start, length=end - start, xxh3_128=digest)

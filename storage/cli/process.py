@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -93,3 +94,15 @@ def interrupt_on_terminate() -> None:
             sys.__unraisablehook__(lost)
 
     sys.unraisablehook = again
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand."""
+
+    text: str
+    """Its help page; the first line stands in the list of commands."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    goes_on: bool = False
+    """Whether an interrupted run is continued by the next."""

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from decant.storage.cache import paths
+TEMPORARY_SUFFIX = ".tmp"
+"""Ends the name of what is not finished."""
 
 
 @contextlib.contextmanager
@@ -22,19 +23,25 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.lexists(final):
         raise FileExistsError(f"{target} exists already: remove it, or choose another place")
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{paths.TEMPORARY_SUFFIX}")
+    staging = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     staging.mkdir()
     try:
         yield staging
-        for path in (*staging.rglob("*"), staging):
-            _sync(path)
+        sync_tree(staging)
         os.rename(staging, final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all below it durable."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,22 +18,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-import fsspec
 import xxhash
 import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
 from decant.schemas import FormatError, Segment
 from decant.schemas.strict import canonical
-from decant.storage.cache import paths
-
-SEAL = "checksum"
-"""The field of a sealed JSON file that holds the xxh3_128 of all the others."""
-
-
-S3_ROUNDS, S3_ATTEMPTS = 2, 3
-"""Tries of s3fs, and botocore's in each: with 15 seconds to wait for an answer, 90 seconds."""
-RETRY_VARIABLES = {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}
+from decant.storage.files.durable import TEMPORARY_SUFFIX, sync
+from decant.storage.files.s3 import open_filesystem
+from decant.storage.files.sealed import SEAL, sealed
 
 
 class Busy(RuntimeError):
@@ -50,7 +43,7 @@ class Store:
         """
         self.url = str(url)
         try:
-            files, root = _open(self.url)
+            files, root = open_filesystem(self.url)
         except (ImportError, ValueError) as error:
             raise ValueError(f"cannot open {self.url}: {error}") from error
         self._file_systems = {os.getpid(): files}
@@ -66,7 +59,7 @@ class Store:
         """
         pid = os.getpid()
         if pid not in self._file_systems:
-            self._file_systems[pid], _ = _open(self.url)
+            self._file_systems[pid], _ = open_filesystem(self.url)
         return self._file_systems[pid]
 
     @contextlib.contextmanager
@@ -172,17 +165,15 @@ class Store:
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(
-                f".{target.name}.{uuid.uuid4().hex[:8]}{paths.TEMPORARY_SUFFIX}"
-            )
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
         else:
-            handle, staging = tempfile.mkstemp(paths.TEMPORARY_SUFFIX, "decant-")
+            handle, staging = tempfile.mkstemp(TEMPORARY_SUFFIX, "decant-")
             os.close(handle)
             temporary = Path(staging)
         try:
             yield temporary
             if self.is_local:
-                _sync(temporary)
+                sync(temporary)
         except OSError as error:  # Arrow names no file, for one on a full disk
             if error.errno is None or error.filename:
                 raise
@@ -194,7 +185,7 @@ class Store:
                 if new and target.exists():
                     raise FileExistsError(f"{target} exists already")
                 os.replace(temporary, target)
-                _sync(target.parent)
+                sync(target.parent)
             else:
                 with self._reaching(name):
                     self._upload(temporary, self.path(name), new)
@@ -243,7 +234,7 @@ class Store:
         if not self.is_local or not where.is_dir():
             return
         stems = None if files is None else {PurePath(file).name for file in files}
-        for leftover in where.glob(f".*{paths.TEMPORARY_SUFFIX}"):
+        for leftover in where.glob(f".*{TEMPORARY_SUFFIX}"):
             of = leftover.name.removeprefix(".").rsplit(".", 2)[0]
             if stems is None or of in stems:
                 leftover.unlink(missing_ok=True)
@@ -297,7 +288,7 @@ class Store:
 
     def publish_json(self, name: str, value: dict[str, Any], *, new: bool = False) -> None:
         """Publish an object with a checksum over its content, so that any changed byte shows."""
-        self.publish(name, _sealed(value), new=new)
+        self.publish(name, sealed(value), new=new)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read what `publish_json` wrote.
@@ -316,7 +307,7 @@ class Store:
             raise FormatError(f"{where} is damaged: no checksum inside")
         found = value.pop(SEAL)
         try:
-            again = _sealed(value)
+            again = sealed(value)
         except ValueError as error:  # a NaN or an infinity, which Python's parser lets through
             raise FormatError(f"{where} is damaged: not JSON ({error})") from None
         if again != raw:
@@ -360,36 +351,3 @@ class Store:
         reader = zstandard.ZstdDecompressor().stream_reader(data)
         for line in io.TextIOWrapper(reader, encoding="utf-8"):
             yield json.loads(line)
-
-
-def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it; one of S3 gives up a mute endpoint in time.
-
-    s3fs tries everything `retries` times on top of botocore's attempts, each of which may wait for
-    a read timeout. What fsspec's configuration or AWS_* variables say comes first.
-    """
-    options: dict[str, Any] = {"use_listings_cache": False}
-    protocol = fsspec.utils.get_protocol(url)
-    if protocol in ("s3", "s3a"):
-        given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-        if not given.keys() & {"retries"} and not RETRY_VARIABLES & os.environ.keys():
-            given = {**given, "retries": {"mode": "standard", "total_max_attempts": S3_ATTEMPTS}}
-        options["config_kwargs"] = given
-    files, root = fsspec.core.url_to_fs(url, **options)
-    if protocol in ("s3", "s3a"):
-        files.retries = S3_ROUNDS
-    return files, root
-
-
-def _sealed(value: dict[str, Any]) -> bytes:
-    assert SEAL not in value
-    sealed = {**value, SEAL: xxhash.xxh3_128(canonical(value)).hexdigest()}
-    return json.dumps(sealed, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

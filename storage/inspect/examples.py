@@ -5,7 +5,6 @@ Texts come from the `tokenizer.json` of the cache; without one they are None and
 
 import dataclasses
 import math
-import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence
 from decant.storage.cache import paths
+from decant.storage.cli.terminal import escaped, width
 from decant.storage.files.store import Store
 
 CONTEXT = 24
@@ -154,37 +154,6 @@ def context_shown(found: Target) -> str:
     if found.context is None:
         return " ".join(f"#{i}" for i in found.context_ids)
     return escaped(found.context)
-
-
-def escaped(text: str) -> str:
-    """Text on one line: line breaks and what a terminal would obey are escaped as in Python."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def width(text: str) -> int:
-    """Columns that a text takes in a terminal."""
-    return sum(_columns(c) for c in text)
-
-
-def fit(text: str, columns: int, *, right: bool = False) -> str:
-    """Exactly this many columns of a text: its start, or its end if `right`, then spaces."""
-    total = width(text)
-    if total <= columns:
-        return text + " " * (columns - total)
-    kept, left = [], columns - 1
-    for c in reversed(text) if right else text:
-        left -= _columns(c)
-        if left < 0:
-            break
-        kept.append(c)
-    cut = "…" + "".join(reversed(kept)) if right else "".join(kept) + "…"
-    return cut + " " * (columns - width(cut))
-
-
-def _columns(c: str) -> int:
-    if unicodedata.combining(c):
-        return 0
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
 
 
 def _exp(x: float) -> float:

@@ -5,19 +5,17 @@ import os
 import numpy as np
 
 from decant.storage.cache.reader import CacheReader
+from decant.storage.cli.terminal import WIDTH, clip, fit, width
 from decant.storage.files.store import Store
 from decant.storage.inspect.examples import (
     Target,
     context_shown,
     entries_shown,
-    fit,
     read_tokenizer,
     shown,
     target,
-    width,
     with_texts,
 )
-from decant.storage.inspect.text import WIDTH, clip
 
 
 def head(

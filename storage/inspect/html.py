@@ -1,13 +1,14 @@
 """The report of `inspect` as one page that opens from disk: no script, no network, plots as SVG."""
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from decant.schemas import NO_LOGPROBS
+from decant.storage.cli.terminal import megabytes
 from decant.storage.inspect import text as report_text
 from decant.storage.inspect.examples import Target, context_shown, shown
-from decant.storage.inspect.report import RANKS, Histogram, Report
+from decant.storage.inspect.report import RANKS, Report
+from decant.storage.inspect.svg import bar_chart, line_chart, share_bar
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#d8dde3;
@@ -49,7 +50,6 @@ PAGE = """<!doctype html>
 {body}
 </body></html>
 """
-LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 44, 10, 8, 22, 360, 180
 
 
 def report_html(report: Report) -> str:
@@ -94,7 +94,7 @@ def _rejected(report: Report) -> list[str]:
 
 
 def _overview(report: Report) -> str:
-    big = [("targets", f"{report.targets:,}"), ("size", report_text.megabytes(report.bytes))]
+    big = [("targets", f"{report.targets:,}"), ("size", megabytes(report.bytes))]
     if report.bytes_per_target is not None and report.times_smaller is not None:
         big.append(("bytes per target", f"{report.bytes_per_target:.1f}"))
         big.append(("times smaller than fp16 logits", f"{report.times_smaller:.1f}"))
@@ -117,7 +117,7 @@ def _size(report: Report) -> str:
             f"{size:,}",
             f"{size / report.targets:.2f}",
             f"{size / report.bytes:.1%}",
-            _share(size / report.bytes),
+            share_bar(size / report.bytes),
         )
         for name, size in report_text.columns_and_rest(report)
     ]
@@ -134,7 +134,7 @@ def _distributions(report: Report) -> str:
         )
         for name, spread, digits in report_text.spreads(report)
     ]
-    plots = [_figure(_bars(h, name), name) for name, h in report_text.histograms(report)]
+    plots = [_figure(bar_chart(h, name), name) for name, h in report_text.histograms(report)]
     return (
         "<h2>Distributions</h2>"
         + _table(("", *names), rows)
@@ -166,7 +166,7 @@ def _teacher(report: Report) -> str:
         if at.confidence is not None and at.accuracy is not None
     ]
     bins = [(f"{c:.3f}", f"{a:.3f}", f"{count:,}") for c, a, count in found]
-    plot = _lines(
+    plot = line_chart(
         [("accuracy", [(c, a) for c, a, _ in found])], y_top=1.0, x_range=(0, 1), diagonal=True
     )
     return (
@@ -189,14 +189,16 @@ def _truncation(report: Report) -> str:
             for at in curve
             if at.k in marked or at.k == report.recommended_k
         ]
-        plot = _lines(
+        plot = line_chart(
             [
                 ("forward KL", [(at.k, at.fkl) for at in curve]),
                 ("reverse KL", [(at.k, at.rkl) for at in curve]),
             ],
             log_x=True,
         )
-        mass = _lines([("mass", [(at.k, at.retained_mass) for at in curve])], y_top=1.0, log_x=True)
+        mass = line_chart(
+            [("mass", [(at.k, at.retained_mass) for at in curve])], y_top=1.0, log_x=True
+        )
         text += (
             '<p class="soft">What a smaller k would cost, in nats per target, to a student that '
             "knows only the first k entries and the mass of the rest.</p>"
@@ -237,7 +239,7 @@ def _worst(report: Report) -> str:
 def _speed(report: Report) -> str:
     rates = report.dump_speed.shard_rates
     points = [(float(i), rate) for i, rate in enumerate(rates)]
-    plot = _lines([("targets/s", points)], x_ticks=("first shard", "last shard"))
+    plot = line_chart([("targets/s", points)], x_ticks=("first shard", "last shard"))
     rows = [
         (
             escape(at.worker),
@@ -269,89 +271,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") 
 
 def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _share(share: float) -> str:
-    width = 120
-    return (
-        f'<svg viewBox="0 0 {width} 10" style="width:{width}px" aria-hidden="true">'
-        f'<rect class="one" width="{width * max(share, 0):.1f}" height="10"/></svg>'
-    )
-
-
-def _svg(content: str, label: str, low: str, high: str, top: str) -> str:
-    """A frame with three labels: both ends of the x axis and the top of the y axis."""
-    base = HEIGHT - BOTTOM
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f'<path class="axis" d="M{LEFT} {TOP}V{base}H{WIDTH - RIGHT}"/>{content}'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{low}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{high}</text>'
-        f'<text x="{LEFT - 4}" y="{TOP + 9}" text-anchor="end">{top}</text>'
-        f'<text x="{LEFT - 4}" y="{base}" text-anchor="end">0</text></svg>'
-    )
-
-
-def _bars(histogram: Histogram, label: str) -> str:
-    """Bins side by side in equal widths, the share of all values as height."""
-    total, top = sum(histogram.counts), max(histogram.counts)
-    step = (WIDTH - LEFT - RIGHT) / len(histogram.counts)
-    base, tall = HEIGHT - BOTTOM, HEIGHT - BOTTOM - TOP
-    bars = "".join(
-        f'<rect class="one" x="{LEFT + i * step + 0.5:.1f}" y="{base - tall * count / top:.1f}" '
-        f'width="{max(step - 1, 0.5):.1f}" height="{tall * count / top:.1f}">'
-        f"<title>{low:.4g} to {high:.4g}: {count:,} ({count / total:.2%})</title></rect>"
-        for i, (count, low, high) in enumerate(
-            zip(histogram.counts, histogram.edges, histogram.edges[1:], strict=False)
-        )
-    )
-    ends = (f"{histogram.edges[0]:.4g}", f"{histogram.edges[-1]:.4g}")
-    return _svg(bars, label, *ends, f"{top / total:.0%}")
-
-
-def _lines(
-    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    *,
-    y_top: float | None = None,
-    x_range: tuple[float, float] | None = None,
-    x_ticks: tuple[str, str] | None = None,
-    log_x: bool = False,
-    diagonal: bool = False,
-) -> str:
-    """Lines through points; y starts at 0."""
-    points = [point for _, line in series for point in line]
-    low, high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
-    top = y_top or max(y for _, y in points) or 1.0
-    tall, broad = HEIGHT - BOTTOM - TOP, WIDTH - LEFT - RIGHT
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        if log_x:
-            part = math.log(x / low) / (math.log(high / low) or 1)
-        else:
-            part = (x - low) / ((high - low) or 1)
-        return LEFT + broad * part, TOP + tall * (1 - min(y / top, 1))
-
-    content = ""
-    if diagonal:
-        content += f'<path class="axis" d="M{LEFT} {TOP + tall}L{LEFT + broad} {TOP}"/>'
-    for name, line in zip(("one", "two"), series, strict=False):
-        label, values = line
-        radius = 2.5 if len(values) <= 32 else 1.2
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*value) for value in values))
-        content += f'<polyline class="line {name}" points="{path}"/>'
-        for x, y in values:
-            at = place(x, y)
-            content += (
-                f'<circle class="{name}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{radius}">'
-                f"<title>{escape(label)} at {x:.4g}: {y:.4g}</title></circle>"
-            )
-    ticks = x_ticks or (f"{low:.4g}", f"{high:.4g}")
-    return _svg(content, ", ".join(name for name, _ in series), *ticks, _short(top))
-
-
-def _short(value: float) -> str:
-    """A number that fits beside an axis."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"

@@ -4,18 +4,11 @@ import math
 from collections.abc import Sequence
 
 from decant.schemas import NO_LOGPROBS, Rejected
-from decant.storage.inspect.examples import (
-    Target,
-    context_shown,
-    entries_shown,
-    fit,
-    shown,
-    width,
-)
+from decant.storage.cli.terminal import WIDTH, clip, fit, megabytes, width
+from decant.storage.inspect.examples import Target, context_shown, entries_shown, shown
 from decant.storage.inspect.report import RANKS, Histogram, Report, Spread
 from decant.storage.inspect.truncation_cost import TOLERANCE
 
-WIDTH = 100
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -342,13 +335,3 @@ def dump_line(report: Report) -> str:
         f"{report.dump_seconds:,.0f} s of {report.workers} worker process"
         f"{'es' if report.workers != 1 else ''}, {report.targets_per_second:,.0f} targets/s each"
     )
-
-
-def megabytes(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
-
-
-def clip(text: str, columns: int = WIDTH) -> str:
-    """At most this many columns of a text, on one line."""
-    return fit(" ".join(text.split()), columns).rstrip()

@@ -1,42 +1,16 @@
 """The configuration of a training run: one frozen tree, the important fields first."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from decant.student_train.config.evaluation import EvalConfig
 from decant.student_train.config.loss import LossConfig
+from decant.student_train.config.mixture import CacheShare
 from decant.student_train.config.schedule import values_of
-from decant.student_train.data.mixture import CacheShare
-from decant.student_train.evaluation.answers import ROUGE, GenerationConfig
-from decant.student_train.evaluation.heldout_sums import NAMES
-from decant.student_train.model.adapters import AdapterConfig
+from decant.student_train.config.student import AdapterConfig, StudentConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 PACKINGS = ("none", "rows", "padding_free")
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
-class StudentConfig:
-    """The student: a pretrained model, or a fresh one from a configuration."""
-
-    path: str = ""
-    """Directory or hub id of a pretrained causal LM; its tokenizer must be the teacher's."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Instead of a path: fields of a transformers configuration with its model_type, for random
-    initialisation. vocab_size is the cache's unless given."""
-    dtype: str = "float32"
-    """Dtype of the weights: float32 | bfloat16 | float16."""
-    attention: str = ""
-    """Attention implementation of transformers, for example sdpa, eager or flash_attention_2; its
-    own choice if empty."""
-
-    def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.config):
-            raise ValueError("student needs either a path or a config, not both, not neither")
-        if self.config and "model_type" not in self.config:
-            raise ValueError("student.config needs a model_type, for example llama")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"student.dtype {self.dtype!r} is not float32, bfloat16 or float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,54 +46,6 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.min_lr_ratio must lie in [0, 1]: {self.min_lr_ratio}")
         if self.schedule == "constant" and self.min_lr_ratio:
             raise ValueError("optimizer.min_lr_ratio has no effect with schedule constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluation on held-out targets, from a cache: no teacher."""
-
-    cache: str = ""
-    """A held-out cache of the same teacher tokenizer."""
-    heldout_fraction: float = 0.0
-    """Instead of a cache: this share of the training cache's sequences is never trained on."""
-    every_steps: int = 0
-    """Also evaluate every so many steps; 0 = only at the end."""
-    batch_size: int = 16
-    """Sequences per batch and process."""
-    keep_best: str = ""
-    """A figure of the evaluation, for example heldout_ce: the saved student is then the one with
-    the best, not the last; also `figure/name` for one cache of a mixture."""
-    patience: int = 0
-    """Stop when so many evaluations were no better than the best; 0 = never."""
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """Prompts to answer at every evaluation."""
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether there are held-out targets."""
-        return bool(self.cache or self.heldout_fraction)
-
-    def __post_init__(self) -> None:
-        if self.cache and self.heldout_fraction:
-            raise ValueError("eval.cache and eval.heldout_fraction exclude each other")
-        if not 0 <= self.heldout_fraction < 1:
-            raise ValueError(f"eval.heldout_fraction must lie in [0, 1): {self.heldout_fraction}")
-        if self.every_steps < 0 or self.batch_size < 1:
-            raise ValueError("eval.every_steps must be >= 0 and eval.batch_size >= 1")
-        if self.every_steps and not (self.has_targets or self.generation.path):
-            raise ValueError(
-                "eval.every_steps needs eval.cache, eval.heldout_fraction or eval.generation.path"
-            )
-        figures = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
-        if self.keep_best and self.keep_best.split("/")[0] not in figures:
-            raise ValueError(
-                f"eval.keep_best {self.keep_best!r} is not among the figures of this evaluation: "
-                f"{', '.join(figures) or 'there are none'}"
-            )
-        if self.keep_best and not self.every_steps:
-            raise ValueError("eval.keep_best has no effect without eval.every_steps")
-        if self.patience < 0 or (self.patience and not self.keep_best):
-            raise ValueError("eval.patience must be >= 0, and needs eval.keep_best")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -18,37 +17,11 @@ from numpy.typing import NDArray
 
 from decant.schemas import NO_LOGPROBS, Layout
 from decant.storage import CacheReader, StoredRows
-from decant.storage.cache.rows import decode_logprobs
-from decant.student_train.config.loss import Weight
-from decant.student_train.config.schedule import values_of
+from decant.storage.cache.logprobs import decode_logprobs
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.stream import SequenceStream, temperature_indices
 
 MAX_PERIOD = 100_000
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
-class CacheShare:
-    """One cache of a mixture."""
-
-    cache: str
-    """Directory or fsspec URL."""
-    weight: float
-    """Its share of the sequences, relative to the other weights."""
-    kd_weight: Weight | None = None
-    """Weight of the divergence on its targets, in place of loss.kd_weight."""
-    ce_weight: Weight | None = None
-    """Weight of the cross-entropy on its targets, in place of loss.ce_weight."""
-
-    def __post_init__(self) -> None:
-        if not self.cache:
-            raise ValueError("mixture: every entry needs a cache")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"mixture: weight of {self.cache} must be > 0, found {self.weight}")
-        for name in ("kd_weight", "ce_weight"):
-            value = getattr(self, name)
-            if value is not None and min(values_of(value)) < 0:
-                raise ValueError(f"mixture: {name} of {self.cache} must be >= 0, found {value}")
 
 
 def interleaving(weights: Sequence[float]) -> NDArray[np.int16]:

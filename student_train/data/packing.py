@@ -8,27 +8,19 @@ across steps: the same sequences go into a step whatever `packing` is.
 Shapes: B sequences, R rows, L length of a row, N targets.
 """
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from decant.student_train.data.batch import Batch, PackedTargets
-from decant.student_train.model.head import attention_of, probing
 
 log = logging.getLogger(__name__)
 
 BY_POSITION = ("input_ids", "attention_mask")
 """Tensors of a padded batch whose second axis are positions."""
-
-PROBED_LENGTHS = (9, 7)
-POSITION_TOLERANCE = 0.1
-"""Of the hidden states: 16-bit weights round, places that were not counted anew change far more."""
 
 
 def arrange(microbatches: list[Batch], packing: str) -> list[Batch]:
@@ -183,93 +175,3 @@ def _target_bounds(batch: Batch) -> list[int]:
     owner = batch.predictors // batch.input_ids.shape[1]
     counts = torch.bincount(owner, minlength=len(batch.sample_ids))
     return [0, *counts.cumsum(0).tolist()]
-
-
-def packing_refused(student: PreTrainedModel, packing: str) -> ValueError | None:
-    """Why packed sequences are not to the student as if they were alone; None if they are.
-
-    Rows end in the same sequence behind another one. What comes out for it must have no gradient
-    at all at what stands before it, and be what comes out for it alone. The student is asked in the
-    form and on the device that training will use.
-    """
-    if packing == "none":
-        return None
-    if packing == "rows" and "flash" in attention_of(student):
-        return _refusal(student, packing, "flash attention takes packed sequences in one row only")
-    device = student.get_input_embeddings().weight.device
-    first, second = PROBED_LENGTHS
-    tokens = torch.arange(1, first + second + 1, device=device)
-    tokens %= student.config.get_text_config().vocab_size
-    counts = torch.arange(first, device=device)
-    num_rows = 2 if packing == "rows" else 1
-    rows = tokens.expand(num_rows, -1)
-    positions = torch.cat([counts, counts[:second]]).expand(num_rows, -1)
-    try:
-        with probing(student), _embedding(student) as embedded:
-            packed = student.base_model(input_ids=rows, position_ids=positions, use_cache=False)[0]
-            seen = packed[:, first:].float()
-            ramp = torch.linspace(-1, 1, seen[0].numel(), device=device).view_as(seen[0])
-            (slope,) = torch.autograd.grad((seen * ramp).sum(), embedded[-1])
-            alone = student.base_model(input_ids=tokens[None, first:], use_cache=False)[0]
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        return _refusal(student, packing, f"it refuses position ids: {error}")
-    if not slope[:, first:].isfinite().all():
-        return None  # a broken student is for the loss to find
-    if slope[:, :first].any() or not slope[:, first:].any():
-        return _refusal(student, packing, "a sequence sees the one before it in its row")
-    if (seen - alone.float()).norm() > POSITION_TOLERANCE * seen.norm():
-        return _refusal(student, packing, "a sequence comes out otherwise than alone")
-    return None
-
-
-def refuse_sight_of_later_tokens(student: PreTrainedModel) -> None:
-    """Raise ValueError if what comes out at a place has a gradient at a later one.
-
-    An encoder would be trained to copy the very token it is asked for. A student that cannot be
-    asked, or puts out no numbers, is for the loss to find.
-    """
-    device = student.get_input_embeddings().weight.device
-    first, second = PROBED_LENGTHS
-    tokens = torch.arange(1, first + second + 1, device=device).unsqueeze(0)
-    tokens %= student.config.get_text_config().vocab_size
-    try:
-        with probing(student), _embedding(student) as embedded:
-            seen = student.base_model(input_ids=tokens, use_cache=False)[0][:, :first].float()
-            ramp = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen)
-            (slope,) = torch.autograd.grad((seen * ramp).sum(), embedded[-1])
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        log.info("student %s: not asked whether it is causal: %s", type(student).__name__, error)
-        return
-    if slope.isfinite().all() and slope[:, first:].any():
-        raise ValueError(
-            f"the student sees later tokens: {type(student).__name__} is no causal language model "
-            "as configured; for BERT-like models set is_decoder: true"
-        )
-
-
-@contextlib.contextmanager
-def _embedding(student: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """What the input embedding puts out, call by call, as leaves that take gradients."""
-    embedded: list[Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    hook = student.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            yield embedded
-    finally:
-        hook.remove()
-
-
-def _refusal(student: PreTrainedModel, packing: str, reason: str) -> ValueError:
-    other = {
-        "rows": "packing: padding_free, which flash attention needs, or packing: none",
-        "padding_free": "packing: rows, or packing: none",
-    }[packing]
-    return ValueError(
-        f"packing {packing!r} does not keep sequences apart in {type(student).__name__} with "
-        f"attention {attention_of(student)!r}: {reason}. Use {other}"
-    )

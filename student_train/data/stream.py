@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from decant.schemas import Layout
 from decant.storage import CacheReader, StoredRows
-from decant.student_train.data.batch import Batch, collate
+from decant.student_train.data.batch import Batch
+from decant.student_train.data.collate import collate
 from decant.student_train.data.order import CacheOrder, Entry
 
 BATCHES_AHEAD = 2
@@ -270,46 +271,6 @@ class CacheStream(SequenceStream):
 
     def _load(self, visit: tuple[int, ...]) -> StoredRows:
         return self.reader.read_stored(self.reader.row_groups()[visit[1]])
-
-
-def heldout_batches(
-    stream: CacheStream,
-) -> Iterator[tuple[Batch, bool]]:
-    """One pass over a stream's part in stored order: this rank's batches, and whether each counts.
-
-    Every rank gets the same number of batches; a batch that does not count repeats an earlier one,
-    so that models which communicate in their forward stay in step.
-    """
-    share = -(-stream.num_sequences // (stream.batch_size * stream.world_size))
-    given = 0
-    pending: list[Found] = []
-    batch: Batch | None = None
-    position = 0
-    for group, where in enumerate(stream.reader.row_groups()):
-        members = stream.order.members(group)
-        if not len(members):
-            continue
-        rows = stream.reader.read_stored(where)
-        for index in members.tolist():
-            found = Found(rows, index, 0)
-            if position // stream.batch_size % stream.world_size == stream.rank:
-                pending.append(found)
-            elif batch is None:  # a rank without a share still needs something to repeat
-                batch = stream.collate([found])
-            position += 1
-            if len(pending) == stream.batch_size:
-                batch = stream.collate(pending)
-                pending = []
-                given += 1
-                yield batch, True
-    if pending:
-        batch = stream.collate(pending)
-        given += 1
-        yield batch, True
-    while given < share:
-        assert batch is not None
-        given += 1
-        yield batch, False
 
 
 def temperature_indices(

@@ -5,7 +5,6 @@ rouge_score is imported here alone, and only when generation is asked for.
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
+from decant.student_train.config.evaluation import ROUGE, GenerationConfig
+
 GENERATIONS = "generations.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
-class GenerationConfig:
-    """Prompts to answer at every evaluation, with references to compare the answers with."""
-
-    path: str = ""
-    """JSON lines with `prompt` and `response`; none = nothing is generated."""
-    num_samples: int = 0
-    """How many of the prompts, from the first on; 0 = all."""
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-    do_sample: bool = False
-    """Draw the answers, with the same random numbers each time; false takes the most probable
-    token at every place."""
-    temperature: float = 1.0
-    """Softmax temperature of drawn answers."""
-    top_p: float = 1.0
-    """Drawn answers keep to the smallest set of tokens with this mass."""
-    batch_size: int = 8
-    """Prompts at once, per process."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
-            raise ValueError(
-                "eval.generation needs num_samples >= 0, max_new_tokens >= 1 and batch_size >= 1"
-            )
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError("eval.generation needs temperature > 0 and 0 < top_p <= 1")
-        if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
-            raise ValueError(
-                "eval.generation: temperature and top_p have no effect without do_sample"
-            )
-        others = (self.num_samples, self.max_new_tokens, self.do_sample, self.batch_size)
-        if not self.path and others != (0, 128, False, 8):
-            raise ValueError("eval.generation: the other keys have no effect without path")
 
 
 class Generation:

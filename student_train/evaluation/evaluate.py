@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from decant.student_train.config.loss import LossTerms
-from decant.student_train.data.stream import CacheStream, heldout_batches
+from decant.student_train.data.heldout import heldout_batches
+from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.evaluation.heldout_sums import Figures
 

@@ -19,11 +19,6 @@ from decant.student_train.losses.targets import MASKED_LOGIT
 NUM_BINS = 15
 """Equal-width bins of confidence in [0, 1] for the calibration error."""
 CHUNK_BYTES = 64 * 2**20
-HIGHER_IS_BETTER = ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper")
-NAMES = (
-    *("heldout_ce", "heldout_perplexity", "heldout_divergence", "heldout_loss", "teacher_ce"),
-    *("ece", *HIGHER_IS_BETTER),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,7 +6,6 @@ of whose weights are frozen.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-QUANTIZATIONS = ("", "4bit", "8bit")
+from decant.student_train.config.student import AdapterConfig
+
 WEIGHTS = "adapter.safetensors"
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
-class AdapterConfig:
-    """LoRA on a student whose own weights stay as they are."""
-
-    r: int = 0
-    """Rank; 0 = no adapter, all weights are trained."""
-    alpha: int = 16
-    """Scale of the adapter is alpha / r."""
-    dropout: float = 0.0
-    """Dropout before the adapter."""
-    target_modules: list[str] = field(default_factory=list)
-    """Names of the linear layers that get one, for example [q_proj, v_proj]; none = all of them
-    but the head."""
-    quantization: str = ""
-    """4bit (NF4) or 8bit: hold the frozen weights so, through bitsandbytes (QLoRA)."""
-    merge: bool = True
-    """Save a student with the adapter merged into its weights; false saves the adapter alone."""
-
-    def __post_init__(self) -> None:
-        if self.r < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"adapter needs r >= 0, alpha > 0 and 0 <= dropout < 1, found r {self.r}, "
-                f"alpha {self.alpha}, dropout {self.dropout}"
-            )
-        if self.quantization not in QUANTIZATIONS:
-            raise ValueError(
-                f"adapter.quantization {self.quantization!r} is not one of {QUANTIZATIONS}"
-            )
-        others = (self.alpha, self.dropout, self.target_modules, self.quantization, self.merge)
-        if self.r == 0 and others != (16, 0.0, [], "", True):
-            raise ValueError("adapter: the other keys have no effect without r above 0")
 
 
 def load_options(config: AdapterConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,6 @@ capped (probed on the model, not assumed) go through the model's logits instead.
 Shapes: B sequences, L length, H hidden, N targets, V vocabulary.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 
 from decant.student_train.config.loss import LossConfig, LossTerms
 from decant.student_train.data.batch import Batch
-from decant.student_train.data.packing import refuse_sight_of_later_tokens
 from decant.student_train.evaluation.heldout_sums import Figures, figures_of_chunks
 from decant.student_train.losses import (
     SparseTargets,
@@ -27,6 +25,8 @@ from decant.student_train.losses import (
 from decant.student_train.losses.fused import FusedLoss
 from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
+from decant.student_train.model.hooks import Sealed, call_as, opened
+from decant.student_train.model.probes import refuse_sight_of_later_tokens
 from decant.student_train.model.student import layer_classes
 
 log = logging.getLogger(__name__)
@@ -77,23 +77,23 @@ class Distiller(nn.Module):
         `terms` are the numbers of the step, by default those at the begin of a run.
         """
         terms = terms or self.loss.at(0, 1)
-        return _opened(super().__call__(_Sealed((batch, terms)), num_targets))
+        return opened(super().__call__(Sealed((batch, terms)), num_targets))
 
     def figures(self, batch: Batch, terms: LossTerms) -> Figures:
         """What the student is worth on a batch; logits are held for some targets at a time."""
-        _, out = super().__call__(_Sealed((batch, terms)), measure=True)
+        _, out = super().__call__(Sealed((batch, terms)), measure=True)
         return out.content
 
     def forward(
-        self, batch: "_Sealed", num_targets: float | None = None, measure: bool = False
-    ) -> "tuple[Tensor, _Sealed]":
+        self, batch: "Sealed", num_targets: float | None = None, measure: bool = False
+    ) -> "tuple[Tensor, Sealed]":
         """What `__call__` or `figures` gives, sealed, and the loss for hooks to see."""
         content, terms = batch.content
         if measure:
             figures = self._figures(content, terms)
-            return figures.loss, _Sealed(figures)
+            return figures.loss, Sealed(figures)
         out = self._loss(content, terms, num_targets)
-        return out.loss, _Sealed(out)
+        return out.loss, Sealed(out)
 
     def _loss(self, batch: Batch, terms: LossTerms, num_targets: float | None) -> FusedLoss:
         inputs = _inputs(batch)
@@ -170,9 +170,9 @@ class Distiller(nn.Module):
         def of_student() -> Any:
             hidden_BLH = self.student.base_model(**inputs).last_hidden_state
             hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, batch.predictors)
-            return _call_as(head, at_head, hidden_NH)
+            return call_as(head, at_head, hidden_NH)
 
-        return _call_as(self.student, of_student)
+        return call_as(self.student, of_student)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
@@ -192,43 +192,3 @@ def _weights(weights: tuple[float, ...], batch: Batch) -> float | Tensor:
     assert batch.source is not None
     table = torch.tensor(weights, device=batch.source.device)
     return table.index_select(0, batch.source)
-
-
-class _Sealed:
-    """Keeps a batch or a loss in float32.
-
-    FSDP2's mixed precision casts the float tensors of every argument and result that it can look
-    into, dataclasses too: a teacher's log probs would be rounded to 16 bits on their way in.
-    """
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-def _opened(out: tuple[Tensor, _Sealed]) -> FusedLoss:
-    """The loss behind a module's hooks: ZeRO-3 gathers in the backward of what it hands out."""
-    loss, content = out[0], out[1].content
-    is_cast = loss.dtype != content.loss.dtype
-    return content if is_cast else dataclasses.replace(content, loss=loss)
-
-
-def _call_as(module: nn.Module, forward: Callable[..., Any], *args: Tensor) -> Any:
-    """Return `module(*args)` with `forward` in place of its own.
-
-    So the module's hooks run around it: FSDP2 gathers a module's parameters before its forward and
-    frees them after, wherever the module was sharded.
-    """
-
-    def sealed(*args: Tensor) -> tuple[Tensor, _Sealed]:
-        out = forward(*args)
-        return out.loss, _Sealed(out)
-
-    own = module.__dict__.get("forward")
-    module.forward = sealed
-    try:
-        return _opened(module(*args))
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

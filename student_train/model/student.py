@@ -18,7 +18,7 @@ from transformers import (
 from decant.schemas import check_same_tokenizer
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
-from decant.student_train.config.run import StudentConfig
+from decant.student_train.config.student import StudentConfig
 
 OLDER_NAMES = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),

@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from decant.student_train.evaluation.answers import ROUGE
-from decant.student_train.evaluation.heldout_sums import HIGHER_IS_BETTER
+from decant.storage.files.durable import sync_tree
+from decant.student_train.config.evaluation import HIGHER_IS_BETTER, ROUGE
 from decant.student_train.outputs.metrics import METRICS
-from decant.student_train.outputs.save import sync_tree
 from decant.student_train.runtime.distributed import of_first_process
 
 BEST = "best"

@@ -11,9 +11,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from decant.storage.files.durable import sync, sync_tree
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
-from decant.student_train.outputs.save import sync, sync_tree
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from accelerate import PartialState
 from huggingface_hub import EvalResult, ModelCardData
 
 from decant.schemas import Manifest
+from decant.student_train.config.evaluation import NAMES, ROUGE
 from decant.student_train.config.run import TrainConfig
-from decant.student_train.evaluation.answers import ROUGE
-from decant.student_train.evaluation.heldout_sums import NAMES, NUM_BINS
+from decant.student_train.evaluation.heldout_sums import NUM_BINS
 
 MEANINGS = {
     "heldout_ce": "cross-entropy of the actual tokens, nats per token",

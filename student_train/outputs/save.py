@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from decant.storage.files.durable import sync, sync_tree
 from decant.student_train.model.adapters import merged, save_adapter
 
 STUDENT = "student"
@@ -62,18 +63,3 @@ def save_summary(record: dict[str, Any], output: Path) -> None:
     sync(temporary)
     os.replace(temporary, output / SUMMARY)
     sync(output)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a folder and all below it durable."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,72 +5,13 @@ its prompt, its seed and the settings; what else runs beside it may move it by r
 that equal calls give equal answers.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig
+from decant.schemas import Truncation
+from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.seam import Engine, EngineError, Generator, Sampling
 
 GENERATING_ENGINES = ("transformers", "vllm")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How every response is sampled."""
-
-    temperature: float
-    """Divides the logits; 0 takes the most probable token."""
-    top_p: float
-    """Draw from the smallest set of most probable tokens whose mass, after the temperature, reaches
-    this; 1 is all."""
-    stop_ids: tuple[int, ...]
-    """A response ends with the first of these, which is part of it."""
-    vocab_size: int
-    """Ids from here on are padding of the output layer and never drawn."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prompt:
-    """What one response is asked of."""
-
-    token_ids: NDArray[np.int32]
-    """[P], P >= 1."""
-    max_new_tokens: int
-    """At least 1; P + max_new_tokens is at most the generator's max_length."""
-    seed: int
-    """Of this response, in [0, 2^63)."""
-    name: str = "a prompt"
-    """What an error calls it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Response:
-    """One sampled response."""
-
-    token_ids: NDArray[np.int32]
-    """[R], 1 <= R <= max_new_tokens; the stop token is included if it was drawn."""
-    finish_reason: str
-    """stop (the last token is one of `stop_ids`) | length."""
-
-
-class Generator(Protocol):
-    """A loaded teacher that samples."""
-
-    def generate(self, prompts: Sequence[Prompt]) -> list[Response]:
-        """One response per prompt, in the order given.
-
-        The same prompts in the same order give the same responses, in another process too. Raises
-        EngineError, which names the prompt where that is known, if the teacher gives no usable
-        logits.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free the teacher."""
-        ...
 
 
 def open_generator(
@@ -101,3 +42,45 @@ def open_generator(
             f"{GENERATING_ENGINES}, and score with another engine from the cache's generated text"
         )
     return chosen(config, model_path, sampling=sampling, max_length=max_length)
+
+
+def open_engine(
+    config: TeacherConfig,
+    model_path: str,
+    *,
+    vocab_size: int,
+    truncation: Truncation,
+    temperatures: tuple[float, ...],
+    max_length: int,
+) -> Engine:
+    """Load the teacher at local directory `model_path` behind the configured engine.
+
+    With engine http, `model_path` is the fingerprint that the teacher must have.
+
+    `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
+    `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
+    not installed or cannot give this truncation or these temperatures.
+    """
+    if truncation.slots > vocab_size:
+        raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
+    chosen: Callable[..., Engine]
+    if config.engine == "vllm":
+        from decant.teacher_dump.engines.vllm.engine import VllmEngine
+
+        chosen = VllmEngine
+    elif config.engine == "http":
+        from decant.teacher_dump.engines.http.engine import HttpEngine
+
+        chosen = HttpEngine
+    else:
+        from decant.teacher_dump.engines.transformers.engine import TransformersEngine
+
+        chosen = TransformersEngine
+    return chosen(
+        config,
+        model_path,
+        vocab_size=vocab_size,
+        truncation=truncation,
+        temperatures=temperatures,
+        max_length=max_length,
+    )

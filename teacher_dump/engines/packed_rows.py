@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from decant.schemas import ScoredSequence, Truncation, from_json, to_json
 from decant.teacher_dump.engines.sparsify import Sparse
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,4 +99,25 @@ def unpack(
         log_tail=log_tail,
         label_logprob=label[:, 0],
         entropy=entropy[0][:, 0] if entropy else None,
+    )
+
+
+def scored_sequence(sequence: TokenSequence, sparse: Sparse) -> ScoredSequence:
+    """Join a token sequence with the distributions of its targets."""
+
+    def array(value: Tensor) -> np.ndarray:
+        return value.cpu().numpy()
+
+    return ScoredSequence(
+        sample_id=sequence.sample_id,
+        input_ids=sequence.input_ids,
+        is_target=sequence.is_target,
+        positions=np.flatnonzero(sequence.is_target).astype(np.int32),
+        token_ids=array(sparse.token_ids),
+        logprobs=array(sparse.logprobs),
+        draws=None if sparse.draws is None else array(sparse.draws),
+        log_z=array(sparse.log_z),
+        log_tail=array(sparse.log_tail),
+        label_logprob=array(sparse.label_logprob),
+        entropy=None if sparse.entropy is None else array(sparse.entropy),
     )

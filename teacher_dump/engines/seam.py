@@ -1,16 +1,14 @@
 """What every teacher engine offers, how it is configured, and how one is opened."""
 
-import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from decant.schemas import ScoredSequence, Truncation
-from decant.teacher_dump.inputs.sequences import TokenSequence
+import numpy as np
+from numpy.typing import NDArray
 
-ENGINES = ("transformers", "vllm", "http")
-QUANTIZATIONS = ("", "bnb-4bit", "bnb-8bit")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from decant.schemas import ScoredSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 
 class EngineError(ValueError):
@@ -49,112 +47,6 @@ def not_finite(sequence: TokenSequence, index: int) -> SequenceError:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
-    """The teacher and the engine that runs it."""
-
-    path: str = ""
-    """Directory of a causal language model in transformers format, or a hub id; not with http."""
-    revision: str = ""
-    """Branch, tag or commit of a hub id."""
-    tokenizer: str = ""
-    """Path of the tokenizer; the teacher's own by default. "none": the source holds ready ids."""
-    engine: str = "transformers"
-    """transformers | vllm | http (a teacher that `python -m teacher_dump serve` offers)."""
-    dtype: str = "auto"
-    """Computation dtype: auto (as saved) | float32 | bfloat16 | float16."""
-    device: str = "auto"
-    """transformers: a torch device, or auto (GPUs if there are any, through accelerate)."""
-    attention: str = ""
-    """transformers: attention implementation (sdpa, eager, flash_attention_2); "" = its default."""
-    max_batch_tokens: int = 8192
-    """Tokens per forward, padding included; also bounds memory. http: tokens per request."""
-    quantization: str = ""
-    """transformers: bnb-4bit (nf4) | bnb-8bit (LLM.int8), while loading; "" = as saved."""
-    max_memory: dict[str, str] = field(default_factory=dict)
-    """transformers: weights per device at most, {"0": 20GiB, cpu: 60GiB}; what is left goes to
-    offload_folder."""
-    offload_folder: str = ""
-    """transformers: directory for weights that no memory holds, read at each forward."""
-    tensor_parallel: int = 1
-    """vllm: GPUs over which every layer is split."""
-    endpoints: tuple[str, ...] = ()
-    """http: URLs of services that offer the same teacher; the work is spread over them."""
-    api_key_env: str = ""
-    """http: environment variable that holds the services' API key."""
-    requests: int = 4
-    """http: requests in flight per endpoint; with max_batch_tokens they bound the memory."""
-    wait_seconds: float = 300.0
-    """http: how long no endpoint may answer before the job gives up."""
-
-    def __post_init__(self) -> None:
-        if self.engine == "http":
-            self._check_http()
-        elif self.endpoints or self.api_key_env or self.requests != 4 or self.wait_seconds != 300:
-            raise ValueError(
-                "teacher.endpoints, api_key_env, requests and wait_seconds have no effect with "
-                f"engine {self.engine}"
-            )
-        elif not self.path:
-            raise ValueError("teacher.path is empty; it must name a model")
-        if self.tensor_parallel < 1:
-            raise ValueError(f"teacher.tensor_parallel is {self.tensor_parallel}, must be >= 1")
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(f"teacher.tensor_parallel has no effect with engine {self.engine}")
-        for name, allowed in (("engine", ENGINES), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"teacher.{name} {getattr(self, name)!r} is not one of {allowed}")
-        if self.max_batch_tokens < 1:
-            raise ValueError(f"teacher.max_batch_tokens is {self.max_batch_tokens}, must be >= 1")
-        if self.quantization not in QUANTIZATIONS:
-            raise ValueError(
-                f"teacher.quantization {self.quantization!r} is not one of {QUANTIZATIONS}"
-            )
-        placed = bool(self.max_memory or self.offload_folder)
-        if self.engine != "transformers" and (
-            self.attention or self.device != "auto" or self.quantization or placed
-        ):
-            raise ValueError(
-                "teacher.attention, device, quantization, max_memory and offload_folder have no "
-                f"effect with engine {self.engine}"
-            )
-        if self.device.partition(":")[0] == "meta":
-            raise ValueError("teacher.device meta holds no weights: use cpu, cuda, or auto")
-        if placed and self.device != "auto":
-            raise ValueError(
-                "teacher.max_memory and offload_folder have no effect with "
-                f"teacher.device {self.device}: leave it auto"
-            )
-
-    def _check_http(self) -> None:
-        if self.path or self.revision:
-            raise ValueError(
-                "teacher.path and revision have no effect with engine http: the services at "
-                "teacher.endpoints say which teacher they offer"
-            )
-        if not self.endpoints:
-            raise ValueError("teacher.engine http needs teacher.endpoints: [http://host:port, ...]")
-        for url in self.endpoints:
-            try:
-                parts = urllib.parse.urlsplit(url)
-                known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            except ValueError as error:  # in the port
-                raise ValueError(f"teacher.endpoints: {url!r}: {error}") from error
-            if not known:
-                raise ValueError(f"teacher.endpoints: {url!r} is not http://host:port")
-            if parts.username or parts.password:
-                raise ValueError(
-                    "teacher.endpoints: a URL holds a password; name an environment variable in "
-                    "teacher.api_key_env"
-                )
-        if len({url.rstrip("/") for url in self.endpoints}) < len(self.endpoints):
-            raise ValueError("teacher.endpoints names an endpoint twice")
-        if self.requests < 1:
-            raise ValueError(f"teacher.requests is {self.requests}, must be >= 1")
-        if self.wait_seconds < 0:
-            raise ValueError(f"teacher.wait_seconds is {self.wait_seconds}, must be >= 0")
-
-
 class Engine(Protocol):
     """A loaded teacher."""
 
@@ -175,43 +67,57 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(
-    config: TeacherConfig,
-    model_path: str,
-    *,
-    vocab_size: int,
-    truncation: Truncation,
-    temperatures: tuple[float, ...],
-    max_length: int,
-) -> Engine:
-    """Load the teacher at local directory `model_path` behind the configured engine.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How every response is sampled."""
 
-    With engine http, `model_path` is the fingerprint that the teacher must have.
+    temperature: float
+    """Divides the logits; 0 takes the most probable token."""
+    top_p: float
+    """Draw from the smallest set of most probable tokens whose mass, after the temperature, reaches
+    this; 1 is all."""
+    stop_ids: tuple[int, ...]
+    """A response ends with the first of these, which is part of it."""
+    vocab_size: int
+    """Ids from here on are padding of the output layer and never drawn."""
 
-    `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
-    `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
-    not installed or cannot give this truncation or these temperatures.
-    """
-    if truncation.slots > vocab_size:
-        raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
-    chosen: Callable[..., Engine]
-    if config.engine == "vllm":
-        from decant.teacher_dump.engines.vllm.engine import VllmEngine
 
-        chosen = VllmEngine
-    elif config.engine == "http":
-        from decant.teacher_dump.engines.http.engine import HttpEngine
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prompt:
+    """What one response is asked of."""
 
-        chosen = HttpEngine
-    else:
-        from decant.teacher_dump.engines.transformers.engine import TransformersEngine
+    token_ids: NDArray[np.int32]
+    """[P], P >= 1."""
+    max_new_tokens: int
+    """At least 1; P + max_new_tokens is at most the generator's max_length."""
+    seed: int
+    """Of this response, in [0, 2^63)."""
+    name: str = "a prompt"
+    """What an error calls it."""
 
-        chosen = TransformersEngine
-    return chosen(
-        config,
-        model_path,
-        vocab_size=vocab_size,
-        truncation=truncation,
-        temperatures=temperatures,
-        max_length=max_length,
-    )
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Response:
+    """One sampled response."""
+
+    token_ids: NDArray[np.int32]
+    """[R], 1 <= R <= max_new_tokens; the stop token is included if it was drawn."""
+    finish_reason: str
+    """stop (the last token is one of `stop_ids`) | length."""
+
+
+class Generator(Protocol):
+    """A loaded teacher that samples."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Response]:
+        """One response per prompt, in the order given.
+
+        The same prompts in the same order give the same responses, in another process too. Raises
+        EngineError, which names the prompt where that is known, if the teacher gives no usable
+        logits.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the teacher."""
+        ...

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from decant.teacher_dump.inputs.records import Record, SourceError
+from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError
 
 KINDS = {
     "text": ("text",),
@@ -30,8 +29,6 @@ TEMPLATE_WAYS_OUT = (
     " records, or set targets: all"
 )
 
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 Chat = tuple[Record, list[dict[str, Any]]]
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 Row = tuple[str, str, dict[str, Any]]
 """The id it gets without an id field, where it stands, its fields."""
 
@@ -19,3 +22,20 @@ class Record:
     fields: dict[str, Any]
     where: str
     """For error messages, e.g. "data.jsonl.zst line 12" (lines from 1, rows from 0)."""
+
+
+Ids = npt.NDArray[np.int64]
+
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """What the teacher reads in one forward, and the tokens whose prediction is stored."""
+
+    sample_id: str
+    input_ids: npt.NDArray[np.int32]
+    """[L]"""
+    is_target: Mask
+    """[L]; [0] is always False: nothing predicts the first token."""

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from decant.teacher_dump.inputs.encoding import Encoder, Ids, Mask
-from decant.teacher_dump.inputs.records import Record, SourceError
+from decant.teacher_dump.inputs.encoding import Encoder
+from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError, TokenSequence
 
 BATCH_RECORDS = 256
 
@@ -93,17 +92,6 @@ class SequenceConfig:
             raise ValueError(
                 f"chat_date is {self.chat_date!r}: expected a date such as 2026-01-31"
             ) from error
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenSequence:
-    """What the teacher reads in one forward, and the tokens whose prediction is stored."""
-
-    sample_id: str
-    input_ids: npt.NDArray[np.int32]
-    """[L]"""
-    is_target: Mask
-    """[L]; [0] is always False: nothing predicts the first token."""
 
 
 @dataclass(slots=True)

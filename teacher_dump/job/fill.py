@@ -7,28 +7,22 @@ the shards (starting, sharing out, sealing) is not known here.
 
 import contextlib
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from decant.schemas import ScoredSequence, ShardPlan
+from decant.schemas import ShardPlan
 from decant.storage import CacheWriter
 from decant.storage.cache import paths
-from decant.storage.cache.writer import read_record
+from decant.storage.cache.records import read_record
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, open_engine
+from decant.teacher_dump.job.handover import Result, _Waiting
 from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.shard_inputs import read_inputs
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
-
-Result = ScoredSequence | Rejection
-
-BYTES_WAITING = 256 << 20
-"""Scored sequences of a shard that may wait for its writing thread, in bytes; one always may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,62 +135,6 @@ def fill_shards(
             committing = writing
         if committing is not None:
             yield committing.result()
-
-
-class _Abandoned(Exception):
-    """Scoring broke off, so the shard is not to be committed."""
-
-
-class _Waiting:
-    """A queue from the scoring thread to the writing one, bounded by bytes."""
-
-    def __init__(self) -> None:
-        self._items: deque[tuple[Result, int]] = deque()
-        self._bytes = 0
-        self._state = "open"  # or: finished, abandoned, refused
-        self._changed = threading.Condition()
-
-    def put(self, item: Result, size: int) -> bool:
-        """Append, once there is room; False if the reader is gone."""
-        with self._changed:
-            while self._items and self._bytes + size > BYTES_WAITING and self._state == "open":
-                self._changed.wait()
-            self._items.append((item, size))
-            self._bytes += size
-            self._changed.notify()
-            return self._state == "open"
-
-    def finish(self) -> None:
-        """Nothing comes any more."""
-        self._end("finished")
-
-    def abandon(self) -> None:
-        """The reader shall give up, whatever is left."""
-        self._end("abandoned")
-
-    def refuse(self) -> None:
-        """The reader is gone."""
-        self._end("refused")
-
-    def _end(self, state: str) -> None:
-        with self._changed:
-            if self._state != "abandoned":
-                self._state = state
-            self._changed.notify()
-
-    def __iter__(self) -> Iterator[Result]:
-        while True:
-            with self._changed:
-                while not self._items and self._state == "open":
-                    self._changed.wait()
-                if self._state == "abandoned":
-                    raise _Abandoned
-                if not self._items:
-                    return
-                item, size = self._items.popleft()
-                self._bytes -= size
-                self._changed.notify()
-            yield item
 
 
 def _write(

@@ -12,7 +12,7 @@ from typing import NoReturn
 from decant.schemas import ScoredSequence
 from decant.teacher_dump.engines import Engine, EngineError
 from decant.teacher_dump.engines.seam import SequenceError, Unavailable
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 log = logging.getLogger(__name__)
 

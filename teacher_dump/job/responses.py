@@ -28,14 +28,8 @@ from decant.storage import Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
-from decant.teacher_dump.engines.opening import (
-    GENERATING_ENGINES,
-    Generator,
-    Prompt,
-    Response,
-    Sampling,
-    open_generator,
-)
+from decant.teacher_dump.engines.opening import GENERATING_ENGINES, open_generator
+from decant.teacher_dump.engines.seam import Generator, Prompt, Response, Sampling
 from decant.teacher_dump.inputs.encoding import Encoder
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sources import iter_records

@@ -17,8 +17,8 @@ from decant.schemas import FormatError, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
-from decant.teacher_dump.inputs.records import Record
-from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence, iter_sequences
+from decant.teacher_dump.inputs.records import Record, TokenSequence
+from decant.teacher_dump.inputs.sequences import SequenceCounts, iter_sequences
 from decant.teacher_dump.inputs.sources import describe_source, iter_records
 from decant.teacher_dump.job.responses import describe_generation, sampled_records
 from decant.teacher_dump.teacher import Teacher

@@ -22,21 +22,18 @@ from decant.storage import Store
 from decant.storage.inspect.truncation_cost import TOLERANCE
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, EngineError
-from decant.teacher_dump.inputs.records import SourceError
-from decant.teacher_dump.inputs.sequences import SequenceCounts, TokenSequence
-from decant.teacher_dump.inputs.sources import iter_records, source_names
+from decant.teacher_dump.inputs.records import SourceError, TokenSequence
+from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
 from decant.teacher_dump.job.isolate import Isolator, Rejection, allowed_rejections
-from decant.teacher_dump.job.responses import open_sampler, prompts_for, questions
-from decant.teacher_dump.job.shard_inputs import sharded
-from decant.teacher_dump.job.start import refuse_foreign, refuse_misfits
+from decant.teacher_dump.job.refusals import refuse_foreign, refuse_misfits
 from decant.teacher_dump.planning.ladder import (
     AtK,
     cut_ladder,
     reference_truncation,
     shard_bytes,
 )
-from decant.teacher_dump.planning.stratified import Drawn, FileGroups, StratifiedSample
+from decant.teacher_dump.planning.sample import draw_responses, draw_sequences
 from decant.teacher_dump.teacher import Teacher, describe_teacher, engine_label
 
 INPUT_BYTES = 3
@@ -104,9 +101,9 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     counts = SequenceCounts()
     generate_hours = None
     if config.source.generate.n:
-        drawn, shards, generate_hours = _draw_responses(config, teacher, counts, sample)
+        drawn, shards, generate_hours = draw_responses(config, teacher, counts, sample)
     else:
-        drawn, shards = _draw(config, teacher, counts, sample)
+        drawn, shards = draw_sequences(config, teacher, counts, sample)
     if not drawn:
         raise SourceError(
             f"{config.source.path}: {counts.records} records give no sequence with a target"
@@ -165,142 +162,6 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
             )
         ),
     )
-
-
-def plan_text(prediction: Prediction, config: DumpConfig) -> str:
-    """The prediction as a table for a terminal."""
-    p, counts = prediction, prediction.counts
-    lines = [
-        f"records              {counts.records:,} ({counts.truncated_records:,} truncated, "
-        f"{counts.split_records:,} split, {counts.records_without_targets:,} without targets)",
-        f"sequences, tokens    {counts.sequences:,}, {counts.tokens:,} "
-        f"({counts.dropped_tokens:,} tokens dropped)",
-        f"targets, shards      {counts.targets:,}, {p.shards:,}",
-        f"bytes                {p.bytes / 1e6:,.1f} MB, {p.bytes_per_target:.1f} per target",
-    ]
-    if p.disk_free is not None:
-        lines.append(f"free at the output   {p.disk_free / 1e6:,.1f} MB")
-    if p.generate_hours is not None:
-        lines.append(
-            f"sampling             {_duration(p.generate_hours)}; the counts above are estimated "
-            f"from one response to each of {p.sample_sequences} prompts"
-        )
-    for timed in p.engines:
-        said = f"{timed.engine}: not measured: {timed.problem}"
-        if not timed.problem:
-            said = (
-                f"{_duration(timed.hours)} at {timed.targets_per_second:,.0f} targets/s, "
-                f"{timed.load_seconds:.0f} s to load included: {timed.engine}"
-            )
-        lines.append(f"time                 {said}")
-    lines.append(
-        f"from a sample of     {p.sample_sequences} sequences, {p.sample_targets:,} targets, "
-        "by file and length"
-    )
-    if p.mass is not None:
-        lines.append(f"retained mass        {p.mass:.4f} with the configured truncation")
-    lines += [
-        "",
-        "      k   retained mass: mean      5 %   smallest    KL, nats  bytes/target      MB",
-    ]
-    for at in p.ladder:
-        lines.append(
-            f"{at.k:7d}{at.mass_mean:22.4f} {at.mass_low:8.4f} {at.mass_least:10.4f} "
-            f"{at.kl:11.5f} {at.bytes_per_target:13.1f} {at.bytes / 1e6:7,.1f}"
-        )
-    lines += ["", _recommendation(p, config)]
-    lines += [f"warning: {warning}" for warning in p.warnings]
-    return "\n".join(lines)
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-
-
-def _recommendation(p: Prediction, config: DumpConfig) -> str:
-    rule = f"costs at most {TOLERANCE:g} nats against k={p.reference_k}"
-    if p.recommended_k is None:
-        return (
-            f"no smaller k {rule}: keep that many, or take draws (truncation.method: topk+sample)"
-        )
-    text = f"recommended: k={p.recommended_k}, the smallest k of this table that {rule}"
-    if p.beyond_reference > TOLERANCE / 10:
-        text += f" (which may itself be up to {p.beyond_reference:.4f} from the teacher)"
-    if config.truncation.method != "sample" and config.truncation.k < p.recommended_k:
-        text += f"; configured is {config.truncation.k}"
-    return text
-
-
-def _draw(
-    config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
-) -> tuple[list[Drawn], int]:
-    """The sample, the same at every run, and how many shards there will be."""
-    if config.sequences.overlong == "error":  # counted, where a dump stops at the first
-        sequences = dataclasses.replace(config.sequences, overlong="truncate")
-        config = dataclasses.replace(config, sequences=sequences)
-    drawing = StratifiedSample(size)
-    groups = FileGroups(source_names(config.source))
-    records = groups.watch(iter_records(config.source))
-    shards = 0
-    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
-
-        def tokenised(counts: SequenceCounts) -> None:
-            bar.update(counts.sequences - bar.n)
-
-        for shard in sharded(config, teacher, counts, tokenised, records):
-            shards += 1
-            for sequence in shard:
-                drawing.offer(sequence, groups.of(sequence.sample_id))
-    return drawing.draw(), shards
-
-
-def _draw_responses(
-    config: DumpConfig, teacher: Teacher, counts: SequenceCounts, size: int
-) -> tuple[list[Drawn], int, float]:
-    """Responses to a sample of the prompts; how many shards, and hours to sample all, about."""
-    drawing = StratifiedSample(size)
-    groups = FileGroups(source_names(config.source))
-    with tqdm(desc="tokenise", unit=" prompts", disable=None) as bar:
-        for question in questions(config, teacher, groups.watch(iter_records(config.source))):
-            counts.records += 1
-            counts.records_without_targets += not question.room
-            bar.update()
-            if question.room:
-                one = np.arange(len(question.token_ids)) == 0  # every prompt counts the same
-                prompt = TokenSequence(str(question.number), question.token_ids, one)
-                drawing.offer(prompt, groups.of(question.record.sample_id))
-    drawn = drawing.draw()
-    if not drawn:
-        return [], 0, 0.0
-    start = time.monotonic()
-    generator = open_sampler(config, teacher)
-    try:
-        loaded = time.monotonic() - start
-        asked = [
-            prompts_for(config, int(entry.sequence.sample_id), entry.sequence.input_ids)[0]
-            for entry in drawn
-        ]
-        start = time.monotonic()
-        with tqdm(desc="generate", total=len(asked), unit=" prompts", disable=None) as bar:
-            responses = generator.generate(asked)
-            bar.update(len(asked))
-        seconds = time.monotonic() - start
-    finally:
-        generator.close()
-    n = config.source.generate.n
-    answered, sums = [], np.zeros(3)
-    for entry, response in zip(drawn, responses, strict=True):
-        ids = np.concatenate([entry.sequence.input_ids, response.token_ids])
-        is_target = np.arange(len(ids)) >= len(entry.sequence.input_ids)
-        is_target |= config.sequences.targets == "all"
-        is_target[0] = False
-        sequence = TokenSequence(entry.sequence.sample_id, ids, is_target)
-        answered.append(Drawn(sequence, entry.weight * n))
-        sums += entry.weight * n * np.array([1, len(ids), is_target.sum()])
-    counts.sequences, counts.tokens, counts.targets = (round(value) for value in sums.tolist())
-    shards = -(-counts.targets // config.shard_targets)
-    hours = (loaded + seconds * counts.sequences / len(asked)) / 3600
-    return answered, shards, hours
 
 
 def _timed(

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decant.teacher_dump.inputs.records import Record
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import Record, TokenSequence
 
 MOST_GROUPS = 16
 """Files beyond this many share strata, as neighbours."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas.manifest import check_temperatures
+from decant.schemas.truncation import check_temperatures
 from decant.teacher_dump.engines.http.messages import (
     SCORE_PATH,
     TEACHER_PATH,
@@ -28,7 +28,7 @@ from decant.teacher_dump.engines.http.messages import (
     frame_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.messages import TeacherCard
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig
+from decant.teacher_dump.engines.seam import EngineError
 from decant.teacher_dump.engines.vllm import (
     prompt_logprobs as vllm_prompt_logprobs,
 )
@@ -34,8 +35,9 @@ from decant.teacher_dump.engines.vllm import (
     setup as vllm_setup,
 )
 from decant.teacher_dump.engines.vllm.messages import Load, Refused
+from decant.teacher_dump.engines.vllm.names import PLUGIN, SERVER_VARIABLE
 from decant.teacher_dump.engines.vllm.process import torch_is_cpu_only, worker_environment
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.service.routes import (
     HEALTH_PATH,
     PATHS,
@@ -45,7 +47,6 @@ from decant.teacher_dump.service.routes import (
     refused,
     tokenizer_files,
 )
-from decant.teacher_dump.vllm_plugin import PLUGIN, SERVER_VARIABLE
 
 log = logging.getLogger("teacher_dump.serve")
 
@@ -229,11 +230,11 @@ class AsyncBackend:
             return vllm_prompt_logprobs.rows_from_flat(
                 output.prompt_logprobs, reduction, ids, positions
             )
-        from decant.teacher_dump.engines.vllm import scoring_head as vllm_model
+        from decant.teacher_dump.engines.vllm import scoring_head
 
-        params = vllm_model.request_params(reduction, ids, positions, number)
+        params = scoring_head.request_params(reduction, ids, positions, number)
         (output,) = [out async for out in self._client.encode(prompt, params, name)]
-        return vllm_model.rows_of(output, len(positions))
+        return scoring_head.rows_of(output, len(positions))
 
     @contextlib.asynccontextmanager
     async def _among_others(self) -> AsyncIterator[None]:

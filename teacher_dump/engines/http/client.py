@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.messages import (
     TEACHER_PATH,
     MessageError,
@@ -23,7 +24,7 @@ from decant.teacher_dump.engines.http.messages import (
     differing,
     key_from,
 )
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig, Unavailable
+from decant.teacher_dump.engines.seam import EngineError, Unavailable
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
+from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.client import TeacherClient
 from decant.teacher_dump.engines.http.messages import (
     SCORE_PATH,
@@ -27,13 +28,8 @@ from decant.teacher_dump.engines.http.messages import (
     unframe_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
-from decant.teacher_dump.engines.seam import (
-    EngineError,
-    TeacherConfig,
-    not_finite,
-    refuse_overlong,
-)
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.engines.seam import EngineError, not_finite, refuse_overlong
+from decant.teacher_dump.inputs.records import TokenSequence
 
 T = TypeVar("T")
 

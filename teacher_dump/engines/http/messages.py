@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from decant.schemas import TeacherInfo, from_json, to_json
 from decant.schemas.strict import canonical
 from decant.teacher_dump.engines.packed_rows import Reduction
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 PROTOCOL = 1
 TEACHER_PATH = "/v1/decant/teacher"

@@ -15,12 +15,9 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor
 
 from decant.schemas import ScoredSequence, Truncation
-from decant.teacher_dump.engines.seam import (
-    EngineError,
-    SequenceError,
-    TeacherConfig,
-    not_finite,
-)
+from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.packed_rows import scored_sequence
+from decant.teacher_dump.engines.seam import EngineError, SequenceError, not_finite
 from decant.teacher_dump.engines.sparsify import (
     Sparse,
     first_not_finite,
@@ -33,7 +30,7 @@ from decant.teacher_dump.engines.transformers.model import (
     load_model,
     placement,
 )
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -289,27 +286,6 @@ class TransformersEngine:
             ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True
         )
         return head if same else None
-
-
-def scored_sequence(sequence: TokenSequence, sparse: Sparse) -> ScoredSequence:
-    """Join a token sequence with the distributions of its targets."""
-
-    def array(value: Tensor) -> np.ndarray:
-        return value.cpu().numpy()
-
-    return ScoredSequence(
-        sample_id=sequence.sample_id,
-        input_ids=sequence.input_ids,
-        is_target=sequence.is_target,
-        positions=np.flatnonzero(sequence.is_target).astype(np.int32),
-        token_ids=array(sparse.token_ids),
-        logprobs=array(sparse.logprobs),
-        draws=None if sparse.draws is None else array(sparse.draws),
-        log_z=array(sparse.log_z),
-        log_tail=array(sparse.log_tail),
-        label_logprob=array(sparse.label_logprob),
-        entropy=None if sparse.entropy is None else array(sparse.entropy),
-    )
 
 
 FIELDS = ("token_ids", "logprobs", "draws", "log_z", "log_tail", "label_logprob", "entropy")

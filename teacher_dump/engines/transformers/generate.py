@@ -19,8 +19,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from decant.teacher_dump.engines.opening import Prompt, Response, Sampling
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig
+from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.seam import EngineError, Prompt, Response, Sampling
 from decant.teacher_dump.engines.transformers.model import (
     input_device,
     is_out_of_memory,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig
+from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.seam import EngineError
 
 
 def load_model(config: TeacherConfig, model_path: str) -> PreTrainedModel:

@@ -13,13 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence, Truncation
+from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
-from decant.teacher_dump.engines.seam import (
-    EngineError,
-    TeacherConfig,
-    not_finite,
-    refuse_overlong,
-)
+from decant.teacher_dump.engines.seam import EngineError, not_finite, refuse_overlong
 from decant.teacher_dump.engines.vllm.messages import Job, Load, Ready, Rows, Window
 from decant.teacher_dump.engines.vllm.process import (
     Ended,
@@ -27,7 +23,7 @@ from decant.teacher_dump.engines.vllm.process import (
     require_vllm,
     torch_is_cpu_only,
 )
-from decant.teacher_dump.inputs.sequences import TokenSequence
+from decant.teacher_dump.inputs.records import TokenSequence
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ Knows the process alone (`vllm_process`); how vLLM is asked is `vllm_sampling`'s
 import logging
 from collections.abc import Sequence
 
-from decant.teacher_dump.engines.opening import Prompt, Response, Sampling
-from decant.teacher_dump.engines.seam import EngineError, TeacherConfig
+from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.seam import EngineError, Prompt, Response, Sampling
 from decant.teacher_dump.engines.vllm.messages import Load, Ready, SamplingJob
 from decant.teacher_dump.engines.vllm.process import (
     Ended,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.teacher_dump.engines.opening import Sampling
 from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.engines.seam import Sampling
 
 ROUTES = ("head", "prompt_logprobs")
 

@@ -13,8 +13,8 @@ from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from decant.teacher_dump.engines.opening import Prompt, Response, Sampling
-from decant.teacher_dump.engines.vllm import setup as vllm_setup
+from decant.teacher_dump.engines.seam import Prompt, Response, Sampling
+from decant.teacher_dump.engines.vllm.setup import choose
 from decant.teacher_dump.engines.vllm.messages import Ready, Refused, SamplingJob
 
 VOCABULARY = "decant_vocab_size"
@@ -22,7 +22,7 @@ VOCABULARY = "decant_vocab_size"
 
 def load(job: SamplingJob) -> tuple[Callable[[list[Prompt]], list[Response]], Ready]:
     """Load the teacher and say how it is sampled from. Raises Refused."""
-    setup = vllm_setup.choose(job.load)
+    setup = choose(job.load)
     if setup.num_rows < job.sampling.vocab_size:
         raise Refused(
             f"the teacher has {setup.num_rows} output rows, fewer than {job.sampling.vocab_size} "

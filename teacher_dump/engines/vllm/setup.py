@@ -1,7 +1,7 @@
 """How vLLM is set up for a teacher: which route its numbers take, and with which options.
 
-Two routes. `head` (`vllm_model`): our reduction runs inside vLLM on the full logits; exact for
-every truncation and temperature. `prompt_logprobs` (`vllm_prompt_logprobs`): what vLLM offers by
+Two routes. `head` (`scoring_head`): our reduction runs inside vLLM on the full logits; exact for
+every truncation and temperature. `prompt_logprobs` (`prompt_logprobs`): what vLLM offers by
 itself, for architectures that cannot carry the head. vLLM is imported when a setup is made.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decant.teacher_dump.engines.vllm import prompt_logprobs as vllm_prompt_logprobs
+from decant.teacher_dump.engines.vllm import prompt_logprobs
 from decant.teacher_dump.engines.vllm.messages import Load, Ready, Refused
-from decant.teacher_dump.vllm_plugin import HEAD_VARIABLE, PLUGIN, WorkerExtension
+from decant.teacher_dump.engines.vllm.names import HEAD_VARIABLE, PLUGIN, WorkerExtension
 
 KV_BLOCK_TOKENS = 128
 """On a CPU a sequence takes whole blocks of this size."""
@@ -57,7 +57,7 @@ def choose(load: Load) -> Setup:
     max_length = min(load.max_length or model.max_model_len, model.max_model_len)
     step_tokens = load.max_batch_tokens
     if no_head:
-        step_tokens = min(step_tokens, vllm_prompt_logprobs.max_step_tokens(num_rows))
+        step_tokens = min(step_tokens, prompt_logprobs.max_step_tokens(num_rows))
         # One token must be generated; it is never fed to the model, so no position is beyond it.
         options["max_model_len"] = max_length + 1
         if max_length == model.max_model_len:
@@ -66,10 +66,10 @@ def choose(load: Load) -> Setup:
         options["logprobs_mode"] = "raw_logprobs"
         options["generation_config"] = "vllm"
     else:
-        from decant.teacher_dump.engines.vllm import scoring_head as vllm_model
+        from decant.teacher_dump.engines.vllm import scoring_head
 
         options["max_model_len"] = max_length
-        options["pooler_config"] = {"task": vllm_model.TASK}
+        options["pooler_config"] = {"task": scoring_head.TASK}
     max_num_seqs = min(256, step_tokens)
     if load.on_cpu:
         options["enforce_eager"] = True
@@ -125,12 +125,12 @@ def saved_dtype(settings: Any, model_path: str) -> str:
 def _put_head_on(architecture: str, tensor_parallel: int) -> str:
     """Register the scoring head here and in processes to come; "" if done, else why not."""
     try:
-        from decant.teacher_dump.engines.vllm import scoring_head as vllm_model
+        from decant.teacher_dump.engines.vllm import scoring_head
     except ImportError as error:
         return f"this vLLM is laid out differently ({error})"
     try:
-        vllm_model.register(architecture)
-    except (vllm_model.NotPossible, AttributeError) as error:
+        scoring_head.register(architecture)
+    except (scoring_head.NotPossible, AttributeError) as error:
         return str(error)
     if tensor_parallel > 1:
         require_plugin()

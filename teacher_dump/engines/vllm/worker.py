@@ -42,9 +42,9 @@ def main(descriptor: int) -> None:
         threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
         answer: Callable[[Any], Any]
         if isinstance(job, SamplingJob):
-            from decant.teacher_dump.engines.vllm import sampling as vllm_sampling
+            from decant.teacher_dump.engines.vllm import sampling
 
-            answer, ready = vllm_sampling.load(job)
+            answer, ready = sampling.load(job)
         else:
             answer, ready = load(job)
         connection.send(ready)
@@ -82,9 +82,9 @@ def load(job: Job) -> tuple[Callable[[Window], Rows], Ready]:
         vllm_prompt_logprobs.check(reduction, setup.num_rows, setup.ready.why)
         score = vllm_prompt_logprobs.score
     else:
-        from decant.teacher_dump.engines.vllm import scoring_head as vllm_model
+        from decant.teacher_dump.engines.vllm import scoring_head
 
-        score = vllm_model.score
+        score = scoring_head.score
     llm = vllm.LLM(**setup.options)
 
     def answer(window: Window) -> Rows:

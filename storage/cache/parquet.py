@@ -1,0 +1,65 @@
+"""Parquet's options for a shard, and where the bytes of a row group are."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from decant.schemas import (
+    ByteRange,
+)
+
+ZSTD_LEVEL = 1
+
+
+DENSE = 0.9
+"""Share of rows that are targets from which a shard counts as dense."""
+
+
+NOISE_SLOTS = 64
+"""So many entries make the low bytes of the ids noise: zstd gains 2 % in a fifth of the reading."""
+
+
+def parquet_options(schema: pa.Schema, dense: bool) -> dict:
+    """The physical choices of a shard, `dense` where nearly every row of it is a target.
+
+    `docs/measurements.md` says what each one is worth.
+    """
+    blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
+    floats = [f.name for f in schema if f.type == pa.float32()]
+    split = floats
+    if "num_kept" not in schema.names and "topk_logprob" in schema.names:
+        split = ["topk_logprob", *floats]  # where slots are left empty, rows compress better
+    full = "topk_mid" in schema.names and "num_kept" not in schema.names
+    noise = full and dense and schema.field("topk_lo").type.byte_width >= NOISE_SLOTS
+    plain = {"topk_lo"} if noise else set()
+    squeezed = [name for name in schema.names if name not in plain]
+    return {
+        "compression": {name: "none" if name in plain else "zstd" for name in schema.names},
+        "compression_level": dict.fromkeys(squeezed, ZSTD_LEVEL),
+        "use_dictionary": ["sequence", "sample_id"],
+        "column_encoding": {
+            **{name: "BYTE_STREAM_SPLIT" for name in split},
+            "position": "DELTA_BINARY_PACKED",
+        },
+        "write_statistics": [f.name for f in schema if f.name not in blobs],
+        "write_page_checksum": True,
+    }
+
+
+def extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """First and last byte + 1 of a row group in its file."""
+    starts, ends = [], []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        start = column.data_page_offset
+        if column.has_dictionary_page:
+            start = min(start, column.dictionary_page_offset)
+        starts.append(start)
+        ends.append(start + column.total_compressed_size)
+    return min(starts), max(ends)
+
+
+def byte_range(whole: memoryview, start: int, end: int) -> ByteRange:
+    """The range of these bytes, with their hash."""
+    digest = xxhash.xxh3_128(whole[start:end]).hexdigest()
+    return ByteRange(offset=start, length=end - start, xxh3_128=digest)

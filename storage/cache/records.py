@@ -1,0 +1,109 @@
+"""Plan, manifest and commit records: read, sealed, published."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from itertools import islice
+
+import xxhash
+
+from decant.schemas import (
+    CommitRecord,
+    FormatError,
+    Manifest,
+    Segment,
+    ShardPlan,
+    from_json,
+)
+from decant.schemas.manifest import MAX_LISTED
+from decant.storage.cache import paths
+from decant.storage.cache.index import ShardIndex
+from decant.storage.files.store import Store
+
+RECORD_NAME = re.compile(r"part-\d{6,}\.json")
+
+
+def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
+    """Publish all commit records, in shard order; return the final manifest, not yet published."""
+    segment, index = publish_records(store, manifest, records)
+    return dataclasses.replace(
+        manifest,
+        totals=index.totals(),
+        records=segment,
+        rejected=tuple(islice(index.rejected(), MAX_LISTED)),
+    )
+
+
+def publish_records(
+    store: Store, manifest: Manifest, records: Iterable[CommitRecord]
+) -> tuple[Segment, ShardIndex]:
+    """Publish all commit records, in shard order, as one segment; return it and what it holds."""
+    version = manifest.format_version
+    if version == 1:
+        known = list(records)
+        segment = store.publish_segment(
+            paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
+        )
+        return segment, ShardIndex.of(known, manifest.cache_id)
+    with store.staged(paths.RECORD_INDEX) as path:
+        entries = ShardIndex.write(path, records, version)
+        data = path.read_bytes()
+    segment = Segment(
+        name=paths.RECORD_INDEX,
+        entries=entries,
+        bytes=len(data),
+        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
+    )
+    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
+
+
+def read_records(store: Store, manifest: Manifest) -> ShardIndex:
+    """The sealed commit records of a final cache. Raises FormatError if they are damaged."""
+    assert manifest.records is not None
+    where = store.path(manifest.records.name)
+    version = manifest.format_version
+    if version == 1:
+        entries = store.read_segment(manifest.records)
+        records = [CommitRecord.parse(entry, where, version) for entry in entries]
+        return ShardIndex.of(records, manifest.cache_id)
+    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where, version)
+
+
+def committed_shards(store: Store) -> set[int]:
+    """The shards that have a commit record; one listing, nothing is opened."""
+    return {
+        int(name.removeprefix("part-").removesuffix(".json"))
+        for name in store.names(paths.SHARDS)
+        if RECORD_NAME.fullmatch(name)
+    }
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
+    where = store.path(paths.MANIFEST)
+    try:
+        value = store.read_json(paths.MANIFEST)
+    except FormatError:
+        if store.exists(paths.MANIFEST):
+            raise
+        raise FormatError(f"{where} is missing: {store.url} holds no cache") from None
+    return Manifest.parse(value, where)
+
+
+def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
+    """The sealed shard plan. Raises FormatError if it is damaged."""
+    where = store.path(manifest.plan.name)
+    return [from_json(ShardPlan, entry, where) for entry in store.read_segment(manifest.plan)]
+
+
+def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
+    """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
+    name = paths.record(index)
+    where = store.path(name)
+    record = CommitRecord.parse(store.read_json(name), where, manifest.format_version)
+    if record.cache_id != manifest.cache_id or record.shard != index:
+        raise FormatError(
+            f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "
+            f"{index} of cache {manifest.cache_id}"
+        )
+    return record

@@ -1,0 +1,105 @@
+"""Scored sequences to one `Batch`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decant.schemas import Layout
+from decant.storage import StoredRows
+from decant.storage.cache.logprobs import empty
+from decant.student_train.data.batch import Batch, PackedTargets
+
+
+def collate(
+    sequences: list[tuple[StoredRows, int]],
+    layout: Layout,
+    temperature_indices: tuple[int, ...],
+    sources: list[int] | None = None,
+) -> Batch:
+    """Join sequences, each given by its row group's columns and its place there, into a batch.
+
+    `temperature_indices` says which of the layout's temperatures the batch is to carry, `sources`
+    which cache of a mixture each sequence is of.
+    """
+    spans = [_Span(rows, index) for rows, index in sequences]
+    length = max(span.length for span in spans)
+    ids = np.zeros((len(spans), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, span in enumerate(spans):
+        ids[row, : span.length] = span.rows.token_id[span.start : span.start + span.length]
+        mask[row, : span.length] = 1
+    predictors = np.concatenate(
+        [span.positions + (row * length - 1) for row, span in enumerate(spans)]
+    )
+
+    num_targets = len(predictors)
+
+    def joined(column: Any) -> Any:
+        parts = [column(span.rows) for span in spans]
+        if parts[0] is None:
+            return None
+        taken = [part[span.targets] for part, span in zip(parts, spans, strict=True)]
+        out = empty((num_targets, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(taken, out=out)
+
+    def tensor(values: NDArray | None, view: str | None = None) -> Any:
+        if values is None:
+            return None
+        return torch.from_numpy(values if view is None else values.view(view))
+
+    def at_temperatures(column: Any) -> Tensor:
+        """[N, T]; zeros where nothing is stored, which is log Z at T=1."""
+        found = [joined(lambda rows, i=i: column(rows)[i]) for i in temperature_indices]
+        return torch.stack(
+            [torch.zeros(num_targets) if f is None else tensor(f) for f in found], dim=1
+        )
+
+    num_kept = joined(lambda rows: rows.num_kept)
+    packed = PackedTargets(
+        topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
+        topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
+        topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
+        topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
+        num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
+        draws=tensor(joined(lambda rows: rows.draws), "i2"),
+        log_tail_t1=tensor(joined(lambda rows: rows.log_tail[0])),
+        log_z=at_temperatures(lambda rows: rows.log_z),
+        log_tail=at_temperatures(lambda rows: rows.log_tail),
+        code=layout.code if layout.precision == "compact" else None,
+        entropy=tensor(joined(lambda rows: rows.entropy)),
+    )
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        predictors=torch.from_numpy(predictors),
+        labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
+        packed=packed,
+        teacher_logprob=tensor(joined(lambda rows: rows.label_logprob)),
+        sample_ids=[span.sample_id for span in spans],
+        vocab_size=layout.vocab_size,
+        temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
+        source=None
+        if sources is None
+        else torch.repeat_interleave(
+            torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
+        ),
+    )
+
+
+class _Span:
+    """Where one sequence lies in the columns of its row group."""
+
+    def __init__(self, rows: StoredRows, index: int) -> None:
+        self.rows = rows
+        self.start = int(rows.row_starts[index])
+        self.length = int(rows.row_starts[index + 1]) - self.start
+        self.sample_id = rows.sample_ids[index]
+        target_rows = rows.target_rows[rows.target_starts[index] : rows.target_starts[index + 1]]
+        self.positions = target_rows - self.start
+        self.targets: slice | NDArray[np.int64] = target_rows
+        if len(target_rows) and target_rows[-1] - target_rows[0] < len(target_rows):
+            first = int(target_rows[0])  # one run, which is copied and not gathered
+            self.targets = slice(first, first + len(target_rows))

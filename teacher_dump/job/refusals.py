@@ -1,0 +1,113 @@
+"""What is refused before a byte is written."""
+
+import os
+import re
+from pathlib import Path, PurePath
+
+from decant.storage import Store
+from decant.storage.cache import paths
+from decant.storage.files.durable import TEMPORARY_SUFFIX
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.sources import source_files
+from decant.teacher_dump.job.responses import (
+    refuse_generation,
+)
+from decant.teacher_dump.teacher import Teacher
+
+STARTED = (paths.TOKENIZER, paths.PLAN, paths.INPUTS)
+"""Folders that an interrupted start may leave; anything else is somebody's data."""
+
+
+PART = re.compile(r"part-\d{6}\.parquet")
+
+
+def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError for what this teacher cannot give, and for an output among the inputs.
+
+    Looks at names and sizes only, so that it can come before anything that takes time.
+    """
+    slots, vocab_size = config.truncation.slots, teacher.shared_vocab_size
+    if slots > vocab_size:
+        raise ValueError(
+            f"truncation keeps {slots} entries per target, but {teacher.info.name} has only "
+            f"{vocab_size} ids: lower truncation.k (or draws)"
+        )
+    refuse_generation(config, teacher)
+    store = Store(config.output)
+    draws_alone = config.truncation.method == "sample" and not store.exists(paths.MANIFEST)
+    if draws_alone and config.precision != DumpConfig.__dataclass_fields__["precision"].default:
+        raise ValueError(
+            f"precision: {config.precision} has no effect with truncation.method sample, which "
+            "stores no log probs: leave it out"
+        )
+    if draws_alone and tuple(config.temperatures) != (1,):  # those of older versions have more
+        raise ValueError(
+            "truncation.method sample draws at temperature 1 and stores no log probs: temperatures "
+            f"must be [1.0], found {list(config.temperatures)}"
+        )
+    length, limit = config.sequences.max_length, teacher.max_positions
+    if limit and length > limit:
+        raise ValueError(
+            f"sequences.max_length is {length}, but {teacher.info.name} takes at most {limit} "
+            "positions: lower it"
+        )
+    if not store.is_local:
+        store.exists(paths.MANIFEST)  # raises OSError if the store cannot be asked
+        return
+    output = Path(store.path(""))
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"output {output} is not a directory: choose another")
+    output = output.resolve()
+    source = Path(os.path.expanduser(config.source.path)).resolve()
+    reads_all = source.is_dir() or "**" in source.parts
+    folder = Path(*source.parts[: source.parts.index("**")]) if "**" in source.parts else source
+    if reads_all and output.is_relative_to(folder):
+        raise ValueError(
+            f"output {output} lies inside the source {config.source.path}, which would read the "
+            "cache as records: choose an output elsewhere"
+        )
+    for file in source_files(config.source):
+        if file.resolve().is_relative_to(output):
+            raise ValueError(
+                f"the source file {file} lies inside the output {output}: choose an output of its "
+                "own"
+            )
+
+
+def refuse_foreign(config: DumpConfig) -> None:
+    """Raise FileExistsError if the output holds something that is no cache, nor a started one."""
+    store = Store(config.output)
+    if store.exists(paths.MANIFEST):
+        return
+    foreign = _foreign(store, sampling=config.source.generate.n > 0)
+    if foreign:
+        raise FileExistsError(
+            f"{store.url} is not empty and holds no cache ({', '.join(foreign[:5])}); "
+            "choose another output"
+        )
+
+
+def _foreign(store: Store, sampling: bool) -> list[str]:
+    """What lies in the output that no start of a dump can have left there."""
+    top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
+    if sampling and store.exists(paths.GENERATION):  # which says itself what it is of
+        top.remove(paths.GENERATED)
+    if not store.names(paths.SHARDS):  # made to be locked
+        top = [name for name in top if name != paths.SHARDS]
+    foreign = [name for name in top if name not in STARTED]
+    for folder, pattern in (
+        (paths.INPUTS, PART),
+        (paths.PLAN, re.compile(re.escape(PurePath(paths.segment(paths.PLAN)).name))),
+    ):
+        foreign += [
+            f"{folder}/{name}"
+            for name in store.names(folder)
+            if not (pattern.fullmatch(name) or _is_temporary(name))
+        ]
+    if top and paths.INPUTS not in top:  # a start begins with it, and ends by removing it last
+        foreign += top
+    return sorted(set(foreign))
+
+
+def _is_temporary(name: str, of: str = "") -> bool:
+    return name.startswith(f".{of}") and name.endswith(TEMPORARY_SUFFIX)
