@@ -14,8 +14,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from decant.teacher_dump.engines.seam import Prompt, Response, Sampling
-from decant.teacher_dump.engines.vllm.setup import choose
 from decant.teacher_dump.engines.vllm.messages import Ready, Refused, SamplingJob
+from decant.teacher_dump.engines.vllm.setup import choose
 
 VOCABULARY = "decant_vocab_size"
 
