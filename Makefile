@@ -58,7 +58,7 @@ test-vllm:
 	@echo "no python3.11 on Linux x86-64 here: the vLLM tests are left out"
 else
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py tests/test_vllm_serve.py
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/teacher_dump/engines/test_vllm_engine.py tests/teacher_dump/service/test_vllm_serve.py
 endif
 
 check: $(VENV)/.installed

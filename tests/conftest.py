@@ -9,7 +9,7 @@ import pytest
 
 from decant.schemas import Truncation
 from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, TeacherConfig, dump
-from tests import models
+from tests.support import models
 
 
 @pytest.fixture(scope="session")

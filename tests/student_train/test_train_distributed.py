@@ -1,0 +1,251 @@
+"""Two processes train like one: DDP, FSDP2 and DeepSpeed, launched with the configs in examples/.
+
+Each launch runs several trainings, and the tests read what they left. The batch of a step is the
+same 12 sequences throughout: one process takes 6, two take 3 each, twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DeepSpeedPlugin
+from accelerate.utils import DistributedType
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from decant.schemas import Truncation
+from decant.student_train import (
+    CacheStream,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TrainConfig,
+    train,
+)
+from decant.student_train.runtime.distributed import tell_deepspeed
+from tests.support import ROOT, caches
+from tests.support.distributed_job import Job
+from tests.support.trainings import STUDENT, losses, weights
+
+FIELDS = {**STUDENT, "num_hidden_layers": 2, "vocab_size": 50}
+STEPS, SAVED = 6, 3
+NUM_SEQUENCES, SEQUENCES_PER_STEP = 36, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of sequences with ragged numbers of targets."""
+    path = tmp_path_factory.mktemp("distributed")
+    settings = caches.Settings(truncation=Truncation(k=8))
+    shards = caches.random_shards(settings, num_shards=4, sequences=NUM_SEQUENCES // 4)
+    caches.write_cache(path / "cache", settings, shards)
+    wider = caches.Settings(truncation=Truncation(k=9))
+    shards = caches.random_shards(wider, num_shards=2, sequences=NUM_SEQUENCES // 4, seed=7)
+    caches.write_cache(path / "heldout", wider, shards)
+    return path
+
+
+def config(folder: Path, name: str, **changes: Any) -> TrainConfig:
+    """Two processes' training; a checkpoint stays from the middle of it."""
+    base = TrainConfig(
+        cache=str(folder / "cache"),
+        output=str(folder / name),
+        student=StudentConfig(config=FIELDS),
+        loss=LossConfig(kind="akl", ce_weight=0.3),
+        steps=STEPS,
+        batch_size=3,
+        gradient_accumulation=2,
+        packing="rows",
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_grad_norm=0.5),
+        eval=EvalConfig(cache=str(folder / "heldout"), batch_size=5),
+        log_every_steps=1,
+        save_every_steps=SAVED,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The training of one process."""
+    train(config(folder, "alone", batch_size=6))
+    return folder / "alone"
+
+
+def launch(folder: Path, kind: str, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Run jobs in two processes under `examples/accelerate/KIND.yaml`; what each process found."""
+    path = folder / f"{kind}.pickle"
+    path.write_bytes(pickle.dumps(jobs))
+    command = ["accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--config_file", f"examples/accelerate/{kind}.yaml"]
+    command += ["-m", "tests.support.distributed_job", str(path)]
+    device = "DS_ACCELERATOR" if kind.startswith("deepspeed") else "ACCELERATE_USE_CPU"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, device: "cpu" if device == "DS_ACCELERATOR" else "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(path.with_suffix(f".{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def seen(found: list[dict[str, Any]], name: str) -> list[str]:
+    """The samples that both processes took, sorted."""
+    assert all(not process[name]["error"] for process in found), found
+    return sorted(sample for process in found for sample in process[name]["seen"])
+
+
+def samples(folder: Path, first: int, stop: int) -> list[str]:
+    """The samples of places in the order that a run takes, sorted."""
+    stream = CacheStream(folder / "cache", batch_size=1)
+    stream.consumed = first
+    batches = iter(stream)
+    return sorted(sample for _ in range(first, stop) for sample in next(batches).sample_ids)
+
+
+def assert_same_run(ours: Path, theirs: Path, first: int = 0) -> None:
+    """The same loss curve, figures on held-out data, and weights of the saved student."""
+    assert losses(ours) == pytest.approx(losses(theirs)[first:], rel=1e-5)
+    figures = [json.loads((run / "summary.json").read_text()) for run in (ours, theirs)]
+    assert figures[0]["heldout_ce"] == pytest.approx(figures[1]["heldout_ce"], rel=1e-4)
+    expected = weights(theirs)
+    found = weights(ours)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ddp(folder: Path, alone: Path) -> list[dict[str, Any]]:
+    """All trainings under DDP."""
+    broken = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FIELDS))
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(folder / "broken")
+    student = StudentConfig(path=str(folder / "broken"))
+    return launch(
+        folder,
+        "ddp",
+        [
+            Job("ddp", config(folder, "ddp")),
+            Job("ddp-on", config(folder, "ddp-on"), start_from=str(alone)),
+            Job("ddp-grown", config(folder, "ddp-grown", batch_size=6), start_from=str(alone)),
+            Job("ddp-changed", config(folder, "ddp-changed", batch_size=5), str(alone)),
+            Job("ddp-broken", config(folder, "ddp-broken", student=student)),
+        ],
+    )
+
+
+def test_two_processes_train_like_one(ddp: Any, folder: Path, alone: Path) -> None:
+    """Accumulated, packed, with ragged numbers of targets: the same curve, figures and weights."""
+    assert_same_run(folder / "ddp", alone)
+    assert seen(ddp, "ddp") == samples(folder, 0, STEPS * SEQUENCES_PER_STEP)
+
+
+def test_one_process_goes_on_as_two(ddp: Any, folder: Path, alone: Path) -> None:
+    """With the samples not yet seen, to the same end."""
+    assert_same_run(folder / "ddp-on", alone, SAVED)
+    first = SAVED * SEQUENCES_PER_STEP
+    assert seen(ddp, "ddp-on") == samples(folder, first, STEPS * SEQUENCES_PER_STEP)
+
+
+def test_two_processes_go_on_as_one(ddp: Any, folder: Path, alone: Path) -> None:
+    """The other way round."""
+    shutil.copytree(folder / "ddp/checkpoints", folder / "shrunk/checkpoints")
+    train(config(folder, "shrunk", batch_size=6))
+    assert_same_run(folder / "shrunk", alone, SAVED)
+
+
+def test_more_processes_may_take_larger_steps(ddp: Any, folder: Path) -> None:
+    """Twice the processes with the same config: what follows is the order behind the checkpoint."""
+    first = SAVED * SEQUENCES_PER_STEP
+    stop = first + (STEPS - SAVED) * 2 * SEQUENCES_PER_STEP
+    assert seen(ddp, "ddp-grown") == samples(folder, first, stop)
+
+
+def test_steps_of_another_size_are_refused(ddp: Any) -> None:
+    """Where the config changed them; the message says what to keep."""
+    for process in ddp:
+        assert "steps of 12 sequences" in process["ddp-changed"]["error"]
+        assert "Keep batch_size * gradient_accumulation" in process["ddp-changed"]["error"]
+
+
+def test_samples_of_all_processes_are_named(ddp: Any, folder: Path) -> None:
+    """When the loss stops being a number."""
+    named = [process["ddp-broken"]["error"] for process in ddp]
+    assert all("loss is nan" in error for error in named)
+    expected = samples(folder, 0, SEQUENCES_PER_STEP)
+    assert all(sample in error for sample in expected for error in named)
+
+
+def test_fsdp2_trains_saves_and_resumes_like_one_process(folder: Path, alone: Path) -> None:
+    """Layers are units of their own; the sharded student is saved whole; bf16 stays close."""
+    found = launch(
+        folder,
+        "fsdp2",
+        [
+            Job("fsdp2", config(folder, "fsdp2")),
+            Job("fsdp2-on", config(folder, "fsdp2-on"), start_from=str(folder / "fsdp2")),
+            Job("fsdp2-bf16", config(folder, "fsdp2-bf16", mixed_precision="bf16", steps=3)),
+        ],
+    )
+    assert all(process["fsdp2"]["units"] == [1 + FIELDS["num_hidden_layers"]] for process in found)
+    assert_same_run(folder / "fsdp2", alone)
+    assert_same_run(folder / "fsdp2-on", alone, SAVED)
+    first = SAVED * SEQUENCES_PER_STEP
+    assert seen(found, "fsdp2-on") == samples(folder, first, STEPS * SEQUENCES_PER_STEP)
+    assert len(seen(found, "fsdp2-bf16")) == 3 * SEQUENCES_PER_STEP
+    assert losses(folder / "fsdp2-bf16")[0] == pytest.approx(losses(alone)[0], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_saves_and_resumes_like_one_process(
+    folder: Path, alone: Path, stage: int
+) -> None:
+    """ZeRO with accumulated gradients, clipping and its own checkpoints; the saved student."""
+    pytest.importorskip("deepspeed")
+    name = f"zero{stage}"
+    found = launch(
+        folder,
+        f"deepspeed_{name}",
+        [
+            Job(name, config(folder, name)),
+            Job(f"{name}-on", config(folder, f"{name}-on"), start_from=str(folder / name)),
+        ],
+    )
+    assert_same_run(folder / name, alone)
+    assert_same_run(folder / f"{name}-on", alone, SAVED)
+    first = SAVED * SEQUENCES_PER_STEP
+    assert seen(found, f"{name}-on") == samples(folder, first, STEPS * SEQUENCES_PER_STEP)
+
+
+@pytest.mark.slow
+def test_a_deepspeed_config_that_says_otherwise_is_refused(folder: Path) -> None:
+    """Ours is what counts, so theirs would have no effect."""
+    pytest.importorskip("deepspeed")
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(
+            deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=4)
+        ),
+    )
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 4, this config gradient_acc"):
+        tell_deepspeed(accelerator, config(folder, "refused"))
+    accelerator.state.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
+    tell_deepspeed(accelerator, config(folder, "refused"))
+    told = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert told["gradient_clipping"] == 0.5
+    assert told["gradient_accumulation_steps"] == 2

@@ -1,0 +1,272 @@
+"""Small caches whose contents are known: dense float64 distributions, cut down in plain numpy.
+
+Shares no code with teacher_dump. Shapes: L tokens, n targets, V vocabulary, K slots.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decant.schemas import (
+    Manifest,
+    ScoredSequence,
+    Segment,
+    ShardPlan,
+    TeacherInfo,
+    TokenizerInfo,
+    Truncation,
+)
+from decant.storage import CacheWriter
+from tests.support import FIXTURES
+
+UNSEALED = Segment(name="", entries=0, bytes=0, xxh3_128="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a cache of random sequences is made of."""
+
+    truncation: Truncation = field(default_factory=lambda: Truncation(k=8))
+    vocab_size: int = 50
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    precision: str = "f32"
+    before_version_3: bool = False
+    """Whether draws are scored for a cache that keeps their log probs."""
+
+    def __post_init__(self) -> None:
+        if self.truncation.method == "sample" and not self.before_version_3:  # at 1 alone
+            object.__setattr__(self, "temperatures", (1.0,))
+
+    def draft(self) -> Manifest:
+        """A manifest to start a cache with."""
+        return Manifest.draft(
+            teacher=TeacherInfo(
+                name="random",
+                fingerprint="sha256:0",
+                architecture="Dice",
+                engine="numpy 2",
+                dtype="float64",
+                vocab_size=self.vocab_size + 3,
+            ),
+            tokenizer=TokenizerInfo(fingerprint="", files={}),
+            shared_vocab_size=self.vocab_size,
+            truncation=self.truncation,
+            temperatures=self.temperatures,
+            precision=self.precision,
+            source={"path": "nowhere", "fingerprint": "0"},
+            sequences={"max_length": 64},
+        )
+
+
+def random_logprobs(
+    generator: np.random.Generator, n: int, vocab_size: int, spread: float = 4.0
+) -> NDArray[np.float64]:
+    """[n, V] log probs of Gaussian logits with this standard deviation."""
+    logits = generator.normal(scale=spread, size=(n, vocab_size))
+    return logits - log_sum_exp(logits)[:, None]
+
+
+def log_sum_exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n] log sum exp over the rows; -inf for a row of -inf."""
+    top = x.max(axis=1, initial=-np.inf, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(x - top).sum(axis=1)) + top[:, 0]
+
+
+def random_sequence(
+    generator: np.random.Generator,
+    settings: Settings,
+    *,
+    length: int = 12,
+    prompt: int = 1,
+    spread: float = 4.0,
+    sample_id: str = "sample",
+) -> tuple[ScoredSequence, NDArray[np.float64]]:
+    """A valid scored sequence and the dense log probs [n, V] that it was cut from.
+
+    The first `prompt` tokens are no targets; labels are drawn from the distributions.
+    """
+    is_target = np.arange(length) >= max(prompt, 1)
+    dense = random_logprobs(generator, int(is_target.sum()), settings.vocab_size, spread)
+    input_ids = generator.integers(0, settings.vocab_size, length, dtype=np.int32)
+    gumbel = generator.gumbel(size=dense.shape)
+    input_ids[is_target] = (dense + gumbel).argmax(axis=1)
+    return scored_sequence(dense, input_ids, is_target, settings, sample_id, generator), dense
+
+
+def scored_sequence(
+    dense: NDArray[np.float64],
+    input_ids: NDArray[np.int32],
+    is_target: NDArray[np.bool_],
+    settings: Settings,
+    sample_id: str = "sample",
+    generator: np.random.Generator | None = None,
+) -> ScoredSequence:
+    """What a teacher gives of these dense log probs [n, V]; sampling needs a generator.
+
+    Drawn entries come with their log probs, which a cache of the present format leaves out.
+    """
+    truncation, temperatures = settings.truncation, settings.temperatures
+    n = len(dense)
+    token_ids = np.full((n, truncation.slots), -1, np.int32)
+    draws = np.zeros((n, truncation.slots), np.int32)
+    rest = dense.copy()
+    for row, order in enumerate(np.argsort(-dense, axis=1, kind="stable")):
+        ids, counts = _kept(dense[row], order, truncation, generator)
+        token_ids[row, : len(ids)], draws[row, : len(ids)] = ids, counts
+        rest[row, ids] = -np.inf
+    log_z = np.zeros((n, len(temperatures)))
+    log_tail = np.zeros((n, len(temperatures)))
+    for i, temperature in enumerate(temperatures):
+        if temperature != 1:
+            log_z[:, i] = log_sum_exp(dense / temperature)
+        log_tail[:, i] = log_sum_exp(rest / temperature) - log_z[:, i]
+    kept = np.take_along_axis(dense, np.maximum(token_ids, 0), axis=1)
+    labels = input_ids[is_target]
+    entropy = -(np.exp(dense) * dense).sum(axis=1)
+    return ScoredSequence(
+        sample_id=sample_id,
+        input_ids=input_ids.astype(np.int32),
+        is_target=is_target,
+        positions=np.flatnonzero(is_target).astype(np.int32),
+        token_ids=token_ids,
+        logprobs=np.where(token_ids >= 0, kept, -np.inf).astype(np.float32),
+        draws=draws if truncation.sampled else None,
+        log_z=log_z.astype(np.float32),
+        log_tail=log_tail.astype(np.float32),
+        label_logprob=dense[np.arange(n), labels].astype(np.float32),
+        entropy=entropy.astype(np.float32) if truncation.method == "sample" else None,
+    )
+
+
+def _kept(
+    log_p: NDArray[np.float64],
+    order: NDArray[np.intp],
+    truncation: Truncation,
+    generator: np.random.Generator | None,
+) -> tuple[NDArray[np.intp], NDArray[np.intp] | int]:
+    """Ids of one target in descending probability and how often each was drawn."""
+    if truncation.method == "topk":
+        return order[: truncation.k], 0
+    p = np.exp(log_p)
+    if truncation.method == "topp":
+        reached = int(np.searchsorted(np.cumsum(p[order]), truncation.p)) + 1
+        num_kept = min(max(reached, truncation.min_k), truncation.k)
+        return order[:num_kept], 0
+    assert generator is not None
+    num_head = truncation.k if truncation.method == "topk+sample" else 0
+    tail = order[num_head:]
+    counts = generator.multinomial(truncation.draws, p[tail] / p[tail].sum())
+    drawn = counts > 0
+    ids = np.concatenate([order[:num_head], tail[drawn]])
+    return ids, np.concatenate([np.zeros(num_head, np.intp), counts[drawn]])
+
+
+def plan_of(shards: Sequence[Sequence[ScoredSequence]]) -> list[ShardPlan]:
+    """The plan of a cache that holds these sequences in these shards."""
+    plan, first = [], 0
+    for index, sequences in enumerate(shards):
+        plan.append(
+            ShardPlan(
+                shard=index,
+                first_sequence=first,
+                num_sequences=len(sequences),
+                num_tokens=sum(len(s.input_ids) for s in sequences),
+                num_targets=sum(s.num_targets for s in sequences),
+                input_xxh3_128="",
+            )
+        )
+        first += len(sequences)
+    return plan
+
+
+def start_cache(
+    url: str | os.PathLike[str], settings: Settings, shards: Sequence[Sequence[ScoredSequence]]
+) -> CacheWriter:
+    """Start a cache whose plan these sequences fill; no shard is written."""
+    return CacheWriter.create(url, settings.draft(), plan_of(shards))
+
+
+def write_shard(writer: CacheWriter, index: int, sequences: Sequence[ScoredSequence]) -> None:
+    """Write and commit one shard."""
+    with writer.shard(index) as shard:
+        for sequence in sequences:
+            shard.write(sequence)
+
+
+def write_cache(
+    url: str | os.PathLike[str], settings: Settings, shards: Sequence[Sequence[ScoredSequence]]
+) -> Manifest:
+    """Write a whole cache."""
+    writer = start_cache(url, settings, shards)
+    for index, sequences in enumerate(shards):
+        write_shard(writer, index, sequences)
+    return writer.finalize()
+
+
+def random_shards(
+    settings: Settings, *, num_shards: int = 2, sequences: int = 4, seed: int = 0, length: int = 12
+) -> list[list[ScoredSequence]]:
+    """Shards of random sequences of uneven length, the first `length` long, some with a prompt."""
+    generator = np.random.default_rng(seed)
+    return [
+        [
+            random_sequence(
+                generator,
+                settings,
+                length=length + 3 * i,
+                prompt=1 + 2 * (i % 2),
+                sample_id=f"sample-{shard}-{i}",
+            )[0]
+            for i in range(sequences)
+        ]
+        for shard in range(num_shards)
+    ]
+
+
+def assert_equal(found: ScoredSequence, expected: ScoredSequence, *, logprobs: bool = True) -> None:
+    """Assert that two sequences are equal bit for bit; log probs only if asked.
+
+    Where only draws were stored, expect them by ascending id, and no log probs.
+    """
+    assert found.sample_id == expected.sample_id
+    names = ["input_ids", "is_target", "positions", "token_ids", "log_z", "label_logprob"]
+    if expected.entropy is not None and found.logprobs is None:
+        assert found.log_tail is None
+        expected = by_id(expected)
+        names += ["entropy"]
+    else:
+        names += ["log_tail"] + ["logprobs"] * logprobs
+    for name in names:
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == other.dtype, name
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    if expected.draws is None:
+        assert found.draws is None
+    else:
+        np.testing.assert_array_equal(found.draws, expected.draws)
+
+
+def by_id(sequence: ScoredSequence) -> ScoredSequence:
+    """The same draws with ids ascending, without log probs, at T=1 alone."""
+    assert sequence.draws is not None
+    unused = sequence.token_ids < 0
+    order = np.argsort(np.where(unused, np.iinfo(np.int32).max, sequence.token_ids), axis=1)
+    return dataclasses.replace(
+        sequence,
+        token_ids=np.take_along_axis(sequence.token_ids, order, axis=1),
+        draws=np.take_along_axis(sequence.draws, order, axis=1),
+        logprobs=None,
+        log_tail=None,
+        log_z=sequence.log_z[:, :1],
+    )
+
+
+def fixture(version: int, name: str) -> Path:
+    return FIXTURES / f"version-{version}" / name
