@@ -15,7 +15,7 @@ BEGIN, END = "<!-- tree: python docs/generate_architecture.py -->\n", "<!-- end 
 def first_sentence(path: Path) -> str:
     """What the docstring of a module says first."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return " ".join(text.split("\n\n")[0].split())
+    return " ".join(text.split("\n\n")[0].split()).replace("|", r"\|")
 
 
 def rooms(package: Path) -> list[Path]:
