@@ -23,7 +23,7 @@ from decant.student_train.outputs.checkpoint import batch_record, config_record
 from decant.student_train.outputs.hub import check_hub, push
 from decant.student_train.outputs.metrics import (
     Metrics,
-    Window,
+    Recent,
     bar_text,
     peak_memory_bytes,
     progress_bar,
@@ -84,15 +84,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         try:
             summary = _loop(config, accelerator, run, metrics, best)
             if run.evaluation:
-                figures = run.evaluation.figures(run.model, accelerator, output)
+                found = run.evaluation.metrics(run.model, accelerator, output)
                 if not (best and best.should_stop):
-                    metrics.write({**summary, "step": summary["steps"], **figures})
+                    metrics.write({**summary, "step": summary["steps"], **found})
                     if best:
-                        best.update(summary["steps"], figures, run.model)
+                        best.update(summary["steps"], found, run.model)
                 if best and best.step not in (0, summary["steps"]):
                     best.load(run.model)
-                    figures = run.evaluation.figures(run.model, accelerator, output)
-                summary |= figures
+                    found = run.evaluation.metrics(run.model, accelerator, output)
+                summary |= found
         finally:
             if config.plots and accelerator.is_main_process and metrics.path.exists():
                 draw(metrics.path, output / PLOT)
@@ -132,7 +132,7 @@ def _loop(
 ) -> dict[str, Any]:
     """Train to the last step. Raises KeyboardInterrupt, checkpointed, if asked to stop."""
     model, optimizer = run.model, run.optimizer
-    step, epoch, window = run.first_step, run.stream.epoch, Window()
+    step, epoch, recent = run.first_step, run.stream.epoch, Recent()
     data: StepData | None = None
     consumed = run.stream.consumed
     sequences_per_step = run.stream.sequences_per_step * config.gradient_accumulation
@@ -189,19 +189,19 @@ def _loop(
             step, epoch = step + 1, data.epoch
 
             num_tokens = data.num_tokens * accelerator.num_processes  # shares are about equal
-            window.add(num_targets, num_tokens, waited_s, time.monotonic() - started)
+            recent.add(num_targets, num_tokens, waited_s, time.monotonic() - started)
             bar.update()
-            bar.set_postfix_str(bar_text(loss, kd, ce, window), refresh=False)
+            bar.set_postfix_str(bar_text(loss, kd, ce, recent), refresh=False)
             if step % config.log_every_steps == 0 or step == run.steps:
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
                 values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
-                metrics.write({**values, **window.summary()})
-                window = Window()
+                metrics.write({**values, **recent.summary()})
+                recent = Recent()
             if run.evaluation and _due(config.eval.every_steps, step) and step < run.steps:
-                figures = run.evaluation.figures(model, accelerator)
-                metrics.write({"step": step, **figures})
+                found = run.evaluation.metrics(model, accelerator)
+                metrics.write({"step": step, **found})
                 if best:
-                    best.update(step, figures, model)
+                    best.update(step, found, model)
                     if best.should_stop:
                         log.info(
                             "stopped at step %d: %s is best at %d", step, best.metric, best.step

@@ -127,10 +127,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         generation = Generation(
             config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed
         )
-    figure, _, one = config.eval.keep_best.partition("/")
+    metric, _, one = config.eval.keep_best.partition("/")
     if one and (len(heldout) < 2 or one not in heldout):
         raise ValueError(
-            f"eval.keep_best {figure}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
+            f"eval.keep_best {metric}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
         )
     if config.eval.keep_best and is_deepspeed(accelerator):
         raise ValueError("eval.keep_best cannot be had with DeepSpeed: use DDP or FSDP2")

@@ -63,8 +63,8 @@ class EvalConfig:
     batch_size: int = 16
     """Sequences per batch and process."""
     keep_best: str = ""
-    """A figure of the evaluation, for example heldout_ce: the saved student is then the one with
-    the best, not the last; also `figure/name` for one cache of a mixture."""
+    """A metric of the evaluation, for example heldout_ce: the saved student is then the one with
+    the best, not the last; also `metric/name` for one cache of a mixture."""
     patience: int = 0
     """Stop when so many evaluations were no better than the best; 0 = never."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -86,11 +86,11 @@ class EvalConfig:
             raise ValueError(
                 "eval.every_steps needs eval.cache, eval.heldout_fraction or eval.generation.path"
             )
-        figures = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
-        if self.keep_best and self.keep_best.split("/")[0] not in figures:
+        metrics = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
+        if self.keep_best and self.keep_best.split("/")[0] not in metrics:
             raise ValueError(
-                f"eval.keep_best {self.keep_best!r} is not among the figures of this evaluation: "
-                f"{', '.join(figures) or 'there are none'}"
+                f"eval.keep_best {self.keep_best!r} is not among the metrics of this evaluation: "
+                f"{', '.join(metrics) or 'there are none'}"
             )
         if self.keep_best and not self.every_steps:
             raise ValueError("eval.keep_best has no effect without eval.every_steps")

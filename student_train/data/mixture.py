@@ -1,6 +1,6 @@
 """Several caches in exact proportions: several teachers of one tokenizer, or several domains.
 
-The global order takes a sequence from one cache after the other so that behind any number n of
+The global order takes a sequence from one cache after another so that after any number n of
 sequences each cache has given its share of n to within one. Each cache is passed in its own order,
 epoch after epoch, however often its share asks for it. The state is the number consumed.
 """
@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from decant.schemas import NO_LOGPROBS, Layout
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs
-from decant.student_train.data.order import CacheOrder, Entry
-from decant.student_train.data.stream import SequenceStream, temperature_indices
+from decant.student_train.data.order import Entry
+from decant.student_train.data.stream import (
+    SequenceStream,
+    StreamConfig,
+    order_of,
+    temperature_indices,
+)
 
 MAX_PERIOD = 100_000
 
@@ -68,60 +73,27 @@ class MixtureStream(SequenceStream):
     """
 
     def __init__(
-        self,
-        urls: Sequence[str | os.PathLike[str]],
-        weights: Sequence[float],
-        *,
-        batch_size: int,
-        temperature: float | Sequence[float] = 1.0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        part: str = "all",
-        heldout_fraction: float = 0.0,
-        lanes: int = 16,
-        threads: int = 2,
+        self, urls: Sequence[str | os.PathLike[str]], weights: Sequence[float], **options: Any
     ) -> None:
-        """Open the caches; arguments are those of `CacheStream`, `lanes` are of each cache.
+        """Open the caches; `options` are the fields of `StreamConfig`, `lanes` are of each cache.
 
         Raises ValueError if the caches differ in tokenizer or vocabulary, if one lacks a
         temperature, or if drawn targets were to be mixed with others.
         """
-        super().__init__(
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            threads=threads,
-        )
+        super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url) for url in urls]
         for reader in self.readers[1:]:
             check_same_vocabulary(self.reader, reader)
         self._check_forms()
-        wanted = tuple(temperature) if isinstance(temperature, Sequence) else (temperature,)
+        wanted = self.config.temperatures
         self._temperatures = [1.0] + [t for t in wanted if t != 1]
         self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
         self._layout = _common_layout([r.manifest.layout for r in self.readers], self._temperatures)
         self._temperature_indices = tuple(self._temperatures.index(t) for t in wanted)
         self._pattern = interleaving(weights)
         self._num_sources = len(self.readers)
-        self._num_lanes = lanes * self._num_sources
-        self.orders = []
-        for reader in self.readers:
-            groups = reader.row_groups()
-            order = CacheOrder(
-                groups.first_sequence,
-                groups.sequences,
-                part=part,
-                heldout_fraction=heldout_fraction,
-                seed=seed,
-                lanes=lanes,
-            )
-            if not order.num_sequences:
-                raise ValueError(
-                    f"{reader.url}: part {part!r} with heldout_fraction {heldout_fraction} holds "
-                    f"none of its {len(reader)} sequences"
-                )
-            self.orders.append(order)
+        self._num_lanes = self.config.lanes * self._num_sources
+        self.orders = [order_of(reader, self.config) for reader in self.readers]
         shares = np.bincount(self._pattern, minlength=self._num_sources) / len(self._pattern)
         sizes = [order.num_sequences for order in self.orders]
         self.num_sequences = math.ceil(max(n / s for n, s in zip(sizes, shares, strict=True)))
@@ -140,11 +112,6 @@ class MixtureStream(SequenceStream):
             "consumed": self.consumed,
         }
 
-    def passes(self, consumed: int) -> list[float]:
-        """How often each cache has been passed after so many sequences."""
-        given = self._given(consumed)
-        return [n / order.num_sequences for n, order in zip(given, self.orders, strict=True)]
-
     def _given(self, consumed: int) -> list[int]:
         """How many of the first `consumed` sequences are of each cache."""
         periods, rest = divmod(consumed, len(self._pattern))
@@ -154,7 +121,7 @@ class MixtureStream(SequenceStream):
 
     def _order(self, consumed: int) -> Iterator[Entry]:
         given = self._given(consumed)
-        orders = [order.behind(n) for order, n in zip(self.orders, given, strict=True)]
+        orders = [order.after(n) for order, n in zip(self.orders, given, strict=True)]
         period, place = len(self._pattern), consumed
         while True:
             source = int(self._pattern[place % period])

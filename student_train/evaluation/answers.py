@@ -43,7 +43,7 @@ class Generation:
         self.records = _records(Path(config.path), config.num_samples)
 
     @torch.no_grad()
-    def figures(
+    def metrics(
         self, student: Any, accelerator: Accelerator, output: Path | None = None
     ) -> dict[str, float]:
         """Mean ROUGE F-measures over the prompts, in [0, 1], the same on every process.

@@ -16,7 +16,7 @@ METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass
-class Window:
+class Recent:
     """Throughput since the last logged line."""
 
     targets: float = 0.0
@@ -74,10 +74,10 @@ class Metrics:
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
 
 
-def bar_text(loss: float, kd: float, ce: float, window: Window) -> str:
+def bar_text(loss: float, kd: float, ce: float, recent: Recent) -> str:
     """What the bar says behind its steps, rate and time to go."""
     return (
-        f"loss {loss:.3f} (kd {kd:.3f}, ce {ce:.3f}), {window.tokens_per_s:,.0f} tokens/s, "
+        f"loss {loss:.3f} (kd {kd:.3f}, ce {ce:.3f}), {recent.tokens_per_s:,.0f} tokens/s, "
         f"{peak_memory_bytes() / 1e9:.1f} GB"
     )
 

@@ -26,7 +26,7 @@ KILLS = 5
 def start(run: TrainConfig) -> Any:
     """Train in a process of its own, forked from one that has the imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.student_train.test_train_crash"])
+    context.set_forkserver_preload(["tests.support.trainings"])
     process = context.Process(target=train, args=(run,))
     process.start()
     return process

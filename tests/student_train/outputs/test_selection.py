@@ -122,7 +122,7 @@ def test_a_resumed_run_keeps_the_best_so_far(cache: Path, tmp_path: Path) -> Non
 
 def test_a_best_of_nothing_is_refused() -> None:
     """A figure that is not measured, patience without a figure, a best of one evaluation."""
-    with pytest.raises(ValueError, match="not among the figures"):
+    with pytest.raises(ValueError, match="not among the metrics"):
         EvalConfig(heldout_fraction=0.1, every_steps=1, keep_best="accuracy")
     with pytest.raises(ValueError, match="there are none"):
         EvalConfig(keep_best="heldout_ce")
