@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decant.student_train.config.schedule import Schedule, parse_option, value_at, values_of
-from decant.student_train.losses import DIVERGENCES
-from decant.student_train.losses.divergences import Divergence
+from decant.student_train.losses.kinds import DIVERGENCES, check
 
 Weight = float | Schedule
 
@@ -84,7 +83,7 @@ class LossConfig:
         # Where a schedule goes linearly between valid values, all in between are valid.
         for temperature in self.temperatures:
             for at_knot in _knots(parsed):
-                Divergence.of(self.kind, temperature=temperature, tail=self.tail, **at_knot)
+                check(self.kind, temperature, self.tail, at_knot)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
