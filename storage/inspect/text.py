@@ -273,7 +273,7 @@ def shown_ks(slots: int) -> list[int]:
 
 
 def _worst(report: Report) -> list[str]:
-    lines = ["The targets of the least retained mass (python -m storage head shows more)"]
+    lines = ["The targets of the least retained mass (decant head shows more)"]
     lines.append(f"  {'mass':>6} {'seq.':>8} {'pos.':>5}  {'context':<28} {'token':<12} entries")
     lines += [worst_line(found) for found in report.worst_targets[:10]]
     return lines

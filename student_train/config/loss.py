@@ -49,7 +49,9 @@ class LossConfig:
     """Softmax temperature of the divergence, which must be stored in the cache; a number or a
     schedule of shape step."""
     tail: str = "bucket"
-    """What stands for the ids that were not kept: see docs/losses.md."""
+    """What stands for the ids that were not kept. bucket: they are one class with their exact mass;
+    renormalize: both sides count the kept ids alone; teacher_renormalize: the teacher's side alone
+    does (biased, for comparison); uniform: their mass is spread evenly."""
     scale_by_t2: bool = True
     """Multiply the divergence, value and gradient, by temperature squared."""
     options: dict[str, Any] = field(default_factory=dict)

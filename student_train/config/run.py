@@ -63,11 +63,11 @@ class TrainConfig:
     output: str
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
-    """Who learns."""
+    """The student: a pretrained model, or a new one from a configuration."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """LoRA in place of training all weights."""
+    """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """The loss: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
     steps: int = 0
     """Optimizer steps; or give epochs."""
     epochs: float = 0.0
@@ -77,7 +77,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Microbatches per optimizer step; the loss is averaged over the targets of all of them."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How."""
+    """AdamW, and the learning rate over the run."""
     mixed_precision: str = "no"
     """no | bf16 | fp16, through accelerate."""
     packing: str = "none"
@@ -89,7 +89,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation."""
+    """Evaluation on targets that are not trained on, and which student is kept."""
     save_every_steps: int = 0
     """Checkpoint every so many steps; 0 = only when the run is interrupted. Before the last
     evaluation there is always one, until the student is saved."""

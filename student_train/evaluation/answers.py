@@ -32,7 +32,7 @@ class Generation:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise ImportError(
-                "eval.generation needs rouge-score: pip install '.[rouge]'"
+                "eval.generation needs rouge-score: pip install 'decant[rouge]'"
             ) from error
         logging.getLogger("absl").setLevel(logging.WARNING)  # it says which tokenizer it takes
         if tokenizer is None:

@@ -32,7 +32,7 @@ def load_options(config: AdapterConfig, dtype: torch.dtype, device: torch.device
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "adapter.quantization needs bitsandbytes: pip install '.[quantised]'"
+            "adapter.quantization needs bitsandbytes: pip install 'decant[quantised]'"
         ) from error
     if config.quantization == "8bit":
         quantised = BitsAndBytesConfig(load_in_8bit=True)
@@ -55,7 +55,7 @@ def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("adapter needs peft: pip install '.[peft]'") from error
+        raise ImportError("adapter needs peft: pip install 'decant[peft]'") from error
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,

@@ -23,7 +23,7 @@ class TeacherConfig:
     tokenizer: str = ""
     """Path of the tokenizer; the teacher's own by default. "none": the source holds ready ids."""
     engine: str = "transformers"
-    """transformers | vllm | http (a teacher that `python -m teacher_dump serve` offers)."""
+    """transformers | vllm | http (a teacher that `decant serve` offers)."""
     dtype: str = "auto"
     """Computation dtype: auto (as saved) | float32 | bfloat16 | float16."""
     device: str = "auto"

@@ -23,8 +23,9 @@ from decant.schemas import ShardPlan
 from decant.storage import CacheWriter
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
+from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.ray_actor import CLEAN
-from decant.teacher_dump.job.ray_pool import RayConfig, _Pool
+from decant.teacher_dump.job.ray_pool import _Pool
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise EngineError(f"executor ray needs Ray ({error}): pip install '.[ray]'") from error
+        raise EngineError(f"executor ray needs Ray ({error}): pip install 'decant[ray]'") from error
     return ray
 
 

@@ -1,4 +1,4 @@
-"""Offer a teacher to dump jobs on other machines: `python -m teacher_dump serve`.
+"""Offer a teacher to dump jobs on other machines: `decant serve`.
 
 With engine vllm this process becomes vLLM's own server, to which our routes are added
 (`engines/vllm_server.py`); with engine transformers it serves by itself. Either way the routes are

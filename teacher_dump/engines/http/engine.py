@@ -1,4 +1,4 @@
-"""The engine of a teacher elsewhere: asks services that `python -m teacher_dump serve` offers.
+"""The engine of a teacher elsewhere: asks services that `decant serve` offers.
 
 The machine needs neither weights nor GPU nor vLLM: tokenizer and description come from the service.
 Requests are in flight several at a time, their answers are taken in order, and no more are asked

@@ -84,7 +84,7 @@ def _options(config: TeacherConfig) -> dict[str, Any]:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise EngineError(
                 f"teacher.quantization {config.quantization} needs bitsandbytes: "
-                "pip install '.[quantised]'"
+                "pip install 'decant[quantised]'"
             )
         from transformers import BitsAndBytesConfig
 
