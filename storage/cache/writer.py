@@ -30,6 +30,7 @@ from decant.schemas import (
     shard_schema,
     to_json,
 )
+from decant.schemas.distributions import FIELDS
 from decant.schemas.shards import REASON_LENGTH
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
@@ -312,17 +313,14 @@ def one_line(reason: str) -> str:
 def _without_targets(
     sample_id: str, input_ids: NDArray[np.int32], layout: Layout
 ) -> ScoredSequence:
-    slots, temperatures = layout.slots, len(layout.temperatures)
+    sizes = 0, layout.slots, len(layout.temperatures)
+    nothing: dict[str, NDArray] = {
+        name: np.zeros(FIELDS[name].shape(*sizes), FIELDS[name].dtype) for name in layout.fields
+    }
     return ScoredSequence(
         sample_id=sample_id,
         input_ids=input_ids,
         is_target=np.zeros(len(input_ids), np.bool_),
         positions=np.zeros(0, np.int32),
-        token_ids=np.zeros((0, slots), np.int32),
-        logprobs=np.zeros((0, slots), np.float32) if layout.has_logprobs else None,
-        draws=np.zeros((0, slots), np.int32) if layout.has_draws else None,
-        log_z=np.zeros((0, temperatures), np.float32),
-        log_tail=np.zeros((0, temperatures), np.float32) if layout.has_logprobs else None,
-        label_logprob=np.zeros(0, np.float32),
-        entropy=None if layout.has_logprobs else np.zeros(0, np.float32),
+        **nothing,
     )

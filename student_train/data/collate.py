@@ -1,5 +1,6 @@
 """Scored sequences to one `Batch`."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,16 @@ def collate(
             return None
         return torch.from_numpy(values if view is None else values.view(view))
 
-    def at_temperatures(column: Any) -> Tensor:
-        """[N, T]; zeros where nothing is stored, which is log Z at T=1."""
-        found = [joined(lambda rows, i=i: column(rows)[i]) for i in temperature_indices]
-        return torch.stack(
-            [torch.zeros(num_targets) if f is None else tensor(f) for f in found], dim=1
-        )
+    def at_temperature(name: str, index: int, missing: float) -> Tensor:
+        """[N] a field at one of the layout's temperatures."""
+        if name not in layout.fields:
+            return torch.full((num_targets,), missing)
+        found = joined(lambda rows: rows.by_temperature[name][index])
+        return torch.full((num_targets,), missing) if found is None else tensor(found)
+
+    def at_temperatures(name: str, missing: float) -> Tensor:
+        """[N, T] a field at the temperatures of the batch."""
+        return torch.stack([at_temperature(name, i, missing) for i in temperature_indices], dim=1)
 
     num_kept = joined(lambda rows: rows.num_kept)
     stored = StoredTargets(
@@ -62,11 +67,11 @@ def collate(
         topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
-        log_tail_t1=tensor(joined(lambda rows: rows.log_tail[0])),
-        log_z=at_temperatures(lambda rows: rows.log_z),
-        log_tail=at_temperatures(lambda rows: rows.log_tail),
+        log_tail_t1=at_temperature("log_tail", 0, -math.inf),  # draws alone stand for all ids
+        log_z=at_temperatures("log_z", 0.0),  # no column at T=1
+        log_tail=at_temperatures("log_tail", -math.inf),
         code=layout.code if layout.precision == "compact" else None,
-        entropy=tensor(joined(lambda rows: rows.entropy)),
+        entropy=tensor(joined(lambda rows: rows.scalars.get("entropy"))),
     )
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -75,7 +80,7 @@ def collate(
         predictors=torch.from_numpy(predictors),
         labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
         stored=stored,
-        label_logprob=tensor(joined(lambda rows: rows.label_logprob)),
+        label_logprob=tensor(joined(lambda rows: rows.scalars["label_logprob"])),
         sample_ids=[span.sample_id for span in spans],
         num_tokens=sum(span.length for span in spans),
         vocab_size=layout.vocab_size,

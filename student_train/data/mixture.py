@@ -193,9 +193,9 @@ def _as_layout(
         num_kept = np.full(len(rows.token_id), layout.slots, np.uint16)
     logprobs = None
     if rows.topk_logprob is not None:
-        logprobs = decode_logprobs(
-            rows.topk_logprob, unused, rows.log_tail[0], layout.precision, layout.code
-        )
+        tail = rows.by_temperature["log_tail"][0]
+        assert tail is not None
+        logprobs = decode_logprobs(rows.topk_logprob, unused, tail, layout.precision, layout.code)
     return dataclasses.replace(
         rows,
         topk_lo=widened(rows.topk_lo),
@@ -204,6 +204,8 @@ def _as_layout(
         topk_logprob=None if logprobs is None else widened(logprobs),
         num_kept=num_kept,
         draws=None if rows.draws is None else widened(rows.draws),
-        log_z=[rows.log_z[i] for i in temperatures],
-        log_tail=[rows.log_tail[i] for i in temperatures],
+        by_temperature={
+            name: [columns[i] for i in temperatures]
+            for name, columns in rows.by_temperature.items()
+        },
     )

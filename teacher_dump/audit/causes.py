@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence
-from decant.schemas.arrow import log_z_column
+from decant.schemas.arrow import temperature_column
 from decant.storage.cache.logprobs import logprob_bound
 from decant.teacher_dump.audit.compare import _apart, _deviation, _rows, _said
 from decant.teacher_dump.audit.judge import _median, _pooled, _quantities, _tolerances
@@ -55,7 +55,7 @@ def _causes(
     wrong = {q.name for q in quantities if not q.agrees}
     if not wrong & {"logprob", "ids"}:
         for t in off:
-            if log_z_column(t) in wrong:
+            if temperature_column("log_z", t) in wrong:
                 findings += _mislabelled(config, teacher, manifest, cached, t)
     return findings
 
@@ -133,7 +133,7 @@ def _mislabelled(
         for row, at in zip(*_rows(old, new), strict=True):
             log_t = np.interp(old.log_z[row, column], new.log_z[at, 1:], np.log(ladder))
             found.append(math.exp(log_t))
-    name = log_z_column(temperature)
+    name = temperature_column("log_z", temperature)
     low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
     if high / low > 1.05 or abs(middle / temperature - 1) < 0.01:
         return []

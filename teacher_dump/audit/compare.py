@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
-from decant.schemas.arrow import log_tail_column, log_z_column
+from decant.schemas.arrow import temperature_column
 from decant.storage.cache.logprobs import logprob_bound
 
 NEGLIGIBLE_MASS = 1e-6
@@ -113,9 +113,11 @@ def _between(
         deviations = {"logprob": (apart - bound).clip(min=0).max(axis=1)}
     for i, temperature in enumerate(manifest.temperatures):
         if temperature != 1:
-            deviations[log_z_column(temperature)] = np.abs(one.log_z[:, i] - other.log_z[:, i])
+            deviations[temperature_column("log_z", temperature)] = np.abs(
+                one.log_z[:, i] - other.log_z[:, i]
+            )
         a, b = (np.log(np.exp(v.log_tail[:, i]) + NEGLIGIBLE_MASS) for v in (one, other))
-        deviations[log_tail_column(temperature)] = np.abs(a - b)
+        deviations[temperature_column("log_tail", temperature)] = np.abs(a - b)
     label = one.label_logprob - other.label_logprob
     if manifest.source.get("unknown_label") == "bound":  # of an import: may be too high
         label = label.clip(max=0)

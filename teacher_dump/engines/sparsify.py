@@ -6,14 +6,13 @@ Shapes: n targets, V vocabulary, K slots, T temperatures.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decant.schemas import Truncation
+from decant.schemas import Distributions, Truncation
 
 LOGPROB_FLOOR = -10_000.0
 """Log probs are floored here, so that a teacher's -inf logits stay finite numbers."""
@@ -34,24 +33,8 @@ class NotFinite(ValueError):
         self.row = row
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sparse:
-    """The sparse distributions of n targets, on the logits' device; see `ScoredSequence`."""
-
-    token_ids: Tensor
-    """[n, K] int32, -1 = unused slot."""
-    logprobs: Tensor
-    """[n, K] float32 descending, -inf = unused slot."""
-    draws: Tensor | None
-    """[n, K] int32."""
-    log_z: Tensor
-    """[n, T] float32."""
-    log_tail: Tensor
-    """[n, T] float32."""
-    label_logprob: Tensor
-    """[n] float32."""
-    entropy: Tensor | None = None
-    """[n] float32 nats of the whole distribution at T=1, with method `sample`."""
+Sparse = Distributions[Tensor]
+"""The sparse distributions of n targets, on the logits' device."""
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -160,7 +143,7 @@ def sparsify(
         for log_sum, temperature in zip(log_sums, temperatures, strict=True)
     ]
     logprobs = (kept - base[:, None]).clamp_(min=LOGPROB_FLOOR)
-    sparse = Sparse(
+    sparse = Distributions(
         token_ids=token_ids.int(),
         logprobs=logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
         draws=draws,

@@ -194,7 +194,7 @@ def test_the_columns_follow_from_the_layout() -> None:
         precision="compact",
         temperatures=(1.0,),
         has_num_kept=False,
-        has_draws=False,
+        fields=Truncation(k=4).stored(with_logprobs=True),
     )
     schema = shard_schema(small)
     assert "topk_hi" not in schema.names and schema.field("topk_logprob").type.byte_width == 4
@@ -205,7 +205,7 @@ def test_the_columns_follow_from_the_layout() -> None:
         precision="f32",
         temperatures=(1.0, 0.5),
         has_num_kept=True,
-        has_draws=True,
+        fields=Truncation(method="topk+sample", k=2, draws=2).stored(with_logprobs=True),
     )
     added = set(shard_schema(large).names) - set(schema.names)
     assert added == {"topk_hi", "num_kept", "draws", "log_z_t0.5", "log_tail_t0.5"}

@@ -14,7 +14,8 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor
 
-from decant.schemas import ScoredSequence, Truncation
+from decant.schemas import Distributions, ScoredSequence, Truncation
+from decant.schemas.distributions import joined
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.packed_rows import scored_sequence
 from decant.teacher_dump.engines.seam import EngineError, SequenceError, not_finite
@@ -288,9 +289,6 @@ class TransformersEngine:
         return head if same else None
 
 
-FIELDS = ("token_ids", "logprobs", "draws", "log_z", "log_tail", "label_logprob", "entropy")
-
-
 def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, ScoredSequence]:
     """The scored sequences of a batch by index. Raises SequenceError if one is not finite."""
     if flight.arrived:
@@ -307,14 +305,16 @@ def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, Sco
 
 def _joined(parts: list[Sparse]) -> Sparse:
     """Concatenate chunks, on the CPU; from a GPU they may arrive later, in pinned memory."""
-    columns = [[getattr(part, name) for part in parts] for name in FIELDS]
-    return Sparse(
-        *(None if c[0] is None else torch.cat(c).to("cpu", non_blocking=True) for c in columns)  # type: ignore[arg-type]
+    return Distributions(
+        **joined(parts, lambda chunks: torch.cat(chunks).to("cpu", non_blocking=True))
     )
 
 
 def _split(sparse: Sparse, counts: list[int]) -> list[Sparse]:
     """Cut the targets of a batch into those of its sequences."""
-    columns = [getattr(sparse, name) for name in FIELDS]
-    cut = [[None] * len(counts) if c is None else c.split(counts) for c in columns]
-    return [Sparse(*row) for row in zip(*cut, strict=True)]
+    cut = {name: value.split(counts) for name, value in sparse.known().items()}
+    names = list(cut)
+    return [
+        Distributions(**dict(zip(names, row, strict=True)))
+        for row in zip(*cut.values(), strict=True)
+    ]

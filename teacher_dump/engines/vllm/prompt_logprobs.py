@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from decant.schemas import Distributions
 from decant.teacher_dump.engines.packed_rows import Reduction, pack
-from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR, Sparse
+from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR
 from decant.teacher_dump.engines.vllm.messages import Refused, Window
 
 TAIL_RESOLUTION = 2.0**-23
@@ -96,10 +97,9 @@ def rows_from_flat(
     with np.errstate(divide="ignore"):
         log_tail = np.log(tail).astype(np.float32)
     packed = pack(
-        Sparse(
+        Distributions(
             token_ids=torch.from_numpy(token_ids[:, 1:]),
             logprobs=torch.from_numpy(np.maximum(kept, LOGPROB_FLOOR)),
-            draws=None,
             log_z=torch.zeros(len(positions), 1),
             log_tail=torch.from_numpy(log_tail[:, None]),
             label_logprob=torch.from_numpy(np.maximum(label_logprob, LOGPROB_FLOOR)),

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from decant.schemas import Layout, ScoredSequence, Truncation
+from decant.schemas.distributions import in_order
 from decant.storage.cache.checks import check_sequence
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
 from decant.teacher_dump.engines.opening import open_generator
@@ -110,7 +111,7 @@ def layout(slots: int, temperatures: tuple[float, ...], sampled: bool, vocab_siz
         precision="f32",
         temperatures=temperatures,
         has_num_kept=sampled,
-        has_draws=sampled,
+        fields=in_order(("logprobs", "log_tail", *["draws"] * sampled)),
     )
 
 
