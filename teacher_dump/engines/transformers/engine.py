@@ -90,7 +90,11 @@ class TransformersEngine:
         tolerance = rounding_of(self._model)
         refuse_sight_of_later_tokens(*probed, tolerance=tolerance, name=name)
         self._sharing = find_sharing(
-            self._read, *probed[1:], tolerance=tolerance, what=f"what {name} says of a sequence"
+            self._read,
+            *probed[1:],
+            batch_tokens=self._max_batch_tokens,
+            tolerance=tolerance,
+            what=f"what {name} says of a sequence",
         )
         log.info(
             "teacher %s on %s, %s%s, head %s",

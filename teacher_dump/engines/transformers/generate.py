@@ -99,7 +99,11 @@ class TransformersGenerator:
             self._caches = False
             log.warning("%s samples otherwise with a cache of keys and values: none is kept", name)
         self._sharing = find_sharing(
-            self._forced, *probed, tolerance=tolerance, what=f"what {name} answers to a prompt"
+            self._forced,
+            *probed,
+            batch_tokens=self._max_batch_tokens,
+            tolerance=tolerance,
+            what=f"what {name} answers to a prompt",
         )
         log.info(
             "teacher %s on %s, %s, samples responses",

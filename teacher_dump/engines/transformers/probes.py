@@ -69,7 +69,7 @@ def refuse_sight_of_later_tokens(
     never do where later tokens are seen.
     """
     for length in probed_lengths(groups, max_length):
-        seen = max(1, length - JUNK) if length > PROBE else length // 2
+        seen = length - JUNK if length >= PROBE + JUNK else max(1, length // 2)
         runs = [_tokens(length, vocab_size) for _ in range(3)]
         for run, ids in enumerate(runs):
             ids[0, seen:] = (ids[0, seen:] * (run + 2) + run) % vocab_size
@@ -96,16 +96,18 @@ def find_sharing(
     vocab_size: int,
     max_length: int,
     *,
+    batch_tokens: int,
     tolerance: float,
     what: str,
 ) -> Sharing:
     """What may share a batch with a text and change nothing in it, at any length.
 
     `what` the model does so is said in the log, unless everything may. Rounding may send a token
-    to another expert, so a difference counts where three texts in a row have it.
+    to another expert, so a difference counts where three texts in a row have it. Lengths of which
+    no two fit `batch_tokens` never share a batch.
     """
     found = Sharing.EVERYTHING
-    for length in probed_lengths(groups, max(2, max_length - STEPS)):
+    for length in probed_lengths(groups, max(2, min(max_length - STEPS, batch_tokens // 2))):
         texts = [_prompts(groups, vocab_size, length, seed) for seed in range(3)]
         if len(texts[0].short) < length and not _any_same(
             says, [([t.short], [t.short, t.long], t.following) for t in texts], tolerance
