@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
-from decant.teacher_dump.audit.compare import Deviations, _deviation, _find, _rows
-from decant.teacher_dump.audit.report import Quantity
+from decant.teacher_dump.audit.compare import Deviations, deviations_from, find_slots, matching_rows
+from decant.teacher_dump.audit.report import Compared
 
 FLOOR = 1e-4
 """Nats that are never held against a cache, however well a teacher repeats itself."""
@@ -25,7 +25,7 @@ DRAW_SIGMAS = 5.0
 """How far drawn counts may lie from their expectation, in standard deviations."""
 
 
-def _draws(
+def _draw_deviations(
     cached: list[ScoredSequence], live: list[ScoredSequence], truncation: Truncation, slack: float
 ) -> NDArray[np.float64]:
     """[ranks] by how many standard deviations drawn counts are off, over all targets.
@@ -38,8 +38,8 @@ def _draws(
     variance: NDArray = np.zeros(0)
     for old, new in zip(cached, live, strict=True):
         assert old.draws is not None
-        ours, theirs = _rows(old, new)
-        slot = _find(old.token_ids[ours], new.token_ids[theirs])
+        ours, theirs = matching_rows(old, new)
+        slot = find_slots(old.token_ids[ours], new.token_ids[theirs])
         assert new.logprobs is not None and new.log_tail is not None
         p_NM = np.exp(new.logprobs[theirs].astype(np.float64))
         drawn_NM = np.zeros_like(p_NM)
@@ -67,52 +67,54 @@ def _draws(
     return np.abs(counts - expected) / scale
 
 
-def _tolerances(control: Sequence[Deviations]) -> dict[str, tuple[float, float]]:
+def tolerances_from(control: Sequence[Deviations]) -> dict[str, tuple[float, float]]:
     """By quantity: the control's 99 % quantile, and the tolerance that follows from it."""
-    p99 = {name: _quantile(_pooled(control, name), 0.99) for name in control[0]}
+    p99 = {name: quantile(pooled(control, name), 0.99) for name in control[0]}
     of = {name: (value, FLOOR + CONTROL_FACTOR * value) for name, value in p99.items()}
     # Two ids may change places when each of their log probs moves; masses move with log probs.
     return {**of, "ids": (of["logprob"][0], 2 * of["logprob"][1]), "cut": of["logprob"]}
 
 
-def _quantities(
+def compare_quantities(
     manifest: Manifest,
     cached: list[ScoredSequence],
     live: list[ScoredSequence],
     tolerances: dict[str, tuple[float, float]],
-) -> list[Quantity]:
+) -> list[Compared]:
     """Judge every quantity: few targets and no sequence as a whole may be beyond tolerance."""
-    deviations = [_deviation(old, new, manifest) for old, new in zip(cached, live, strict=True)]
+    deviations = [
+        deviations_from(old, new, manifest) for old, new in zip(cached, live, strict=True)
+    ]
     units = {"cut": "mass"}
     quantities = [
-        _judged(name, units.get(name, "nats"), [d[name] for d in deviations], *tolerances[name])
+        _judge(name, units.get(name, "nats"), [d[name] for d in deviations], *tolerances[name])
         for name in deviations[0]
     ]
     if manifest.truncation.sampled:
-        z = _draws(cached, live, manifest.truncation, tolerances["logprob"][1])
-        quantities.append(_judged("draws", "sd", [z], 0.0, DRAW_SIGMAS, strays=0))
+        z = _draw_deviations(cached, live, manifest.truncation, tolerances["logprob"][1])
+        quantities.append(_judge("draws", "sd", [z], 0.0, DRAW_SIGMAS, strays=0))
     return quantities
 
 
-def _judged(
+def _judge(
     name: str,
     unit: str,
     by_sequence: Sequence[NDArray[np.float64]],
     control_p99: float,
     tolerance: float,
     strays: float = STRAYS,
-) -> Quantity:
+) -> Compared:
     values = np.concatenate(by_sequence)
     values = values[~np.isnan(values)]
     beyond = int((values > tolerance).sum())
-    sequences = sum(bool(_quantile(v, 0.5) > tolerance) for v in by_sequence)
-    return Quantity(
+    sequences = sum(bool(quantile(v, 0.5) > tolerance) for v in by_sequence)
+    return Compared(
         name=name,
         unit=unit,
         compared=len(values),
-        median=_quantile(values, 0.5),
-        p99=_quantile(values, 0.99),
-        max=_quantile(values, 1.0),
+        median=quantile(values, 0.5),
+        p99=quantile(values, 0.99),
+        max=quantile(values, 1.0),
         control_p99=control_p99,
         tolerance=tolerance,
         beyond=beyond / max(1, len(values)),
@@ -121,14 +123,17 @@ def _judged(
     )
 
 
-def _pooled(deviations: Iterable[Deviations], name: str) -> NDArray[np.float64]:
+def pooled(deviations: Iterable[Deviations], name: str) -> NDArray[np.float64]:
+    """A quantity's deviations of all sequences."""
     return np.concatenate([d[name] for d in deviations])
 
 
-def _quantile(values: NDArray[np.float64], rank: float) -> float:
+def quantile(values: NDArray[np.float64], rank: float) -> float:
+    """Of what is known; 0 of nothing."""
     values = values[~np.isnan(values)]
     return float(np.quantile(values, rank)) if len(values) else 0.0
 
 
-def _median(values: NDArray[np.float64]) -> float:
-    return _quantile(values, 0.5)
+def median(values: NDArray[np.float64]) -> float:
+    """Of what is known; 0 of nothing."""
+    return quantile(values, 0.5)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quantity:
+class Compared:
     """One thing that was compared, over all targets of the sample."""
 
     name: str
@@ -47,7 +47,7 @@ class AuditReport:
     sequences: int
     """Scored again."""
     targets: int
-    quantities: tuple[Quantity, ...]
+    quantities: tuple[Compared, ...]
     findings: tuple[Finding, ...]
     notes: tuple[Finding, ...]
 

@@ -13,7 +13,7 @@ LIVE_ENTRIES = 256
 """Live entries per target, at least; twice the cache's slots where that is more."""
 
 
-def _score(
+def score_live(
     config: TeacherConfig,
     teacher: Teacher,
     manifest: Manifest,

@@ -45,6 +45,13 @@ def load_model(config: TeacherConfig, model_path: str) -> PreTrainedModel:
     return model.eval()
 
 
+def refuse_too_few_rows(model: PreTrainedModel, vocab_size: int) -> None:
+    """Raise EngineError if the output layer has fewer rows than ids are asked for."""
+    linear = model.get_output_embeddings()
+    if linear is not None and (rows := linear.weight.shape[0]) < vocab_size:
+        raise EngineError(f"the teacher has {rows} output rows, fewer than {vocab_size} ids")
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go: the device that the first layer computes on, wherever its weights are."""
     device = model.get_input_embeddings().weight.device
