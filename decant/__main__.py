@@ -1,7 +1,5 @@
 """The command `decant`, also as `python -m decant`."""
 
-import sys
-
 from decant.search_path import leave_out_working_directory
 
 DESCRIPTION = """Distil language models from files. A teacher scores your text once; students are
@@ -36,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,14 +7,14 @@ from decant.storage.cli.commands import Entry, Table
 
 TEACHER = (
     Entry(
-        "plan",
-        "Score a sample; predict hours, bytes, and what each k keeps.",
-        "decant.teacher_dump.planning.command:PLAN",
-    ),
-    Entry(
         "dump",
         "Score a text source with a teacher, once, into a cache.",
         "decant.teacher_dump.job.command:DUMP",
+    ),
+    Entry(
+        "plan",
+        "Score a sample; predict hours, bytes, and what each k keeps.",
+        "decant.teacher_dump.planning.command:PLAN",
     ),
     Entry(
         "audit",

@@ -1,11 +1,9 @@
 """`python -m storage inspect|head|diff|verify|export|import|migrate`: the commands of a cache."""
 
-import sys
-
 from decant.search_path import leave_out_working_directory
 
-DESCRIPTION = """Look at caches of teacher distributions, and exchange them with other tools. The same
-commands are `decant inspect`, `decant head`, ...
+DESCRIPTION = """Look at caches of teacher distributions, and exchange them with other tools.
+The same commands are `decant inspect`, `decant head`, ...
 
   decant inspect caches/demo              size, retained mass, teacher quality
   decant inspect caches/demo --json | jq .bytes_per_target
@@ -28,4 +26,4 @@ if __name__ == "__main__":
     leave_out_working_directory()
     from decant.storage.cli import process
 
-    sys.exit(process.run(main))
+    process.run(main)

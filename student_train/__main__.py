@@ -1,7 +1,5 @@
 """`python -m student_train --config train.yaml [--key value ...]`, also under accelerate launch."""
 
-import sys
-
 from decant.search_path import leave_out_working_directory
 
 
@@ -18,4 +16,4 @@ if __name__ == "__main__":
     leave_out_working_directory()
     from decant.storage.cli import process
 
-    sys.exit(process.run(main))
+    process.run(main)

@@ -1,7 +1,6 @@
 """`python -m teacher_dump run|plan|audit|serve`: the commands of a teacher."""
 
 import dataclasses
-import sys
 
 from decant.search_path import leave_out_working_directory
 
@@ -30,4 +29,4 @@ if __name__ == "__main__":
     leave_out_working_directory()
     from decant.storage.cli import process
 
-    sys.exit(process.run(main))
+    process.run(main)

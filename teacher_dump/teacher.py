@@ -142,7 +142,7 @@ def engine_label(config: TeacherConfig) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise ValueError(
-        f"teacher.engine {config.engine} is not installed here; see 'Engines' in the README"
+        f"teacher.engine {config.engine} is not installed here: pip install 'decant[vllm]'"
     )
 
 

@@ -41,7 +41,15 @@ def dump(split: str, work: Path, engine: str) -> dict:
     python = str(ROOT / ".venv-vllm/bin/python") if engine == "vllm" else sys.executable
     cache = work / f"cache-{split}"
     run(
-        *("-m", "decant", "dump", "--config", DEMO / "dump.yaml", "--teacher.path", DEMO / "teacher"),
+        *(
+            "-m",
+            "decant",
+            "dump",
+            "--config",
+            DEMO / "dump.yaml",
+            "--teacher.path",
+            DEMO / "teacher",
+        ),
         *("--output", cache, "--source.path", work / f"{split}.jsonl.zst"),
         *("--teacher.engine", engine),
         python=python,

@@ -144,9 +144,9 @@ def _parser(configs: Sequence[type]) -> Any:
 
 
 def _missing(message: str) -> str:
-    """jsonargparse's message on one line, in our words where a required key is missing."""
+    """A message on one line; in our words where a required key is missing."""
     text = " ".join(message.split())
-    found = re.search(r"the following arguments are required: (.*)", text)
+    found = re.match(r"the following arguments are required: (.*)", text)
     if not found:
         return text
     names = found[1].split(", ")
@@ -157,4 +157,3 @@ def _missing(message: str) -> str:
 
 def _wrapped(text: str, columns: int) -> list[str]:
     return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
-

@@ -22,7 +22,7 @@ CONFIG = "--config"
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`: did you mean ...?` for a word that is close to a known one, else an empty text."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     last = word.rpartition(".")[2]
     if not close:  # `lr` for `optimizer.lr`, `optimizer.kind` for `loss.kind`
         close = [name for name in names if name.rpartition(".")[2] == last][:1]
@@ -34,7 +34,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def diagnose(arguments: Sequence[str], configs: Sequence[type]) -> str:
     """One line about the first mistake of a command line and its files; "" if none is found."""
-    return next(itertools.chain(_on_the_line(arguments, configs), _in_files(arguments, configs)), "")
+    return next(
+        itertools.chain(_on_the_line(arguments, configs), _in_files(arguments, configs)), ""
+    )
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:
@@ -68,7 +70,14 @@ def _on_the_line(arguments: Sequence[str], configs: Sequence[type]) -> Iterator[
             if not has_value:
                 yield f"--{name} needs a value: {expected(known[name].kind)}"
             yield from _in_value(f"--{name}", value, known[name], added=word.rstrip("=")[-1] == "+")
-        elif name not in groups and not any(name.startswith(f"{key}.") for key in known):
+        elif name in groups:
+            one = next(key for key in known if key.startswith(f"{name}."))
+            if not (value.lstrip().startswith("{") or Path(value).is_file()):
+                yield (
+                    f"--{name} {value}: expected a YAML file with keys of {name}, or one of its "
+                    f"options, such as --{one}"
+                )
+        elif not any(name.startswith(f"{key}.") for key in known):
             meant = did_you_mean(name, known)
             yield f"--{name} is not an option{meant.replace('mean ', 'mean --')}"
 
@@ -104,9 +113,8 @@ def _in_files(arguments: Sequence[str], configs: Sequence[type]) -> Iterator[str
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}" if mark else ""
-            said = getattr(error, "problem", None) or "unreadable"
-            yield f"{shown}{line} is not YAML: {said}"
+            place = f"{shown} line {mark.line + 1}" if mark else shown
+            yield f"{place} is not YAML: {getattr(error, 'problem', None) or 'unreadable'}"
             continue
         if root is None:
             continue
@@ -119,8 +127,13 @@ def _of_root(root: yaml.Node, configs: Sequence[type]) -> Iterator[tuple[int, st
     yield from _keys(root, kinds, "", options(*configs))
 
 
-def _problems(node: yaml.Node, kind: Any, path: str) -> Iterator[tuple[int, str]]:
-    """Line and text of what is wrong with a value of a kind; `path` is its key."""
+def _problems(
+    node: yaml.Node, kind: Any, path: str, *, is_whole: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Line and text of what is wrong with a value of a kind; `path` is its key.
+
+    A mapping that `is_whole` must have all keys that have no default: no other file adds any.
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         yield from _problems(node, inner[0], path)
@@ -134,7 +147,7 @@ def _problems(node: yaml.Node, kind: Any, path: str) -> Iterator[tuple[int, str]
         if not fitting:
             yield _wrong(node, kind, path)
         elif len(fitting) == 1:
-            yield from _problems(node, fitting[0], path)
+            yield from _problems(node, fitting[0], path, is_whole=True)
         return
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
@@ -142,19 +155,19 @@ def _problems(node: yaml.Node, kind: Any, path: str) -> Iterator[tuple[int, str]
             return  # the group in a file of its own
         known = options(kind)
         yield from _keys(node, _kinds(kind), path, known)
-        if isinstance(node, yaml.MappingNode) and path.endswith("]"):
+        if isinstance(node, yaml.MappingNode) and is_whole:
             given = {key.value for key, _ in node.value}
             for field in dataclasses.fields(kind):
                 no_default = field.default is field.default_factory is dataclasses.MISSING
                 if no_default and field.name not in given:
-                    yield node.start_mark.line, f"{path} has no {field.name}"
+                    yield node.start_mark.line, f"{path or 'this'} has no {field.name}"
         return
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
             yield _wrong(node, kind, path)
             return
         for place, item in enumerate(node.value):
-            yield from _problems(item, inner[0], f"{path}[{place}]")
+            yield from _problems(item, inner[0], f"{path}[{place}]", is_whole=True)
     elif origin is dict:
         if not isinstance(node, yaml.MappingNode):
             yield _wrong(node, kind, path)

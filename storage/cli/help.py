@@ -26,7 +26,9 @@ OF_CONFIGS = (
 
 def columns() -> int:
     """The width of a help page."""
-    return max(40, min(100, int(os.environ.get("COLUMNS", 0)) or shutil.get_terminal_size().columns))
+    return max(
+        40, min(100, int(os.environ.get("COLUMNS", 0)) or shutil.get_terminal_size().columns)
+    )
 
 
 def arguments_page(name: str, text: str, arguments: type, common: Sequence[str]) -> str:
@@ -55,12 +57,10 @@ def config_page(
     parts = [_usage(name, ["--config FILE", "[--KEY VALUE ...]"]), text.strip("\n")]
     found = groups(config)
     every = {option.key: option for group in found for option in group.options}
-    parts.append(
-        _section("the most used:", [_row(every[key], f"--{key}") for key in common])
-    )
+    parts.append(_section("the most used:", [_row(every[key], f"--{key}") for key in common]))
     of_command = groups(arguments) if arguments else []
     if of_command:
-        rows = [_row(option, "--" + option.key) for option in of_command[0].options]
+        rows = [_row(option, flag(option)) for option in of_command[0].options]
         parts.append(_section("about this run alone:", rows))
     parts.append(_section("always:", [*OF_CONFIGS, *ALWAYS]))
     for group in [*found, *of_command[1:]]:
@@ -71,7 +71,9 @@ def config_page(
     return "\n\n".join(parts) + "\n"
 
 
-def list_page(program: str, text: str, sections: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+def list_page(
+    program: str, text: str, sections: Iterable[tuple[str, Sequence[tuple[str, str]]]]
+) -> str:
     """The page that lists the commands of a program."""
     parts = [_usage(program, ["COMMAND", "[options]"]), text.strip("\n")]
     parts += [_section(f"{title}:", rows) for title, rows in sections]
@@ -93,7 +95,9 @@ def _row(option: Option, name: str) -> tuple[str, str]:
 def _usage(name: str, words: Sequence[str]) -> str:
     return "\n".join(
         textwrap.wrap(
-            f"usage: {name} {' '.join(words)}", columns() - 1, subsequent_indent=" " * 7,
+            f"usage: {name} {' '.join(words)}",
+            columns() - 1,
+            subsequent_indent=" " * 7,
             break_on_hyphens=False,
         )
     )

@@ -89,7 +89,10 @@ def verdict_text(verdict: Verdict) -> str:
     rows = [
         ("student", verdict.student),
         ("cache", f"{verdict.cache}, {verdict.sequences:,} sequences"),
-        ("cross-entropy", f"{found['heldout_ce']:.4f} nats; the teacher's {found['teacher_ce']:.4f}"),
+        (
+            "cross-entropy",
+            f"{found['heldout_ce']:.4f} nats; the teacher's {found['teacher_ce']:.4f}",
+        ),
         ("perplexity", f"{found['heldout_perplexity']:.3f}"),
         (
             "divergence",
@@ -100,9 +103,7 @@ def verdict_text(verdict: Verdict) -> str:
     if "top1_agreement" in found:
         rows.append(("top-1 agreement", f"{found['top1_agreement']:.4f} with the teacher"))
     if lower is not None:
-        rows.append(
-            ("acceptance", f"{lower:.4f} to {upper:.4f} of its tokens, as a draft model")
-        )
+        rows.append(("acceptance", f"{lower:.4f} to {upper:.4f} of its tokens, as a draft model"))
     rows.append(("calibration error", f"{found['ece']:.4f}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

@@ -33,7 +33,7 @@ def open_generator(
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"source.generate with teacher.engine vllm needs {error.name}, which is not "
-                "installed here: use teacher.engine transformers, or see 'Engines' in the README"
+                "installed here: use teacher.engine transformers, or pip install 'decant[vllm]'"
             ) from error
         chosen = VllmGenerator
     else:

@@ -44,6 +44,4 @@ def run_dump(config: DumpConfig, arguments: ShareConfig) -> int:
     return process.DONE
 
 
-DUMP = Command(
-    text=TEXT, config=DumpConfig, arguments=ShareConfig, common=COMMON, run=run_dump
-)
+DUMP = Command(text=TEXT, config=DumpConfig, arguments=ShareConfig, common=COMMON, run=run_dump)

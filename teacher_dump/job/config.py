@@ -60,6 +60,8 @@ class ShareConfig:
 
     def __post_init__(self) -> None:
         if self.executor == "local" and self.ray != RayConfig():
-            raise ValueError("ray.* have no effect with executor local: add --executor ray, or executor: ray")
+            raise ValueError(
+                "ray.* have no effect with executor local: add --executor ray, or executor: ray"
+            )
         if self.executor == "ray" and self.num_workers != 1:
             raise ValueError("num_workers has no effect with executor ray, which counts its actors")

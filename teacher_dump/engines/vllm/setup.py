@@ -144,7 +144,7 @@ def require_plugin() -> None:
     if not found:
         raise Refused(
             "vLLM's processes cannot find the scoring head: this project's entry points are not "
-            "installed beside vLLM; run `pip install --no-deps --editable .` in its environment"
+            "installed beside vLLM; run `pip install --no-deps decant` in its environment"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
