@@ -187,16 +187,13 @@ def test_nothing_is_added_to_what_the_template_renders():
     assert EOS not in ids
 
 
-def test_an_inconsistent_template_is_an_error():
-    """A template that renders earlier answers otherwise than the last one is refused."""
+def test_answers_are_found_in_an_inconsistent_template():
+    """A template that renders earlier answers otherwise than the last one is masked right."""
     template = PLAIN_TEMPLATE.replace("{{ m.content", "{{ mark + m.content").replace(
         HEADER, HEADER + "{% set mark = '!' if loop.last and m.role == 'assistant' else '' %}"
     )
     tokenizer = build_tokenizer(template=template)
-    with pytest.raises(
-        SourceError, match=r"line of s: .*otherwise when others follow .*generation"
-    ):
-        run(record(messages=CHAT), tokenizer=tokenizer)
+    assert chat_targets(tokenizer, CHAT) == " world<|end|>!the answers<|end|>"
     assert chat_targets(tokenizer, CHAT[:2]) == "! world<|end|>"
 
 
@@ -239,12 +236,15 @@ def test_a_refusing_template_names_the_record():
         run(good, bad, tokenizer=tokenizer)
 
 
-def test_messages_need_a_template_and_offsets():
-    """Chats are refused without a chat template, or without a way to find the answers."""
+def test_messages_need_a_template():
+    """Chats are refused without a chat template."""
     with pytest.raises(ValueError, match="has no chat template"):
         run(record(messages=CHAT), tokenizer=build_tokenizer(template=""))
-    with pytest.raises(SourceError, match="starts with the assistant"):
-        run(record(messages=CHAT[1:]))
+
+
+def test_the_assistant_may_speak_first():
+    """Its words are targets, what the template puts before them is not."""
+    assert chat_targets(TOKENIZER, CHAT[1:]) == ANSWERS
 
 
 # Ready ids
@@ -279,7 +279,7 @@ def test_sequences_have_their_types():
         ({"prompt": ["a"], "response": "b"}, "prompt is .* expected a string"),
         ({"messages": []}, "expected a non-empty list of objects with a role"),
         ({"messages": [{"content": "a"}]}, "expected a non-empty list of objects with a role"),
-        ({"messages": CHAT, "tools": "[]"}, "expected a list of objects"),
+        ({"messages": CHAT, "tools": "{}"}, "expected a list of objects"),
         ({"input_ids": []}, r"sample 's' has 0 token\(s\): expected at least 2"),
         ({"input_ids": [1]}, r"sample 's' has 1 token\(s\).* or set empty: drop"),
         ({"input_ids": [1, VOCAB_SIZE]}, "token id 300 at position 1: expected ids from 0 to 299"),
