@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from decant.teacher_dump.inputs.chats import Chats
-from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError
+from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError, Unrenderable
 
 KINDS = {
     "text": ("text",),
@@ -67,8 +67,13 @@ class Encoder:
                 encoded.append(self._framed([], next(bodies)))
             elif kind == "prompt + response":
                 encoded.append(self._framed(next(bodies), next(bodies)))
+            elif kind == "messages":
+                chat = next(chats)
+                if isinstance(chat, Unrenderable):
+                    raise chat
+                encoded.append(chat)
             else:
-                encoded.append(next(chats) if kind == "messages" else _given(record))
+                encoded.append(_given(record))
         return encoded
 
     def prompts(self, batch: list[Record]) -> list[Ids]:

@@ -14,6 +14,10 @@ class SourceError(ValueError):
     """The input data, or the path to it, cannot be used; the message says where and what to do."""
 
 
+class Unrenderable(SourceError):
+    """One conversation cannot become a sequence as it is meant; others of the source may."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record of the source, as it was found."""
