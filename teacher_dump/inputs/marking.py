@@ -174,7 +174,10 @@ def _read(rendered: str) -> Marked | None:
     for match in (*MARK.finditer(rendered), None):
         text = rendered[place : match.start() if match else len(rendered)]
         if text and stack:
-            runs.append((stack[-1][1], (length, length + len(text))))
+            message, start = stack[-1][1], length
+            if runs and runs[-1][0] == message and runs[-1][1][1] == length:
+                start = runs.pop()[1][0]
+            runs.append((message, (start, length + len(text))))
         texts.append(text)
         length += len(text)
         if match is None:
@@ -184,8 +187,8 @@ def _read(rendered: str) -> Marked | None:
         if mark == "block":
             begun.append((stack[-1][1] if stack else None, length))
         elif mark == "/block":
-            message, start = begun.pop()
-            blocks.append((message, (start, length)))
+            owner, start = begun.pop()
+            blocks.append((owner, (start, length)))
         elif mark.startswith("/"):
             if not stack or stack[-1][0] != mark[1:]:
                 return None

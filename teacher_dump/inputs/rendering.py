@@ -63,6 +63,7 @@ def render(
         spans = [span for index in sorted(kept) for span in located.get(index, [])]
     if not accept:
         check_contents(conversation, text, located)
+        _check_tools(template, conversation, text)
     return Rendered(text, spans)
 
 
@@ -74,6 +75,7 @@ def render_prompt(template: ChatTemplate, conversation: Conversation, *, accept:
     text = template.text(conversation, prompt=True)
     if not accept:
         check_contents(conversation, text, {}, reasoning=False)
+        _check_tools(template, conversation, text)
     return text
 
 
@@ -106,10 +108,14 @@ def check_contents(
             if _find(message, words, text, place, end) < 0:
                 _refuse(conversation, index, words)
         place = max(place, found)
+
+
+def _check_tools(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Raise Unrenderable if the template leaves the tools out."""
     for tool in conversation.tools or []:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name not in text:
+        if isinstance(name, str) and not (name in text and template.renders_tools(conversation)):
             raise Unrenderable(
                 f"{conversation.where}: the chat template renders nothing of the tool {name!r};"
                 f" {CONTENT_WAYS_OUT}"

@@ -6,12 +6,12 @@ rendering a conversation of private words and looking for them. Knows nothing of
 """
 
 import copy
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class NoDateError(ValueError):
     """The template asks for today's date, and none is given."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class CallForm:
     """How a template wants a message that calls tools."""
 
@@ -79,6 +79,10 @@ class ChatTemplate:
     def has_blocks(self, conversation: Conversation) -> bool:
         """Whether the template says by {% generation %} which part is the assistant's."""
         return not self.name and has_blocks(self.source(conversation))
+
+    def renders_tools(self, conversation: Conversation) -> bool:
+        """Whether the tools of the conversation reach its text at all."""
+        return self._probed(conversation, "tools", self._probe_tools)
 
     def text(
         self, conversation: Conversation, length: int | None = None, *, prompt: bool = False
@@ -203,6 +207,18 @@ class ChatTemplate:
                     ):
                         return CallForm(is_none, as_json)
         return CallForm(content_is_none=False, arguments_as_json=False)
+
+    def _probe_tools(self, conversation: Conversation) -> bool:
+        """Whether a tool of a private name is rendered; True for a template that is choosier."""
+        function = {
+            "name": NAMED,
+            "description": KEYED,
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        }
+        tools = [{"type": "function", "function": function}]
+        asked = dataclasses.replace(conversation, tools=tools)
+        text = self._tried([self.shaped_user(asked)], asked)
+        return NAMED in text or not text
 
     def _probe_reasoning(self, conversation: Conversation) -> tuple[str, ...]:
         """The names under which the template reads what the assistant thinks."""

@@ -22,7 +22,6 @@ TEMPLATES = {n: text for n, text in trl_templates().items() if not n.endswith("_
 DATE = "2026-01-31"
 
 CHATML = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)"
-CHATML_TOOLS = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)"
 PROMPTED_CHATML = r"<\|im_start\|>assistant\n(?:<think>\n)?(.*?<\|im_end\|>\n)"
 NOTHINK_CHATML = r"<\|im_start\|>assistant\n(?:<think>\n(?:\n</think>\n\n)?)?(.*?<\|im_end\|>\n)"
 NEMOTRON = r"<\|im_start\|>assistant\n(?:<think>\n?)?(.*?<\|im_end\|>\n)"
@@ -33,7 +32,7 @@ GEMMA4 = (
     r"(.*?(?:<turn\|>\n(?=<\|turn>|\Z)|<\|tool_response>|\Z))"
 )
 DEEPSEEK = (
-    r"(?:<｜Assistant｜>(?:<think>\n)?|<｜tool▁outputs▁end｜>)"
+    r"(?:<｜Assistant｜>(?:<think>\n?)?|<｜tool▁outputs▁end｜>)"
     r"(.*?(?:<｜end▁of▁sentence｜>|<｜tool▁call▁end｜>(?=<｜tool▁outputs▁begin｜>|\Z)))"
 )
 PHI = r"<\|assistant\|>\n(.*?<\|end\|>\n(?:</s>\Z)?)"
@@ -222,31 +221,32 @@ def shaped(name: str, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def contents(chat: list[dict[str, Any]]) -> list[str]:
-    """Every word that the conversation holds."""
-    found = []
-    for message in chat:
-        content = message["content"] or ""
-        if isinstance(content, list):
-            content = "".join(part.get("text", "\0image") for part in content)
-        found += [message[key] for key in ("reasoning_content", "thinking") if key in message]
-        found += [piece.strip() for piece in re.split(r"</?think>", content)]
-        for call in message.get("tool_calls") or []:
-            arguments = call["function"]["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            found += [words.split()[0] for words in arguments.values() if isinstance(words, str)]
+def said(message: dict[str, Any]) -> list[str]:
+    """Every word of a message."""
+    content = message["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "\0image") for part in content)
+    found = [message[key] for key in ("reasoning_content", "thinking") if key in message]
+    found += [piece.strip() for piece in re.split(r"</?think>", content)]
+    for call in message.get("tool_calls") or []:
+        arguments = call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        found += [words.split()[0] for words in arguments.values() if isinstance(words, str)]
     return found
 
 
 def lost(chat: list[dict[str, Any]], text: str) -> list[str]:
-    """What of it the text does not hold, in its order."""
+    """What the text does not hold, message by message in their order."""
     place, missing = 0, []
-    for words in contents(chat):
-        found = text.find(words, place)
-        if found < 0:
-            missing.append(words)
-        else:
-            place = found
+    for message in chat:
+        ends = [place]
+        for words in said(message):
+            found = text.find(words, place)
+            if found < 0:
+                missing.append(words)
+            else:
+                ends.append(found + len(words))
+        place = max(ends)
     return missing
 
 
@@ -295,7 +295,7 @@ def judged(name: str, conversation: str) -> tuple[str, str]:
         return ("refused", str(error)) if isinstance(found, Unrenderable) else ("wrong", str(error))
     missing = lost(CONVERSATIONS[conversation], own)
     if "tools" in fields and "adds" not in own:
-        missing.append("tools")
+        missing.append("the tools")
     if isinstance(found, Unrenderable):
         return ("refused" if missing else "refused without need"), str(found)
     variant = trl_templates().get(f"{name}_training", "")
@@ -312,8 +312,8 @@ def judged(name: str, conversation: str) -> tuple[str, str]:
     if tokenizer.decode(ids) != text:
         return "wrong", f"{tokenizer.decode(ids)!r} for {text!r}"
     right = runs(tokenizer, ids, mask) == expected
-    said = [targets for _, targets in runs(tokenizer, ids, mask)]
-    return ("right" if right else "wrong"), f"{said} for {[targets for _, targets in expected]}"
+    made = [targets for _, targets in runs(tokenizer, ids, mask)]
+    return ("right" if right else "wrong"), f"{made} for {[targets for _, targets in expected]}"
 
 
 def encoded(tokenizer: Any, *records: Record) -> list[Any]:
