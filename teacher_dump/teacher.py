@@ -1,6 +1,7 @@
 """Who the teacher is: where its files are, what they hash to, which vocabulary it shares.
 
-Reads configuration, weights as bytes, and the tokenizer; never loads the model.
+Reads configuration and weights as bytes; never loads the model. How its tokenizer is read stands in
+`tokenizer.py`.
 """
 
 import dataclasses
@@ -8,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,9 @@ from typing import Any
 
 import xxhash
 
-from decant.schemas import TeacherInfo, TokenizerInfo, tokenizer_fingerprint
-from decant.storage import Store
-from decant.storage.cache import paths
+from decant.schemas import TeacherInfo
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.tokenizer import load_tokenizer, shared_vocab_size
 
 WEIGHTS = ("*.safetensors", "*.bin")
 LEFT_OUT = ("training_args.bin", "optimizer.bin", "scheduler.bin")
@@ -57,7 +56,7 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
     rows = int(settings.vocab_size)
     tokenizer = None
     if config.tokenizer != "none":
-        tokenizer = _load_tokenizer(os.path.expanduser(config.tokenizer) or str(path))
+        tokenizer = _tokenizer(config, path)
     return Teacher(
         model_path=str(path),
         info=TeacherInfo(
@@ -69,7 +68,7 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
             vocab_size=rows,
         ),
         tokenizer=tokenizer,
-        shared_vocab_size=_shared_vocab_size(tokenizer, rows, config.path),
+        shared_vocab_size=shared_vocab_size(tokenizer, rows, config.path),
         max_positions=int(getattr(settings, "max_position_embeddings", 0) or 0),
     )
 
@@ -80,7 +79,7 @@ def _describe_remote(config: TeacherConfig) -> Teacher:
 
     card, tokenizer = describe(config)
     if config.tokenizer not in ("", "none"):
-        tokenizer = _load_tokenizer(os.path.expanduser(config.tokenizer))
+        tokenizer = _tokenizer(config, Path())
         refuse_other_tokenizer(card, tokenizer)
     elif tokenizer is None and config.tokenizer != "none":
         raise ValueError(
@@ -91,33 +90,20 @@ def _describe_remote(config: TeacherConfig) -> Teacher:
         model_path=card.teacher.fingerprint,
         info=card.teacher,
         tokenizer=tokenizer,
-        shared_vocab_size=_shared_vocab_size(tokenizer, card.teacher.vocab_size, card.teacher.name),
+        shared_vocab_size=shared_vocab_size(tokenizer, card.teacher.vocab_size, card.teacher.name),
         max_positions=card.max_length,
     )
 
 
-def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    _refuse_missing("teacher.tokenizer", source)
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # whatever a damaged tokenizer may raise
-        raise ValueError(
-            f"no tokenizer in {source}: {error}; set teacher.tokenizer to its path, or to none "
-            "if the source holds input_ids"
-        ) from error
-
-
-def _shared_vocab_size(tokenizer: Any | None, rows: int, teacher: str) -> int:
-    """Ids that both the tokenizer and the teacher's output layer have."""
-    largest = max(tokenizer.get_vocab().values()) + 1 if tokenizer is not None else rows
-    if largest > rows:
-        raise ValueError(
-            f"the tokenizer has ids up to {largest - 1}, the teacher {teacher} only {rows} "
-            "output rows: they do not belong together"
-        )
-    return largest
+def _tokenizer(config: TeacherConfig, path: Path) -> Any:
+    """The tokenizer that is configured, or that of the teacher: by its hub id where it has one."""
+    if config.tokenizer:
+        source = os.path.expanduser(config.tokenizer)
+        _refuse_missing("teacher.tokenizer", source)
+        return load_tokenizer(source)
+    if Path(config.path).expanduser().is_dir():
+        return load_tokenizer(str(path), where=config.path)
+    return load_tokenizer(config.path, revision=config.revision)
 
 
 def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: None) -> Teacher:
@@ -159,25 +145,6 @@ def _dtype_label(config: TeacherConfig, saved: Any) -> str:
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
     bits = fields.get("bits", bits)
     return f"{config.dtype}+{method}" + (f"-{bits}bit" if bits else "")
-
-
-def save_tokenizer(store: Store, tokenizer: Any | None, *, new: bool = False) -> TokenizerInfo:
-    """Keep the tokenizer's files in the cache, so that a student needs no other copy.
-
-    Raises FileExistsError if it must be `new` and other files are there.
-    """
-    if tokenizer is None:
-        return TokenizerInfo(fingerprint="", files={})
-    files = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                data = path.read_bytes()
-                store.publish(f"{paths.TOKENIZER}/{name}", data, new=new)
-                files[name] = xxhash.xxh3_128(data).hexdigest()
-    return TokenizerInfo(fingerprint=tokenizer_fingerprint(tokenizer), files=files)
 
 
 def _local_directory(config: TeacherConfig) -> Path:

@@ -109,7 +109,9 @@ def _identity(manifest: Manifest, teacher: Teacher) -> tuple[list[Finding], list
         text = f"another vocabulary: the cache has {vocab_size} ids, the teacher {rows} output rows"
         findings.append(Finding(kind="vocabulary", text=text))
     stored = manifest.tokenizer.fingerprint
-    given = "" if teacher.tokenizer is None else tokenizer_fingerprint(teacher.tokenizer)
+    given = ""
+    if teacher.tokenizer is not None:
+        given = tokenizer_fingerprint(teacher.tokenizer, like=stored)
     if not stored or not given:
         text = "tokenizers were not compared: the {} has none".format(
             "given teacher" if stored else "cache"

@@ -1,6 +1,7 @@
-"""Records to token ids and masks: the kinds of record, special tokens, the assistant's words.
+"""Records to token ids and masks: special tokens, prompt and response, the assistant's words.
 
-Knows nothing of lengths, windows or vocabulary sizes: that is `sequences.py`.
+Knows nothing of lengths, windows or vocabulary sizes: that is `sequences.py`. Which fields make
+which kind of record is `kinds.py`.
 """
 
 import functools
@@ -8,16 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from decant.schemas.tokenizer import decode
 from decant.teacher_dump.inputs.chats import Chats
+from decant.teacher_dump.inputs.kinds import (
+    ANSWERED,
+    MESSAGES,
+    READY,
+    TEXT,
+    Formed,
+    as_question,
+    formed,
+)
+from decant.teacher_dump.inputs.offsets import OffsetTokenizer, tokens_in_spans
+from decant.teacher_dump.inputs.ready_ids import ready_ids
 from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError, Unrenderable
 
-KINDS = {
-    "text": ("text",),
-    "messages": ("messages",),
-    "prompt + response": ("prompt", "response"),
-    "input_ids": ("input_ids",),
-}
-ACCEPTED = "text; messages (+ tools); prompt + response; input_ids (+ loss_mask)"
+Encoded = tuple[Ids, Mask]
 
 
 class Encoder:
@@ -37,8 +44,12 @@ class Encoder:
         add_eos: bool,
         chat_template_kwargs: dict[str, Any],
         chat_date: str,
+        chat_template: str = "",
+        accept_rendering: bool = False,
     ) -> None:
-        """`only_texts`: refuse any other kind of record; the rest as in `SequenceConfig`."""
+        """`only_texts`: refuse any other kind of record; `chat_template`: its text, in place of
+        the tokenizer's own; the rest as in `SequenceConfig`.
+        """
         self.tokenizer = tokenizer
         self.targets = targets
         self.only_texts = only_texts
@@ -48,32 +59,49 @@ class Encoder:
             targets=targets,
             chat_template_kwargs=chat_template_kwargs,
             chat_date=chat_date,
+            chat_template=chat_template,
+            accept_rendering=accept_rendering,
         )
 
-    def __call__(self, batch: list[Record]) -> list[tuple[Ids, Mask]]:
-        """Ids and mask of each record. Raises SourceError naming the first bad one."""
-        kinds = [self._kind(record) for record in batch]
-        strings = [
-            _string(record, name)
-            for record, kind in zip(batch, kinds, strict=True)
-            if kind in ("text", "prompt + response")
-            for name in KINDS[kind]
+    def form(self, record: Record) -> Formed:
+        """The record in its form. Raises SourceError if it is of no kind that is usable here."""
+        found = formed(record)
+        if self.only_texts and found.form != TEXT:
+            raise SourceError(
+                f"{record.where}: packing: concat joins plain texts, found {found.kind}: set packing"
+                " to none"
+            )
+        if self.tokenizer is None and found.form != READY:
+            raise SourceError(
+                f"{record.where}: found {found.kind} but no tokenizer: expected input_ids; name the"
+                " tokenizer"
+            )
+        return found
+
+    def __call__(self, batch: list[Formed]) -> list[Encoded | Unrenderable]:
+        """Ids and mask of each record, or why the chat template cannot render it.
+
+        Raises SourceError naming the first bad record.
+        """
+        texts = [_string(f.record, "text") for f in batch if f.form == TEXT]
+        pairs = [
+            (_string(f.record, "prompt"), _string(f.record, "response"))
+            for f in batch
+            if f.form == ANSWERED
         ]
-        bodies = iter(self._tokenize(strings) if strings else [])
-        chats = self.chats.encode([r for r, k in zip(batch, kinds, strict=True) if k == "messages"])
-        encoded: list[tuple[Ids, Mask]] = []
-        for record, kind in zip(batch, kinds, strict=True):
-            if kind == "text":
-                encoded.append(self._framed([], next(bodies)))
-            elif kind == "prompt + response":
-                encoded.append(self._framed(next(bodies), next(bodies)))
-            elif kind == "messages":
-                chat = next(chats)
-                if isinstance(chat, Unrenderable):
-                    raise chat
-                encoded.append(chat)
+        bodies = iter(self._tokenize(texts) if texts else [])
+        answers = iter(self._answers(pairs) if pairs else [])
+        chats = self.chats.encode([f.record for f in batch if f.form == MESSAGES])
+        encoded: list[Encoded | Unrenderable] = []
+        for found in batch:
+            if found.form == TEXT:
+                encoded.append(self._framed(next(bodies), 0))
+            elif found.form == ANSWERED:
+                encoded.append(self._framed(*next(answers)))
+            elif found.form == MESSAGES:
+                encoded.append(next(chats))
             else:
-                encoded.append(_given(record))
+                encoded.append(ready_ids(found.record, self.tokenizer))
         return encoded
 
     def prompts(self, batch: list[Record]) -> list[Ids]:
@@ -81,46 +109,29 @@ class Encoder:
 
         Raises SourceError naming the first record that has neither, or ends with an answer.
         """
-        return [self._prompt(record) for record in batch]
+        return [self._prompt(as_question(record)) for record in batch]
+
+    def head(self, ids: Ids) -> list[int]:
+        """The ids that a sequence begins with because the tokenizer, or add_bos, puts them there.
+
+        None where it does not begin so; a bos that a chat template writes counts as well.
+        """
+        if self.tokenizer is None:
+            return []
+        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        head = self._habit[0] if self._habit else []
+        before = [] if bos and bos[0] in head else [*bos, *head]
+        for possible in (before, head, bos):
+            if possible and ids[: len(possible)].tolist() == possible:
+                return possible
+        return []
 
     def _prompt(self, record: Record) -> Ids:
-        kinds = [name for name in ("prompt", "messages") if record.fields.get(name) is not None]
-        if len(kinds) != 1:
-            raise SourceError(
-                f"{record.where}: the record has {' and '.join(kinds) or 'nothing'} to answer, its "
-                f"fields are {sorted(record.fields)}: expected either prompt or messages"
-            )
-        if kinds == ["prompt"]:
-            ids = self._tokenize([_string(record, "prompt")])[0]
-            head, _ = self._affixes
-            return np.array(ids if ids[: len(head)] == head else head + ids, dtype=np.int64)
-        return self.chats.prompt(record)
-
-    def _kind(self, record: Record) -> str:
-        present = {name for name, value in record.fields.items() if value is not None}
-        kinds = [kind for kind, names in KINDS.items() if present.issuperset(names)]
-        if len(kinds) != 1:
-            found = f"both {' and '.join(kinds)}" if kinds else "no kind of sample"
-            raise SourceError(
-                f"{record.where}: the record is {found}, its fields are {sorted(present)}: expected"
-                f" exactly one of {ACCEPTED}; rename or drop fields"
-            )
-        if self.only_texts and kinds != ["text"]:
-            raise SourceError(
-                f"{record.where}: packing: concat joins plain texts, found {kinds[0]}: set packing"
-                " to none"
-            )
-        if "loss_mask" in present and kinds != ["input_ids"]:
-            raise SourceError(
-                f"{record.where}: loss_mask belongs to input_ids and has no effect on {kinds[0]}:"
-                " drop it, or give input_ids"
-            )
-        if self.tokenizer is None and kinds != ["input_ids"]:
-            raise SourceError(
-                f"{record.where}: found {kinds[0]} but no tokenizer: expected input_ids; name the"
-                " tokenizer"
-            )
-        return kinds[0]
+        if "messages" in record.fields:
+            return self.chats.prompt(record)
+        ids = self._tokenize([_string(record, "prompt")])[0]
+        head, _ = self._affixes
+        return np.array(ids if ids[: len(head)] == head else head + ids, dtype=np.int64)
 
     def _tokenize(self, strings: list[str]) -> list[list[int]]:
         encoding = self.tokenizer(
@@ -129,25 +140,63 @@ class Encoder:
         ids: list[list[int]] = encoding["input_ids"]
         return ids
 
-    def _framed(self, prompt: list[int], response: list[int]) -> tuple[Ids, Mask]:
+    def _answers(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """Ids of each prompt with its response, and how many of them are the prompt's alone.
+
+        Both are tokenised as the one text that the teacher reads, and a token that holds any
+        character of the response is the response's, also if it begins in the prompt.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            return [self._joined(prompt, response) for prompt, response in pairs]
+        found = []
+        texts = [prompt + response for prompt, response in pairs]
+        for (prompt, _), text, (ids, offsets) in zip(
+            pairs, texts, self._offsets(texts), strict=True
+        ):
+            inside = np.flatnonzero(tokens_in_spans(offsets, [(len(prompt), len(text))]))
+            found.append((ids.tolist(), int(inside[0]) if len(inside) else len(ids)))
+        return found
+
+    def _joined(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """The same without offsets: tokenised apart, if together they read like the one text."""
+        before, after, whole = self._tokenize([prompt, response, prompt + response])
+        if decode(self.tokenizer, before + after) != decode(self.tokenizer, whole):
+            raise SourceError(
+                f"the tokenizer gives no character offsets, and of prompt {prompt[-20:]!r} and"
+                f" response {response[:20]!r} it makes other text together than apart, so where the"
+                " response begins is unknown: use its fast version, or give input_ids and loss_mask"
+            )
+        return before + after, len(before)
+
+    def _framed(self, body: list[int], num_prompt: int) -> Encoded:
+        """Ids with head and tail; the targets begin after the first `num_prompt` of the body."""
         head, tail = self._affixes
-        body = prompt + response
+        response = body[num_prompt:]
         head = head if body[: len(head)] != head else []
         tail = tail if response[len(response) - len(tail) :] != tail else []
         ids = np.array(head + body + tail, dtype=np.int64)
-        if self.targets == "all" or not prompt:
+        if self.targets == "all" or not num_prompt:
             return ids, np.ones(len(ids), dtype=bool)
-        return ids, np.arange(len(ids)) >= len(head) + len(prompt)
+        return ids, np.arange(len(ids)) >= len(head) + num_prompt
+
+    @functools.cached_property
+    def _offsets(self) -> OffsetTokenizer:
+        return OffsetTokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def _habit(self) -> tuple[list[int], list[int]] | None:
+        """What the tokenizer by itself puts before and after a text; None if it changes the text."""
+        bare = self._tokenize(["a"])[0]
+        framed: list[int] = self.tokenizer("a", verbose=False)["input_ids"]
+        starts = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
+        return (framed[: starts[0]], framed[starts[0] + len(bare) :]) if starts else None
 
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
         """What goes before and after a text: the tokenizer's own habit, then add_bos, add_eos."""
-        bare = self._tokenize(["a"])[0]
-        habit: list[int] = self.tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(habit)) if habit[i : i + len(bare)] == bare]
-        if not starts:
-            raise ValueError(f"the tokenizer makes {bare} of 'a' but {habit} with special tokens")
-        head, tail = habit[: starts[0]], habit[starts[0] + len(bare) :]
+        if self._habit is None:
+            raise ValueError("the tokenizer makes other ids of a text with special tokens than alone")
+        head, tail = self._habit
         if self.add_bos and self._special("bos") not in head:
             head = [self._special("bos"), *head]
         if self.add_eos and self._special("eos") not in tail:
@@ -169,31 +218,7 @@ def _string(record: Record, name: str) -> str:
     if not isinstance(value, str) or (name == "text" and not value):
         raise SourceError(
             f"{record.where}: {name} is {value!r:.60}: expected a{' non-empty' * (name == 'text')}"
-            f" string; repair or remove the record{', or set empty: drop' * (value == '')}"
+            " string; repair or remove the record"
+            f"{', or set empty: drop' * (value == '' or value is None)}"
         )
     return value
-
-
-def _given(record: Record) -> tuple[Ids, Mask]:
-    ids = _integers(record, "input_ids")
-    if record.fields.get("loss_mask") is None:
-        return ids, np.ones(len(ids), dtype=bool)
-    mask = _integers(record, "loss_mask")
-    if len(mask) != len(ids) or not np.isin(mask, (0, 1)).all():
-        raise SourceError(
-            f"{record.where}: loss_mask has {len(mask)} values, {np.unique(mask)[:5]}:"
-            f" expected one 0 or 1 for each of the {len(ids)} input_ids"
-        )
-    return ids, mask.astype(bool)
-
-
-def _integers(record: Record, name: str) -> Ids:
-    try:
-        array = np.array(record.fields[name])
-    except ValueError:  # rows of unequal length
-        array = np.empty((0, 0))
-    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iub"):
-        raise SourceError(
-            f"{record.where}: {name} is {record.fields[name]!r:.60}: expected a list of integers"
-        )
-    return array.astype(np.int64)

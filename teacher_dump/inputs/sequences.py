@@ -1,27 +1,44 @@
 """From records to token sequences: which tokens the teacher reads and which of them are targets.
 
-Owns how the overlong is cut or the short is packed, and what no sequence may be; what a single
-record becomes is `encoding.py`. Knows nothing about files, models or scores. The tokenizer is
-passed in.
+Owns the settings, the order of the steps, and what no sequence may be; what a single record becomes
+is `encoding.py`, how the overlong is cut or the short is packed `windows.py`. Knows nothing about
+files, models or scores. The tokenizer is passed in.
 """
 
 import array
 import datetime
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from decant.teacher_dump.inputs.border import BorderCheck
+from decant.teacher_dump.inputs.counts import SequenceCounts as SequenceCounts
 from decant.teacher_dump.inputs.encoding import Encoder
-from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError, TokenSequence
+from decant.teacher_dump.inputs.kinds import Formed, is_empty
+from decant.teacher_dump.inputs.records import (
+    Ids,
+    Mask,
+    Record,
+    SourceError,
+    TokenSequence,
+    Unrenderable,
+)
+from decant.teacher_dump.inputs.windows import Document, HeadOf, cut, packed
+
+log = logging.getLogger(__name__)
 
 BATCH_RECORDS = 256
-
-Document = tuple[Record, Ids, Mask]
+ALWAYS_UNRENDERABLE = 3
+"""So many records may be left out whatever the share."""
+HOPELESS = 20
+"""If the first so many records are all left out, there is no use in reading on."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -43,6 +60,10 @@ class SequenceConfig:
     packing: str = "none"
     """none, or concat: plain texts joined and cut into windows of exactly max_length."""
 
+    window_head: str = "repeat"
+    """What later windows of a text begin with: repeat (what the tokenizer puts first, such as the
+    bos, as no target), or none."""
+
     targets: str = "response"
     """Scored tokens of messages and prompt + response: response, or all."""
 
@@ -58,6 +79,16 @@ class SequenceConfig:
     chat_date: str = ""
     """The date (2026-01-31) for chat templates that ask for today's; they are refused without."""
 
+    chat_template: str = ""
+    """File of a chat template to use in place of the tokenizer's own."""
+
+    max_unrenderable: float = 0.05
+    """Share of the records that may be left out, and counted, because the chat template cannot say
+    what they mean (3 always may); 0: the first one stops the dump."""
+
+    accept_rendering: bool = False
+    """Go on where the tokens do not say what the record says: a template that leaves words out."""
+
     def __post_init__(self) -> None:
         """Refuse unknown values, and options without effect in this combination."""
         for name, allowed in (
@@ -66,6 +97,7 @@ class SequenceConfig:
             ("duplicates", ("keep", "drop")),
             ("packing", ("none", "concat")),
             ("targets", ("response", "all")),
+            ("window_head", ("repeat", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}")
@@ -80,6 +112,13 @@ class SequenceConfig:
                 f"overlong: {self.overlong} has no effect with packing: concat, which cuts"
                 " everywhere; leave it out"
             )
+        if self.window_head != "repeat" and not self.makes_windows:
+            raise ValueError(
+                f"window_head: {self.window_head} has no effect without overlong: split or packing:"
+                " concat; leave it out"
+            )
+        if not 0 <= self.max_unrenderable <= 1:
+            raise ValueError(f"max_unrenderable is {self.max_unrenderable}, must lie in [0, 1]")
         try:
             json.dumps(self.chat_template_kwargs, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -94,26 +133,36 @@ class SequenceConfig:
             ) from error
 
 
-@dataclass(slots=True)
-class SequenceCounts:
-    """Tally of one pass: `tokens + dropped_tokens` is all that the records held."""
+    @property
+    def makes_windows(self) -> bool:
+        """Whether a text may become several sequences."""
+        return self.overlong == "split" or self.packing == "concat"
 
-    records: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    targets: int = 0
-    empty_records: int = 0
-    """Left out, as `empty: drop` says."""
-    duplicate_records: int = 0
-    """Of the same tokens and targets as an earlier one: kept or left out, as `duplicates` says."""
-    truncated_records: int = 0
-    split_records: int = 0
-    records_without_targets: int = 0
-    """Left out whole: after truncation nothing in them is a target."""
-    windows_without_targets: int = 0
-    """Left out of a split record of which other windows were kept."""
-    dropped_tokens: int = 0
-    """Cut off, alone in a last window, or of records and windows that were left out."""
+
+def chat_template_text(config: SequenceConfig) -> str:
+    """The template in the file that `chat_template` names, or "". Raises ValueError."""
+    if not config.chat_template:
+        return ""
+    path = Path(config.chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"sequences.chat_template {path} cannot be read: {error}") from error
+
+
+def make_encoder(config: SequenceConfig, tokenizer: Any) -> Encoder:
+    """What encodes the records as this configuration says."""
+    return Encoder(
+        tokenizer,
+        targets=config.targets,
+        only_texts=config.packing == "concat",
+        add_bos=config.add_bos,
+        add_eos=config.add_eos,
+        chat_template_kwargs=config.chat_template_kwargs,
+        chat_date=config.chat_date,
+        chat_template=chat_template_text(config),
+        accept_rendering=config.accept_rendering,
+    )
 
 
 def iter_sequences(
@@ -123,60 +172,94 @@ def iter_sequences(
     *,
     vocab_size: int,
     counts: SequenceCounts,
+    border: BorderCheck | None = None,
 ) -> Iterator[TokenSequence]:
     """Yield the sequences of the records, in their order; every one has at least one target.
 
     `tokenizer` is a transformers tokenizer, or None if all records are input_ids. `counts` is
-    updated along the way and final when the iterator ends.
+    updated along the way and final when the iterator ends. `border` looks at the records before
+    they are cut. Raises SourceError.
     """
-    encode = Encoder(
-        tokenizer,
-        targets=config.targets,
-        only_texts=config.packing == "concat",
-        add_bos=config.add_bos,
-        add_eos=config.add_eos,
-        chat_template_kwargs=config.chat_template_kwargs,
-        chat_date=config.chat_date,
-    )
+    encode = make_encoder(config, tokenizer)
+    found = map(encode.form, records)
     if config.empty == "drop":
-        records = _without_empty(records, counts)
-    documents: Iterator[Document] = (
-        (record, ids, mask)
-        for batch in _batches(records, BATCH_RECORDS)
-        for record, (ids, mask) in zip(batch, encode(batch), strict=True)
-    )
-    documents = _checked(documents, vocab_size, config.empty, counts)
+        found = _without_empty(found, counts)
+    encoded = _encoded(found, encode, config.max_unrenderable, counts)
+    documents = _checked(encoded, vocab_size, config.empty, counts, border)
     distinct = _without_duplicates if config.duplicates == "drop" else _counting_duplicates
     documents = distinct(documents, counts)
-    windows = _packed if config.packing == "concat" else _cut
-    for sample_id, ids, is_target in windows(documents, config, counts):
+    head_of: HeadOf = encode.head if config.window_head == "repeat" else lambda _: []
+    if config.packing == "concat":
+        windows = packed(documents, counts, max_length=config.max_length, head_of=head_of)
+    else:
+        windows = cut(
+            documents,
+            counts,
+            max_length=config.max_length,
+            overlong=config.overlong,
+            head_of=head_of,
+        )
+    for sample_id, ids, is_target in windows:
         counts.sequences += 1
         counts.tokens += len(ids)
         counts.targets += int(is_target.sum())
         yield TokenSequence(sample_id, ids.astype(np.int32), is_target)
 
 
-def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    iterator = iter(records)
+def _batches(found: Iterable[Formed], size: int) -> Iterator[list[Formed]]:
+    iterator = iter(found)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
-def _without_empty(records: Iterable[Record], counts: SequenceCounts) -> Iterator[Record]:
-    """Leave out what has no content at all, which could not even be encoded."""
-    for record in records:
-        contents = (record.fields.get(name) for name in ("text", "messages", "input_ids"))
-        if any(isinstance(c, str | list | np.ndarray) and len(c) == 0 for c in contents):
+def _without_empty(found: Iterable[Formed], counts: SequenceCounts) -> Iterator[Formed]:
+    for one in found:
+        if is_empty(one):
             counts.records += 1
             counts.empty_records += 1
         else:
-            yield record
+            yield one
+
+
+def _encoded(
+    found: Iterable[Formed], encode: Encoder, most_unrenderable: float, counts: SequenceCounts
+) -> Iterator[tuple[Formed, Ids, Mask]]:
+    """Yield what can be encoded; leave out and count what the chat template cannot render.
+
+    Raises SourceError if that is more than the share allows.
+    """
+    first = ""
+    for batch in _batches(found, BATCH_RECORDS):
+        for one, result in zip(batch, encode(batch), strict=True):
+            if not isinstance(result, Unrenderable):
+                yield one, *result
+                continue
+            if most_unrenderable == 0:
+                raise result
+            counts.records += 1
+            counts.unrenderable_records += 1
+            first = first or str(result)
+            if counts.unrenderable_records <= ALWAYS_UNRENDERABLE:
+                log.warning("left out: %s", result)
+            if counts.unrenderable_records == counts.records == HOPELESS:
+                raise SourceError(f"none of the first {HOPELESS} records can be used: {first}")
+    left_out = counts.unrenderable_records
+    if left_out > max(ALWAYS_UNRENDERABLE, most_unrenderable * counts.records):
+        raise SourceError(
+            f"{left_out} of {counts.records} records cannot be rendered, more than "
+            f"max_unrenderable={most_unrenderable:g} of them; the first: {first}"
+        )
 
 
 def _checked(
-    documents: Iterator[Document], vocab_size: int, empty: str, counts: SequenceCounts
+    encoded: Iterable[tuple[Formed, Ids, Mask]],
+    vocab_size: int,
+    empty: str,
+    counts: SequenceCounts,
+    border: BorderCheck | None,
 ) -> Iterator[Document]:
-    for record, ids, mask in documents:
+    for found, ids, mask in encoded:
+        record = found.record
         counts.records += 1
         if len(ids) < 2 and empty == "drop":
             counts.empty_records += 1
@@ -191,9 +274,11 @@ def _checked(
         if len(outside):
             raise SourceError(
                 f"{record.where}: sample {record.sample_id!r} has token id {ids[outside[0]]} at"
-                f" position {outside[0]}: expected ids from 0 to {vocab_size - 1}; use the"
-                " tokenizer that belongs to the teacher"
+                f" position {outside[0]}: expected ids from 0 to {vocab_size - 1}, which are all that"
+                " the teacher has; use the tokenizer that belongs to it, or leave the record out"
             )
+        if border is not None:
+            border.look(found, ids, mask)
         yield record, ids, mask
 
 
@@ -226,66 +311,3 @@ def _without_duplicates(
 def _digest(ids: Ids, mask: Mask) -> int:
     """64 bits: of 100 million records, two are wrongly taken for equal in one run of 3,700."""
     return xxhash.xxh3_64_intdigest(ids.tobytes() + mask.tobytes())
-
-
-def _cut(
-    documents: Iterator[Document], config: SequenceConfig, counts: SequenceCounts
-) -> Iterator[tuple[str, Ids, Mask]]:
-    """Yield each record as one window, or cut to windows as `overlong` says."""
-    size = config.max_length
-    for record, ids, mask in documents:
-        names = [record.sample_id]
-        if len(ids) > size and config.overlong == "error":
-            raise SourceError(
-                f"{record.where}: sample {record.sample_id!r} has {len(ids)} tokens: expected at"
-                f" most max_length={size}; raise it, or set overlong to truncate or split"
-            )
-        if len(ids) > size and config.overlong == "truncate":
-            counts.truncated_records += 1
-            counts.dropped_tokens += len(ids) - size
-            ids, mask = ids[:size], mask[:size]
-        elif len(ids) > size:
-            counts.split_records += 1
-            names = [f"{record.sample_id}#{n + 1}" for n in range(-(-len(ids) // size))]
-        kept = 0
-        for window, name in enumerate(names):
-            piece = ids[window * size : (window + 1) * size]
-            is_target = mask[window * size : (window + 1) * size].copy()
-            is_target[0] = False
-            if is_target.any():
-                kept += 1
-                yield name, piece, is_target
-            else:
-                counts.dropped_tokens += len(piece)
-        if kept:
-            counts.windows_without_targets += len(names) - kept
-        else:
-            counts.records_without_targets += 1
-
-
-def _packed(
-    documents: Iterator[Document], config: SequenceConfig, counts: SequenceCounts
-) -> Iterator[tuple[str, Ids, Mask]]:
-    """Yield windows of exactly max_length over the joined documents; the last may be shorter.
-
-    A window is called "<id of the document it starts in>#<number of the window>".
-    """
-    size = config.max_length
-    pieces: list[Ids] = []
-    first, filled, number, last = "", 0, 0, -1
-    for record, document, _ in documents:
-        ids = document[1:] if document[0] == last else document  # eos is bos: one between texts
-        last = document[-1]
-        while len(ids):
-            first = first if pieces else record.sample_id
-            piece, ids = ids[: size - filled], ids[size - filled :]
-            pieces.append(piece)
-            filled += len(piece)
-            if filled == size:
-                number += 1
-                yield f"{first}#{number}", np.concatenate(pieces), np.arange(size) > 0
-                pieces, filled = [], 0
-    if filled == 1:
-        counts.dropped_tokens += 1
-    elif filled:
-        yield f"{first}#{number + 1}", np.concatenate(pieces), np.arange(filled) > 0

@@ -28,7 +28,8 @@ from decant.teacher_dump.job.responses import (
     hash_parts,
 )
 from decant.teacher_dump.job.shard_inputs import sharded, write_input
-from decant.teacher_dump.teacher import Teacher, save_tokenizer
+from decant.teacher_dump.teacher import Teacher
+from decant.teacher_dump.tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def open_or_create(
             raise FormatError(
                 f"{error}; restore it from a copy, or dump into another output"
             ) from error
-        _refuse_changes(writer, _identity(config, source, teacher))
+        stored = writer.manifest.tokenizer.fingerprint
+        _refuse_changes(writer, _identity(config, source, teacher, stored))
         files = (f"{paths.TOKENIZER}/{name}" for name in writer.manifest.tokenizer.files)
         if not all(store.exists(file) for file in files):
             save_tokenizer(store, teacher.tokenizer)
@@ -168,14 +170,19 @@ def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, Any]:
-    """What must be equal for a rerun to continue a cache; names are those of the manifest."""
-    tokenizer = teacher.tokenizer
+def _identity(config: DumpConfig, source: dict, teacher: Teacher, stored: str) -> dict[str, Any]:
+    """What must be equal for a rerun to continue a cache; names are those of the manifest.
+
+    `stored` is the cache's fingerprint of the tokenizer, whose scheme ours is taken in.
+    """
+    fingerprint = ""
+    if teacher.tokenizer is not None:
+        fingerprint = tokenizer_fingerprint(teacher.tokenizer, like=stored)
     return {
         "teacher.fingerprint": teacher.info.fingerprint,
         "teacher.dtype": teacher.info.dtype,
         "teacher.engine": teacher.info.engine.split()[0],
-        "tokenizer.fingerprint": "" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "tokenizer.fingerprint": fingerprint,
         "shared_vocab_size": teacher.shared_vocab_size,
         **{f"truncation.{k}": v for k, v in dataclasses.asdict(config.truncation).items()},
         "temperatures": list(config.temperatures),

@@ -155,7 +155,7 @@ async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
 
 def refuse_other_tokenizer(card: TeacherCard, tokenizer: Any) -> None:
     """Raise EngineError if this is not the tokenizer that the service's teacher reads."""
-    found = tokenizer_fingerprint(tokenizer)
+    found = tokenizer_fingerprint(tokenizer, like=card.tokenizer_fingerprint)
     if card.tokenizer_fingerprint and found != card.tokenizer_fingerprint:
         raise EngineError(
             f"the service's teacher {card.teacher.name} has tokenizer {card.tokenizer_fingerprint},"
