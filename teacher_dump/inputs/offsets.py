@@ -50,8 +50,8 @@ class OffsetTokenizer:
         """Raises ValueError for a tokenizer that gives no offsets."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                "the tokenizer gives no character offsets, which targets: response needs for"
-                " messages: use its fast version, give prompt + response, or set targets: all"
+                "the tokenizer gives no character offsets, which targets: response needs: use its"
+                " fast version, give input_ids with a loss_mask, or set targets: all"
             )
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.backend_tokenizer.post_processor = None
