@@ -52,7 +52,7 @@ class Said:
 class BorderCheck:
     """Offered every encoded record, looks at some, and stops at the first that does not fit."""
 
-    def __init__(self, tokenizer: Any | None, *, targets: str, accept: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, targets: str, accept: bool = False) -> None:
         """`targets` is as in `SequenceConfig`; with `accept` what does not fit is a warning."""
         self._tokenizer = tokenizer
         self._all = targets == "all"
@@ -68,15 +68,15 @@ class BorderCheck:
         number = self._seen.get(found.kind, 0)
         self._seen[found.kind] = number + 1
         due = self._next.setdefault(found.kind, 0)
-        if number < due or self._tokenizer is None or len(ids) > LONGEST:
+        if number < due or len(ids) > LONGEST:
             return
         self._next[found.kind] = number + 1 if number < FIRST else int(number * SPREAD)
         is_target = mask.copy()
         problem = ""
         if self._has_unknown(found, ids):
             self._warn(
-                f"{found.record.where} holds letters that the tokenizer does not know: they are read,"
-                f" and learnt, as {self._tokenizer.unk_token}"
+                f"{found.record.where} holds letters that the tokenizer does not know: they are"
+                f" read, and learnt, as {self._tokenizer.unk_token}"
             )
         elif found.form != READY and len(ids):
             problem = difference(found, self._tokenizer, ids, mask, everything=self._all)
@@ -91,8 +91,8 @@ class BorderCheck:
         if not problem:
             return
         message = (
-            f"{found.record.where}: the tokens of sample {found.record.sample_id!r} do not say what "
-            f"the record says: {problem}"
+            f"{found.record.where}: the tokens of sample {found.record.sample_id!r} do not say "
+            f"what the record says: {problem}"
         )
         if not self._accept:
             raise SourceError(
@@ -167,9 +167,7 @@ def strings_of(found: Formed, *, everything: bool) -> list[Said]:
     return said
 
 
-def _difference(
-    parts: list[Stretch], said: list[Said], without_tokens: Transform | None
-) -> str:
+def _difference(parts: list[Stretch], said: list[Said], without_tokens: Transform | None) -> str:
     """Find each string, answers behind one another, in stretches that are targets as it is.
 
     With `without_tokens` nothing else may be there but what that takes away.

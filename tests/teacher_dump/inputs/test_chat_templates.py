@@ -41,7 +41,9 @@ GPTOSS = (
     r"<\|start\|>assistant((?:<\|channel\|>analysis<\|message\|>.*?<\|end\|><\|start\|>assistant)?"
     r"(?: to=\S+?)?<\|channel\|>(?:final|commentary).*?(?:<\|end\|>|<\|return\|>|<\|call\|>))"
 )
-MUSE = r"<\|start\|>assistant((?: to=self<\|message\|>.*?<\|eom\|><\|start\|>assistant)?.*?<\|eot\|>)"
+MUSE = (
+    r"<\|start\|>assistant((?: to=self<\|message\|>.*?<\|eom\|><\|start\|>assistant)?.*?<\|eot\|>)"
+)
 
 TURNS = {
     "cohere": r"<\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>(.*?<\|END_OF_TURN_TOKEN\|>)",
@@ -65,9 +67,7 @@ TURNS = {
         NEMOTRON,
     ),
     **dict.fromkeys(("phi3", "phi3_5"), PHI),
-    **dict.fromkeys(
-        ("qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_instruct_2507", "qwen3_vl"), CHATML
-    ),
+    **dict.fromkeys(("qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_instruct_2507", "qwen3_vl"), CHATML),
     "qwen3_5_nothink": NOTHINK_CHATML,
     **dict.fromkeys(("qwen3_5_think", "qwen3_6", "qwen3_8"), PROMPTED_CHATML),
 }
@@ -142,7 +142,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         answer("four"),
     ],
     "tool, null": [user("hello"), answer(None, tool_calls=called()), RESULT, answer("four")],
-    "tool, words": [user("hello"), answer("certainly", tool_calls=called()), RESULT, answer("four")],
+    "tool, words": [
+        user("hello"),
+        answer("certainly", tool_calls=called()),
+        RESULT,
+        answer("four"),
+    ],
     "tool, nulls of Arrow": [
         user("hello"),
         answer(None, tool_calls=called({"a": 2, "b": "ten", "city": None})),
@@ -186,7 +191,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "special": [user(INJECTED), answer("there"), user("what is"), answer("four")],
     "user last": [user("hello"), answer("there"), user("what is")],
     "no target": [user("hello"), answer("there", weight=0), user("what is"), answer("four")],
-    "no last target": [user("hello"), answer("there"), user("what is"), answer("four", train=False)],
+    "no last target": [
+        user("hello"),
+        answer("there"),
+        user("what is"),
+        answer("four", train=False),
+    ],
 }
 
 
@@ -278,7 +288,9 @@ def turns(name: str, text: str, conversation: str) -> list[tuple[int, int]]:
 def runs(tokenizer: Any, ids: Any, mask: Any) -> list[tuple[str, str]]:
     """The text of each run of targets, after all the text before it."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], mask, [0])).astype(int))).reshape(-1, 2)
-    return [(tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])) for start, end in edges]
+    return [
+        (tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])) for start, end in edges
+    ]
 
 
 def judged(name: str, conversation: str) -> tuple[str, str]:
