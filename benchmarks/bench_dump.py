@@ -42,6 +42,7 @@ from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, Teache
 from decant.teacher_dump.engines.vllm.process import torch_is_cpu_only, worker_environment
 from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts
+from decant.teacher_dump.inputs.sources import iter_records
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.shard_inputs import sequences_of
 from decant.teacher_dump.job.start import open_or_create
@@ -230,7 +231,8 @@ def measured(
     """Targets, and for each route its times by round and its peak of GPU memory in bytes."""
     config = dump_config(args, scratch, k, "unset")
     teacher = describe_teacher(config.teacher)
-    sequences = list(sequences_of(config, teacher, SequenceCounts()))
+    records = iter_records(config.source)
+    sequences = list(sequences_of(config, teacher, SequenceCounts(), records))
     engine: Any = open_teacher(config, teacher)
     tokens = args.batch_tokens
 
@@ -305,7 +307,8 @@ def answer(given: str) -> None:
     """The other end of `Other`."""
     args = argparse.Namespace(**json.loads(given))
     config = dump_config(args, Path(args.scratch), args.k[0], "unset")
-    sequences = list(sequences_of(config, describe_teacher(config.teacher), SequenceCounts()))
+    teacher, records = describe_teacher(config.teacher), iter_records(config.source)
+    sequences = list(sequences_of(config, teacher, SequenceCounts(), records))
     routes = vllm_routes(config.teacher.path, args.dtype, args.length, args.batch_tokens, args.k[0])
     for line in sys.stdin:
         times = timed(lambda line=line: routes[line.strip()](sequences))  # type: ignore[misc]

@@ -71,7 +71,9 @@ def first_difference(one: Any, other: Any, texts: tuple[str, ...] = PROBES) -> s
             ours, theirs = _tried(one, text, with_special), _tried(other, text, with_special)
             if ours != theirs:
                 special = " with special tokens" if with_special else ""
-                return f"{text!r:.40} gives {_shown(one, ours)} and {_shown(other, theirs)}{special}"
+                return (
+                    f"{text!r:.40} gives {_shown(one, ours)} and {_shown(other, theirs)}{special}"
+                )
         if isinstance(ours, list) and (said := decode(one, ours)) != (echo := decode(other, ours)):
             return f"{text!r:.40} comes back as {said!r:.60} and {echo!r:.60}"
     return ""
@@ -90,9 +92,7 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return str(backend.decode(ids, skip_special_tokens=False))
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def check_same_tokenizer(teacher: Any, student: Any, where: str) -> None:

@@ -66,7 +66,9 @@ def load_tokenizer(
         ) from error
     _refuse_unfaithful(ours, exact, where)
     if theirs is None:
-        log.warning("%s: transformers cannot load it (%s); its tokenizer.json is used", where, problem)
+        log.warning(
+            "%s: transformers cannot load it (%s); its tokenizer.json is used", where, problem
+        )
     elif difference := first_difference(ours, theirs):
         log.warning(
             "%s: transformers (%s) reads it otherwise than its tokenizer.json, which is used: %s "
@@ -119,8 +121,8 @@ def shared_vocab_size(tokenizer: Any | None, rows: int, teacher: str) -> int:
             " output rows: they do not belong together"
         )
     log.info(
-        "%s has %d output rows, its tokenizer %d added tokens beyond them (%s): a record that holds "
-        "one is refused",
+        "%s has %d output rows, its tokenizer %d added tokens beyond them (%s): a record that "
+        "holds one is refused",
         teacher,
         rows,
         len(beyond),
@@ -180,7 +182,7 @@ def _name_special_tokens(ours: Any, theirs: Any) -> None:
 
 
 def _refuse_unfaithful(ours: Any, exact: tokenizers.Tokenizer, where: str) -> None:
-    """Raise ValueError if the tokenizer gives other ids than its file, on probes or added tokens."""
+    """Raise ValueError if the tokenizer and its file differ, on probes or added tokens."""
 
     class File:
         backend_tokenizer = exact

@@ -4,6 +4,7 @@ Reads `tokenizer.json` with the tokenizers library alone; `teacher_dump` has all
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import xxhash
 
 from decant.schemas import TokenizerInfo, tokenizer_fingerprint
 from decant.storage.cache import paths
+from decant.storage.cache.reader import CacheReader
 from decant.storage.files.store import Store
 
 FILES = (
@@ -60,6 +62,17 @@ class TokenizerFiles:
             if key in ("bos_token", "eos_token", "unk_token") and value is not None
         }
         return cls(folder, backend, tokens)
+
+    @classmethod
+    def of_cache(cls, reader: CacheReader) -> "TokenizerFiles":
+        """Load the one that is kept in a cache. Raises ValueError if it has no `tokenizer.json`."""
+        store = Store(reader.url)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in reader.manifest.tokenizer.files:
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
+            return cls.read(folder)
 
     def get_vocab(self) -> dict[str, int]:
         """Token -> id, added tokens included."""

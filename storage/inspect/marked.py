@@ -1,5 +1,6 @@
 """A token sequence as text in which its targets stand between marks. Knows no cache."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ def stretches(
     changes = np.flatnonzero(np.diff(is_target.astype(np.int8))) + 1
     borders = [0, *changes.tolist(), len(ids)]
     found = []
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         before = decode(ids[max(0, start - CONTEXT) : start]) if start else ""
         through = decode(ids[max(0, start - CONTEXT) : stop])
         before = before if through.startswith(before) else before.rstrip(BROKEN)

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import NO_LOGPROBS, Layout
+from decant.schemas.tokenizer import are_comparable, has_fingerprint
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs
+from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import (
     SequenceStream,
@@ -153,7 +155,7 @@ class MixtureStream(SequenceStream):
 def check_same_vocabulary(ours: CacheReader, theirs: CacheReader) -> None:
     """Raise ValueError unless two caches are of one tokenizer and one shared vocabulary."""
     a, b = ours.manifest, theirs.manifest
-    if a.tokenizer.fingerprint != b.tokenizer.fingerprint:
+    if not _is_same_tokenizer(ours, theirs):
         raise ValueError(
             f"{theirs.url} has another tokenizer ({b.tokenizer.fingerprint}) than {ours.url} "
             f"({a.tokenizer.fingerprint})"
@@ -162,6 +164,18 @@ def check_same_vocabulary(ours: CacheReader, theirs: CacheReader) -> None:
         raise ValueError(
             f"{theirs.url} has {b.shared_vocab_size} ids, {ours.url} {a.shared_vocab_size}"
         )
+
+
+def _is_same_tokenizer(ours: CacheReader, theirs: CacheReader) -> bool:
+    """By fingerprint; where the two are of unlike schemes, by the files of either cache."""
+    one, other = ours.manifest.tokenizer, theirs.manifest.tokenizer
+    if one.fingerprint == other.fingerprint or not (one.files and other.files):
+        return one.fingerprint == other.fingerprint
+    if are_comparable(one.fingerprint, other.fingerprint):
+        return False
+    return has_fingerprint(TokenizerFiles.of_cache(ours), other.fingerprint) or has_fingerprint(
+        TokenizerFiles.of_cache(theirs), one.fingerprint
+    )
 
 
 def _common_layout(layouts: Sequence[Layout], temperatures: Sequence[float]) -> Layout:

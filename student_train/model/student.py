@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from decant.schemas import check_same_tokenizer
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.student import StudentConfig
+from decant.student_train.model.tokenizer import as_fingerprinted, check_student_tokenizer
 
 OLDER_NAMES = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
@@ -38,7 +38,8 @@ def load_tokenizer(reader: CacheReader) -> Any | None:
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return as_fingerprinted(tokenizer, folder, reader.manifest.tokenizer.fingerprint)
 
 
 def load_student(
@@ -72,14 +73,16 @@ def load_student(
                     f"student.path {config.path} has no tokenizer to compare with the cache's: "
                     f"{error}"
                 ) from error
-            check_same_tokenizer(tokenizer, own, reader.url)
+            check_student_tokenizer(tokenizer, own, config.path, reader.url)
         return student, tokenizer
     fields = dict(config.config)
     model_type = fields.pop("model_type")
     fields.setdefault("vocab_size", reader.manifest.shared_vocab_size)
     if tokenizer is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            fields.setdefault(name, getattr(tokenizer, name))
+            token = getattr(tokenizer, name)  # may be an added one, beyond the student's rows
+            if token is None or token < fields["vocab_size"]:
+                fields.setdefault(name, token)
     try:
         _refuse_unknown(config.config, AutoConfig.for_model(model_type))
         settings = AutoConfig.for_model(model_type, **fields)

@@ -19,7 +19,7 @@ import numpy as np
 from decant.schemas.tokenizer import decode
 from decant.storage.inspect.marked import BEGIN, END, marked, stretches
 from decant.teacher_dump.inputs.kinds import ANSWERED, MESSAGES, READY, TEXT, Formed
-from decant.teacher_dump.inputs.messages import is_answer, read_conversation
+from decant.teacher_dump.inputs.messages import is_answer, read_conversation, reasoning_of
 from decant.teacher_dump.inputs.records import Ids, Mask, SourceError
 from decant.teacher_dump.inputs.rendering import THINK_TAGS
 
@@ -29,6 +29,8 @@ FIRST = 16
 """Records of each kind that are looked at, from the first on."""
 SPREAD = 1.25
 """Then one record each time their number has grown by this factor."""
+TELLING = 8
+"""Letters of a string that a template has not by chance as well."""
 LONGEST = 20_000
 """Tokens of a record that is looked at; of longer ones there are others."""
 MOST_SAID = 3
@@ -47,12 +49,14 @@ class Said:
     is_target: bool
     in_order: bool = True
     """Whether it stands behind the last such string."""
+    is_alone: bool = False
+    """Whether nothing of the record but such strings can be a target, so that it is one once."""
 
 
 class BorderCheck:
     """Offered every encoded record, looks at some, and stops at the first that does not fit."""
 
-    def __init__(self, tokenizer: Any | None, *, targets: str, accept: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, targets: str, accept: bool = False) -> None:
         """`targets` is as in `SequenceConfig`; with `accept` what does not fit is a warning."""
         self._tokenizer = tokenizer
         self._all = targets == "all"
@@ -68,15 +72,15 @@ class BorderCheck:
         number = self._seen.get(found.kind, 0)
         self._seen[found.kind] = number + 1
         due = self._next.setdefault(found.kind, 0)
-        if number < due or self._tokenizer is None or len(ids) > LONGEST:
+        if number < due or len(ids) > LONGEST:
             return
         self._next[found.kind] = number + 1 if number < FIRST else int(number * SPREAD)
         is_target = mask.copy()
         problem = ""
         if self._has_unknown(found, ids):
             self._warn(
-                f"{found.record.where} holds letters that the tokenizer does not know: they are read,"
-                f" and learnt, as {self._tokenizer.unk_token}"
+                f"{found.record.where} holds letters that the tokenizer does not know: they are"
+                f" read, and learnt, as {self._tokenizer.unk_token}"
             )
         elif found.form != READY and len(ids):
             problem = difference(found, self._tokenizer, ids, mask, everything=self._all)
@@ -91,8 +95,8 @@ class BorderCheck:
         if not problem:
             return
         message = (
-            f"{found.record.where}: the tokens of sample {found.record.sample_id!r} do not say what "
-            f"the record says: {problem}"
+            f"{found.record.where}: the tokens of sample {found.record.sample_id!r} do not say "
+            f"what the record says: {problem}"
         )
         if not self._accept:
             raise SourceError(
@@ -155,6 +159,9 @@ def strings_of(found: Formed, *, everything: bool) -> list[Said]:
         ]
     conversation = read_conversation(found.record)
     said = []
+    is_alone = not everything and not any(
+        "tool_calls" in message or reasoning_of(message) for message in conversation.messages
+    )
     for index, message in enumerate(conversation.messages):
         if message["role"] == "tool" or "tool_calls" in message:
             continue
@@ -163,32 +170,45 @@ def strings_of(found: Formed, *, everything: bool) -> list[Said]:
         for piece in THINK_TAGS.split(message["content"]):
             what = f"message {index + 1} ({message['role']})"
             if piece.strip() and not THINK_TAGS.fullmatch(piece):
-                said.append(Said(what, piece.strip(), learnt, in_order=answers))
+                said.append(Said(what, piece.strip(), learnt, answers, is_alone))
     return said
 
 
-def _difference(
-    parts: list[Stretch], said: list[Said], without_tokens: Transform | None
-) -> str:
+def _difference(parts: list[Stretch], said: list[Said], without_tokens: Transform | None) -> str:
     """Find each string, answers behind one another, in stretches that are targets as it is.
 
     With `without_tokens` nothing else may be there but what that takes away.
     """
     text = "".join(part for part, _ in parts)
     flags = np.concatenate([np.full(len(part), targets) for part, targets in parts])
-    place = 0
+    place, rest = 0, flags.copy()
     for string in said:
         least = place if string.in_order else 0
         start = _found(text, flags, string, least)
         if start < 0:
             return _absence(text, least, string)
+        rest[start : start + len(string.text)] = False
         if string.in_order:
             place = start + len(string.text)
-        if without_tokens is not None:
-            besides = without_tokens(text[:start] + text[start + len(string.text) :]).strip()
-            if besides:
-                return f"there is {besides!r:.80} besides {string.what}"
+        if without_tokens is not None and (besides := _besides(text, string.text, without_tokens)):
+            return f"there is {besides!r:.80} besides {string.what}"
+    unsaid = "".join(letter if learnt else "\n" for letter, learnt in zip(text, rest, strict=True))
+    for string in said:
+        if string.is_alone and len(string.text) >= TELLING and string.text in unsaid:
+            return f"{string.what}, {string.text!r:.80}, is a target once more"
     return ""
+
+
+def _besides(text: str, said: str, without_tokens: Transform) -> str:
+    """What stands around a string, spaces and added tokens aside."""
+    first, at = "", text.find(said)
+    while at >= 0:
+        besides = (without_tokens(text[:at]) + without_tokens(text[at + len(said) :])).strip()
+        if not besides:
+            return ""
+        first = first or besides
+        at = text.find(said, at + 1)
+    return first
 
 
 def _found(text: str, flags: Mask, string: Said, start: int) -> int:
@@ -224,8 +244,7 @@ def _answer_difference(
     joined = Said("its prompt and response", prompt.text + response.text, True)
     if joined.text not in text:
         return _absence(text, 0, joined)
-    before, _, after = text.partition(joined.text)
-    if besides := without_tokens(before + after).strip():
+    if besides := _besides(text, joined.text, without_tokens):
         return f"there is {besides!r:.80} besides {joined.what}"
     if prompt.is_target:
         return "" if joined.text in learnt else f"{joined.what} are no targets in part or whole"
@@ -242,7 +261,8 @@ def _without(tokens: list[str]) -> Transform:
     """Take the added tokens out of a text."""
     if not tokens:
         return str
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
     return lambda text: pattern.sub("", text)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+from decant.teacher_dump.inputs.kinds import FIELDS
 from decant.teacher_dump.inputs.records import SourceError
 
 FORMATS = ("auto", "jsonl", "parquet", "hf")
@@ -58,7 +59,7 @@ class SourceConfig:
     """File, directory, glob, or the name or local path of a Hugging Face dataset."""
 
     format: str = "auto"
-    """auto, jsonl (also .gz and .zst), parquet, or hf."""
+    """auto, jsonl (JSON lines or one array; also .gz and .zst), parquet, or hf."""
 
     split: str = "train"
     """Split of a Hugging Face dataset."""
@@ -68,6 +69,10 @@ class SourceConfig:
 
     id_field: str = "id"
     """Field that names a sample; without an "id", samples are called "<file name>:<index>"."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names of the source's fields, by the name that is read: {response: answer}; "" leaves one
+    out."""
 
     limit: int = 0
     """Read only this many records from the start (0 = all)."""
@@ -85,6 +90,13 @@ class SourceConfig:
             raise ValueError(f"source limit is {self.limit}: expected 0 (all records) or more")
         if not self.id_field or not self.split:
             raise ValueError("source id_field and split must not be empty")
+        if unknown := sorted(set(self.fields) - FIELDS):
+            raise ValueError(
+                f"source fields names {unknown}: expected some of {', '.join(sorted(FIELDS))}"
+            )
+        taken = [name for name in self.fields.values() if name]
+        if len(set(taken)) < len(taken):
+            raise ValueError(f"source fields reads one field twice: {self.fields}")
         if self.format in ("jsonl", "parquet"):
             refuse_hf_options(self)
 

@@ -69,9 +69,9 @@ def warnings(counts: SequenceCounts, max_length: int) -> list[str]:
     found = []
     if counts.dropped_tokens > WORTH_A_WARNING * counts.held_tokens:
         found.append(
-            f"{_share(counts.dropped_tokens, counts)} of the tokens are not scored, of which most "
-            f"lie beyond sequences.max_length={max_length} or in records without targets: raise it, "
-            "or set overlong: split"
+            f"{_share(counts.dropped_tokens, counts)} of the tokens are not scored, most of them "
+            f"beyond sequences.max_length={max_length} or in records without targets: raise it, or "
+            "set overlong: split"
         )
     if counts.left_out_records > WORTH_A_WARNING * counts.records:
         found.append(

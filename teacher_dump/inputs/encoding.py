@@ -47,8 +47,9 @@ class Encoder:
         chat_template: str = "",
         accept_rendering: bool = False,
     ) -> None:
-        """`only_texts`: refuse any other kind of record; `chat_template`: its text, in place of
-        the tokenizer's own; the rest as in `SequenceConfig`.
+        """`only_texts`: refuse any other kind of record; the rest as in `SequenceConfig`.
+
+        `chat_template` is the text of the template, in place of the tokenizer's own.
         """
         self.tokenizer = tokenizer
         self.targets = targets
@@ -68,8 +69,8 @@ class Encoder:
         found = formed(record)
         if self.only_texts and found.form != TEXT:
             raise SourceError(
-                f"{record.where}: packing: concat joins plain texts, found {found.kind}: set packing"
-                " to none"
+                f"{record.where}: packing: concat joins plain texts, found {found.kind}: set"
+                " packing to none"
             )
         if self.tokenizer is None and found.form != READY:
             raise SourceError(
@@ -185,7 +186,7 @@ class Encoder:
 
     @functools.cached_property
     def _habit(self) -> tuple[list[int], list[int]] | None:
-        """What the tokenizer by itself puts before and after a text; None if it changes the text."""
+        """What the tokenizer by itself puts before and after a text; None if it changes it."""
         bare = self._tokenize(["a"])[0]
         framed: list[int] = self.tokenizer("a", verbose=False)["input_ids"]
         starts = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
@@ -195,7 +196,9 @@ class Encoder:
     def _affixes(self) -> tuple[list[int], list[int]]:
         """What goes before and after a text: the tokenizer's own habit, then add_bos, add_eos."""
         if self._habit is None:
-            raise ValueError("the tokenizer makes other ids of a text with special tokens than alone")
+            raise ValueError(
+                "the tokenizer makes other ids of a text with special tokens than alone"
+            )
         head, tail = self._habit
         if self.add_bos and self._special("bos") not in head:
             head = [self._special("bos"), *head]

@@ -11,12 +11,16 @@ import xxhash
 from decant.teacher_dump.inputs.config import SourceConfig, refuse_hf_options
 from decant.teacher_dump.inputs.records import SourceError
 
+PACKINGS = ("", ".gz", ".zst")
 SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
+    **{name + packed: "jsonl" for name in (".jsonl", ".ndjson", ".json") for packed in PACKINGS},
     ".parquet": "parquet",
 }
+EXPECTED = ".jsonl, .ndjson, .json (also with .gz or .zst) or .parquet"
+PLAIN_JSON = tuple(".json" + packed for packed in PACKINGS)
+"""Of these a folder is read only if it holds no other: beside data they describe it."""
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What libraries write beside data."""
 
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -51,6 +55,11 @@ def resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
         raise SourceError(f"source path {config.path!r} does not exist (seen from {os.getcwd()})")
 
     formats = {p: _format_of(p) for p in found}
+    if not explicit:
+        data = {p for p, known in formats.items() if known and not p.name.endswith(PLAIN_JSON)}
+        for p in found:
+            if p.name.endswith(PLAIN_JSON) and (data or p.name in ABOUT_DATA):
+                formats[p] = ""
     if explicit and config.format != "auto":
         formats = dict.fromkeys(found, config.format)
     elif config.format != "auto":
@@ -58,13 +67,13 @@ def resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
     if explicit and "" in formats.values():
         raise SourceError(
             f"{min(p for p, known in formats.items() if not known)} has no known suffix: expected"
-            f" {', '.join(SUFFIXES)}; rename it, narrow the path, or set format"
+            f" {EXPECTED}; rename it, narrow the path, or set format"
         )
     used = set(formats.values()) - {""}
     if len(used) != 1:
         raise SourceError(
             f"source path {config.path!r} holds {' and '.join(sorted(used)) or 'no'} files that"
-            f" format: {config.format} reads: expected files of one kind, {', '.join(SUFFIXES)};"
+            f" format: {config.format} reads: expected files of one kind, {EXPECTED};"
             " narrow the path or set format"
         )
     refuse_hf_options(config)

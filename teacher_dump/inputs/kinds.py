@@ -76,9 +76,7 @@ def formed(record: Record) -> Formed:
     kinds = [kind for kind in KINDS if present.issuperset(kind.fields)]
     if not kinds:
         given = present.intersection(NAMES)
-        kinds = [
-            kind for kind in KINDS if given <= set(kind.fields) <= record.fields.keys()
-        ][:1]
+        kinds = [kind for kind in KINDS if given <= set(kind.fields) <= record.fields.keys()][:1]
     if len(kinds) != 1:
         found = f"both {' and '.join(k.name for k in kinds)}" if kinds else "no kind of sample"
         choice = ""
@@ -239,8 +237,8 @@ def _alpaca_prompt(record: Record) -> str:
         if record.fields.get(name):
             raise SourceError(
                 f"{record.where}: instruction + output come with {name}, for which the prompt that"
-                f" is made of them has no place: give messages, or set source.fields: {{{name}: ''}}"
-                " to leave it out"
+                f" is made of them has no place: give messages, or leave it out by source.fields:"
+                f" {{{name}: ''}}"
             )
     if given:
         return ALPACA_WITH_INPUT.format(instruction=instruction, input=given)
@@ -278,7 +276,9 @@ ACCEPTED = (
 )
 NAMES = frozenset(name for kind in KINDS for name in kind.fields)
 """Fields that make a kind."""
-FIELDS = NAMES.union(*(kind.also for kind in KINDS), TARGET_MASKS, ("labels", "attention_mask"))
+FIELDS = NAMES.union(
+    *(kind.also for kind in KINDS), TARGET_MASKS, ("labels", "attention_mask", "history")
+)
 """Every field that is read, and so may be named in `source.fields`."""
 QUESTIONS: dict[str, Callable[[Record], Fields]] = {
     "prompt": _asked,

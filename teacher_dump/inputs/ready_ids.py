@@ -25,8 +25,8 @@ def ready_ids(record: Record, tokenizer: Any | None) -> tuple[Ids, Mask]:
     """Ids without padding, and which of them are targets.
 
     `attention_mask` says what is padding, which is left out; `labels` are the ids themselves, or
-    -100 for what is no target; masks have a 1 for each target. Raises SourceError if they contradict
-    one another, or if the record has a mask of another name.
+    -100 for what is no target; masks have a 1 for each target. Raises SourceError if they
+    contradict one another, or if the record has a mask of another name.
     """
     ids = integers(record, "input_ids")
     _refuse_unknown_masks(record, len(ids))

@@ -132,7 +132,6 @@ class SequenceConfig:
                 f"chat_date is {self.chat_date!r}: expected a date such as 2026-01-31"
             ) from error
 
-
     @property
     def makes_windows(self) -> bool:
         """Whether a text may become several sequences."""
@@ -181,7 +180,7 @@ def iter_sequences(
     they are cut. Raises SourceError.
     """
     encode = make_encoder(config, tokenizer)
-    found = map(encode.form, records)
+    found: Iterator[Formed] = map(encode.form, records)
     if config.empty == "drop":
         found = _without_empty(found, counts)
     encoded = _encoded(found, encode, config.max_unrenderable, counts)
@@ -274,8 +273,9 @@ def _checked(
         if len(outside):
             raise SourceError(
                 f"{record.where}: sample {record.sample_id!r} has token id {ids[outside[0]]} at"
-                f" position {outside[0]}: expected ids from 0 to {vocab_size - 1}, which are all that"
-                " the teacher has; use the tokenizer that belongs to it, or leave the record out"
+                f" position {outside[0]}: expected ids from 0 to {vocab_size - 1}, which are all"
+                " that the teacher has; use the tokenizer that belongs to it, or leave the record"
+                " out"
             )
         if border is not None:
             border.look(found, ids, mask)

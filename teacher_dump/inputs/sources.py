@@ -1,9 +1,9 @@
-"""Where samples come from: JSON lines, Parquet files, Hugging Face datasets; one record each.
+"""Where samples come from: JSON, Parquet files, Hugging Face datasets; one record each.
 
-Owns: which files a path means, their order, what identifies a sample (`sample_id`) and what
-identifies the whole source (`describe_source`). Reads as a stream, in memory bounded by one line
-or one batch of rows, plus one 64-bit hash per sample id. Knows nothing about tokenizers, nor about
-which fields of a record matter: that is `sequences.py`.
+Owns: which files a path means, their order, what identifies a sample (`sample_id`), under which
+names its fields are read, and what identifies the whole source (`describe_source`). Reads as a
+stream, in memory bounded by one line or one batch of rows, plus one 64-bit hash per sample id.
+Knows nothing about tokenizers, nor about which fields of a record matter: that is `kinds.py`.
 """
 
 import itertools
@@ -16,7 +16,8 @@ import xxhash
 
 from decant.teacher_dump.inputs.config import SourceConfig
 from decant.teacher_dump.inputs.files import hash_file, resolve
-from decant.teacher_dump.inputs.json_lines import jsonl_rows
+from decant.teacher_dump.inputs.json_lines import json_rows
+from decant.teacher_dump.inputs.kinds import NAMES
 from decant.teacher_dump.inputs.records import Record, Row, SourceError
 from decant.teacher_dump.inputs.tables import hf_rows, load_hf, parquet_rows
 
@@ -49,6 +50,8 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
         "files": described,
     }
     description: dict[str, Any] = {"path": config.path, "files": described}
+    if config.fields:
+        identity["fields"] = config.fields
     if source_format == "hf":
         dataset = load_hf(config)
         description["rows"] = len(dataset)
@@ -94,10 +97,32 @@ def _records(config: SourceConfig, format_: str, files: list[tuple[str, Path]]) 
     if format_ == "hf":
         rows = hf_rows(config)
     else:
-        read = jsonl_rows if format_ == "jsonl" else parquet_rows
+        read = json_rows if format_ == "jsonl" else parquet_rows
         rows = itertools.chain.from_iterable(read(name, path) for name, path in files)
+    unseen = {source for source in config.fields.values() if source}
     for fallback_id, where, fields in itertools.islice(rows, config.limit or None):
-        yield Record(_sample_id(config, fallback_id, where, fields), fields, where)
+        unseen -= fields.keys()
+        named = _named(config, where, fields) if config.fields else fields
+        yield Record(_sample_id(config, fallback_id, where, fields), named, where)
+    if unseen:
+        raise SourceError(
+            f"no record of {config.path} has {sorted(unseen)}, which source.fields asks for"
+        )
+
+
+def _named(config: SourceConfig, where: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields under the names that are read; one that makes a kind must be there."""
+    taken = {*config.fields, *config.fields.values()}
+    named = {name: value for name, value in fields.items() if name not in taken}
+    for name, source in config.fields.items():
+        if source in fields:
+            named[name] = fields[source]
+        elif source and name in NAMES:
+            raise SourceError(
+                f"{where}: no field {source!r}, which source.fields reads as {name}; the record has"
+                f" {sorted(fields)}"
+            )
+    return named
 
 
 def _sample_id(config: SourceConfig, fallback: str, where: str, fields: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ def _again(record: Record, head: list[int], place: int, max_length: int) -> Ids:
     if len(again) >= max_length:
         raise SourceError(
             f"{record.where}: windows of max_length={max_length} have no room behind the"
-            f" {len(again)} tokens that each of them begins with: raise it, or set window_head: none"
+            f" {len(again)} tokens that each begins with: raise it, or set window_head: none"
         )
     return again
 

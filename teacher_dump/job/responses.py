@@ -24,14 +24,16 @@ from tqdm import tqdm
 
 from decant.schemas import FormatError, tokenizer_fingerprint
 from decant.schemas.strict import canonical
+from decant.schemas.tokenizer import OLDER_SCHEME, SCHEME
 from decant.storage import Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
 from decant.teacher_dump.engines.opening import GENERATING_ENGINES, open_generator
 from decant.teacher_dump.engines.seam import Generator, Prompt, Response, Sampling
-from decant.teacher_dump.inputs.encoding import Encoder
+from decant.teacher_dump.inputs.kinds import as_question
 from decant.teacher_dump.inputs.records import Record, SourceError
+from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
 from decant.teacher_dump.inputs.sources import iter_records
 from decant.teacher_dump.teacher import Teacher
 
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 ENCODED_RECORDS = 256
 """Prompts that are tokenised together."""
+NO_PART_OF_PROMPTS = ("window_head", "chat_template", "max_unrenderable", "accept_rendering")
+"""Settings of sequences that change no prompt, or by their content alone."""
 COLUMNS = pa.schema(
     [
         ("id", pa.string()),
@@ -103,7 +107,11 @@ def refuse_generation(config: DumpConfig, teacher: Teacher) -> None:
 def describe_generation(
     config: DumpConfig, teacher: Teacher, source: dict[str, Any]
 ) -> dict[str, Any]:
-    """The description of the source, whose fingerprint now also covers what responses depend on."""
+    """The description of the source, whose fingerprint now also covers what responses depend on.
+
+    Where the output holds responses that are known by the older fingerprint of their tokenizer, it
+    is that one.
+    """
     generate = dataclasses.asdict(config.source.generate)
     generate |= {name: float(generate[name]) for name in ("temperature", "top_p")}
     settings = {
@@ -111,13 +119,26 @@ def describe_generation(
         "teacher": teacher.info.fingerprint,
         "dtype": teacher.info.dtype,
         "engine": config.teacher.engine,
-        "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
         "stop_ids": list(stop_ids(teacher)),
-        "sequences": dataclasses.asdict(config.sequences),
-        "chat_template": getattr(teacher.tokenizer, "chat_template", None),
+        "sequences": {
+            name: value
+            for name, value in dataclasses.asdict(config.sequences).items()
+            if name not in NO_PART_OF_PROMPTS
+        },
+        "chat_template": chat_template_text(config.sequences)
+        or getattr(teacher.tokenizer, "chat_template", None),
         **generate,
     }
-    fingerprint = xxhash.xxh3_128(canonical(settings)).hexdigest()
+    store = Store(config.output)
+    known = None
+    if store.exists(paths.GENERATION):
+        known = store.read_json(paths.GENERATION).get("fingerprint")
+    fingerprint = ""
+    for scheme in (OLDER_SCHEME, SCHEME):
+        settings["tokenizer"] = tokenizer_fingerprint(teacher.tokenizer, like=scheme)
+        fingerprint = xxhash.xxh3_128(canonical(settings)).hexdigest()
+        if fingerprint == known:
+            break
     return {**source, "fingerprint": fingerprint, "generate": generate}
 
 
@@ -138,7 +159,12 @@ def sampled_records(
             mask = [int(everything)] * len(prompt) + [1] * len(response)
             yield Record(
                 fields["id"],
-                {"input_ids": prompt + response, "loss_mask": mask},
+                {
+                    "input_ids": prompt + response,
+                    "loss_mask": mask,
+                    "attention_mask": [1]
+                    * len(mask),  # a padding token that was drawn is no padding
+                },
                 f"{store.path(name)} row {row}",
             )
 
@@ -161,16 +187,10 @@ def questions(
 
     Raises SourceError for a bad record, and for one without room if `sequences.overlong` is error.
     """
-    encode = Encoder(
-        teacher.tokenizer,
-        targets="all",
-        only_texts=False,
-        add_bos=config.sequences.add_bos,
-        add_eos=False,
-        chat_template_kwargs=config.sequences.chat_template_kwargs,
-        chat_date=config.sequences.chat_date,
-    )
-    given, number = iter(iter_records(config.source) if records is None else records), 0
+    settings = dataclasses.replace(config.sequences, targets="all", packing="none", add_eos=False)
+    encode = make_encoder(settings, teacher.tokenizer)
+    given = map(as_question, iter_records(config.source) if records is None else records)
+    number = 0
     while batch := list(itertools.islice(given, ENCODED_RECORDS)):
         for record, ids in zip(batch, encode.prompts(batch), strict=True):
             _check(record, ids, teacher.shared_vocab_size)

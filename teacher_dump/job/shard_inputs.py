@@ -17,10 +17,11 @@ from decant.schemas import FormatError, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.border import BorderCheck
 from decant.teacher_dump.inputs.records import Record, TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts, iter_sequences
-from decant.teacher_dump.inputs.sources import describe_source, iter_records
-from decant.teacher_dump.job.responses import describe_generation, sampled_records
+from decant.teacher_dump.inputs.sources import iter_records
+from decant.teacher_dump.job.responses import sampled_records
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -32,24 +33,38 @@ def sequences_of(
     config: DumpConfig,
     teacher: Teacher,
     counts: SequenceCounts,
-    records: Iterable[Record] | None = None,
+    records: Iterable[Record],
+    *,
+    is_checked: bool = True,
 ) -> Iterator[TokenSequence]:
-    """The token sequences of the source, or of `records`, checked against the vocabulary."""
+    """The token sequences of the records, checked against the vocabulary.
+
+    `is_checked`: some records are compared with what their tokens say.
+    """
+    settings = config.sequences
+    border = None
+    if is_checked and teacher.tokenizer is not None:
+        border = BorderCheck(
+            teacher.tokenizer, targets=settings.targets, accept=settings.accept_rendering
+        )
     return iter_sequences(
-        source_records(config, teacher) if records is None else records,
+        records,
         teacher.tokenizer,
-        config.sequences,
+        settings,
         vocab_size=teacher.shared_vocab_size,
         counts=counts,
+        border=border,
     )
 
 
-def source_records(config: DumpConfig, teacher: Teacher) -> Iterator[Record]:
-    """The records of the source; or, if asked for, the teacher's own responses to them."""
+def source_records(config: DumpConfig, teacher: Teacher, fingerprint: str) -> Iterator[Record]:
+    """The records of the source; or, if asked for, the teacher's own responses to them.
+
+    `fingerprint` is that of the description of the source, by which the responses are known.
+    """
     if not config.source.generate.n:
         return iter_records(config.source)
-    described = describe_generation(config, teacher, describe_source(config.source))
-    return sampled_records(config, teacher, Store(config.output), described["fingerprint"])
+    return sampled_records(config, teacher, Store(config.output), fingerprint)
 
 
 def sharded(
@@ -57,15 +72,14 @@ def sharded(
     teacher: Teacher,
     counts: SequenceCounts,
     progress: Callable[[SequenceCounts], None],
-    records: Iterable[Record] | None = None,
+    records: Iterable[Record],
+    *,
+    is_checked: bool = True,
 ) -> Iterator[list[TokenSequence]]:
-    """The sequences of each shard: as many as reach `shard_targets`, in the source's order.
-
-    `records` are those of the source unless given.
-    """
+    """The sequences of each shard: as many as reach `shard_targets`, in the records' order."""
     shard: list[TokenSequence] = []
     targets = 0
-    for sequence in sequences_of(config, teacher, counts, records):
+    for sequence in sequences_of(config, teacher, counts, records, is_checked=is_checked):
         shard.append(sequence)
         targets += int(sequence.is_target.sum())
         progress(counts)
@@ -93,7 +107,9 @@ def restore_inputs(
         return
     log.info("making the inputs of %d shards again from %s", len(lost), config.source.path)
     first = 0
-    for shard, sequences in enumerate(sharded(config, teacher, SequenceCounts(), progress)):
+    records = source_records(config, teacher, writer.manifest.source["fingerprint"])
+    made = sharded(config, teacher, SequenceCounts(), progress, records, is_checked=False)
+    for shard, sequences in enumerate(made):
         if shard in lost:
             again = write_input(writer.store, shard, first, sequences)
             if again != writer.plan[shard]:

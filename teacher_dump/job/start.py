@@ -19,21 +19,26 @@ from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.storage.cache.records import read_records
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.counts import SequenceCounts, summary, warnings
 from decant.teacher_dump.inputs.records import SourceError
-from decant.teacher_dump.inputs.sequences import SequenceCounts
+from decant.teacher_dump.inputs.sequences import chat_template_text
 from decant.teacher_dump.inputs.sources import describe_source
 from decant.teacher_dump.job.refusals import STARTED, refuse_foreign
 from decant.teacher_dump.job.responses import (
     describe_generation,
     hash_parts,
 )
-from decant.teacher_dump.job.shard_inputs import sharded, write_input
+from decant.teacher_dump.job.shard_inputs import sharded, source_records, write_input
 from decant.teacher_dump.teacher import Teacher
 from decant.teacher_dump.tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
-LATER = {"sequences.empty": "error", "sequences.duplicates": "keep"}
+LATER = {
+    "sequences.empty": "error",
+    "sequences.duplicates": "keep",
+    "sequences.window_head": "none",
+}
 """What caches did that were started before they could say so."""
 
 
@@ -89,13 +94,17 @@ def _create(
 ) -> CacheWriter:
     counts = SequenceCounts()
     plan, first = [], 0
-    for shard, sequences in enumerate(sharded(config, teacher, counts, progress)):
+    records = source_records(config, teacher, source["fingerprint"])
+    for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
         plan.append(write_input(store, shard, first, sequences))
         first += len(sequences)
+    log.info("inputs: %s", summary(counts))
     if not plan:
         raise SourceError(
             f"{config.source.path}: {counts.records} records give no sequence with a target"
         )
+    for warning in warnings(counts, config.sequences.max_length):
+        log.warning("warning: %s", warning)
     if config.source.generate.n:
         source = {**source, "generated": hash_parts(store)}
     draft = Manifest.draft(
@@ -163,8 +172,14 @@ def is_sealed(writer: CacheWriter) -> bool:
 
 def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
     template = getattr(teacher.tokenizer, "chat_template", None)
+    template = chat_template_text(config.sequences) or template
+    settings = dataclasses.asdict(config.sequences)
+    for name in ("chat_template", "max_unrenderable", "accept_rendering"):  # change no sequence
+        settings.pop(name)
+    if not config.sequences.makes_windows:
+        settings["window_head"] = "none"
     return {
-        **dataclasses.asdict(config.sequences),
+        **settings,
         "shard_targets": config.shard_targets,
         "chat_template_xxh3_128": xxhash.xxh3_128(canonical(template)).hexdigest(),
     }

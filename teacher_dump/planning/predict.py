@@ -22,6 +22,7 @@ from decant.storage import Store
 from decant.storage.inspect.truncation_cost import TOLERANCE
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, EngineError
+from decant.teacher_dump.inputs.counts import warnings as counted_warnings
 from decant.teacher_dump.inputs.records import SourceError, TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
@@ -252,7 +253,7 @@ def _warnings(
     sample: int,
     shards: int,
 ) -> list[str]:
-    found = []
+    found = counted_warnings(counts, config.sequences.max_length)
     if config.sequences.overlong == "error" and counts.truncated_records:
         found.append(
             f"{counts.truncated_records:,} records are longer than max_length="

@@ -47,6 +47,7 @@ from decant.teacher_dump.service.routes import (
     refused,
     tokenizer_files,
 )
+from decant.teacher_dump.tokenizer import load_tokenizer
 
 log = logging.getLogger("teacher_dump.serve")
 
@@ -167,9 +168,7 @@ class Endpoint:
         card = TeacherCard.from_bytes(given["card"].encode(), SERVICE_VARIABLE)
         tokenizer = None
         if given["tokenizer"]:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"])
+            tokenizer = load_tokenizer(given["tokenizer"])
         backend = AsyncBackend(engine_client, card, given["why"])
         state.decant_service = Service(card, tokenizer_files(tokenizer), backend)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

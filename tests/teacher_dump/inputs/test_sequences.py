@@ -2,100 +2,32 @@
 
 import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
-from decant.teacher_dump.inputs.records import Record, SourceError, TokenSequence
-from decant.teacher_dump.inputs.sequences import SequenceConfig, SequenceCounts, iter_sequences
-
-VOCAB_SIZE = 300
-SENTENCES = ["hello world, how are you?", "the user asks and the assistant answers", "a b c \n"]
-CHAT = [
-    {"role": "user", "content": "hello"},
-    {"role": "assistant", "content": " world"},
-    {"role": "user", "content": "how are you?"},
-    {"role": "assistant", "content": "the answers"},
-]
-ANSWERS = " world<|end|>the answers<|end|>"
-HEADER = "{{ '<|start|>' + m.role + '\n' }}"
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}" + HEADER + "{{ m.content + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+from decant.teacher_dump.inputs.records import SourceError
+from decant.teacher_dump.inputs.sequences import SequenceConfig
+from tests.support.records import (
+    ANSWERS,
+    BOS,
+    CHAT,
+    EOS,
+    MARKED_TEMPLATE,
+    MARKED_TOKENIZER,
+    PLAIN_TEMPLATE,
+    TOKENIZER,
+    VOCAB_SIZE,
+    bare,
+    build_tokenizer,
+    chat_targets,
+    one,
+    record,
+    run,
 )
-MARKED_TEMPLATE = (
-    "{% for m in messages %}" + HEADER + "{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
-)
-
-
-def build_tokenizer(*, adds_bos: bool = True, template: str = PLAIN_TEMPLATE, **special: str):
-    """A byte-level BPE that trims spaces from its offsets, as that of Llama 3 does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=["<s>", "</s>", "<|start|>", "<|end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    trim: Any = processors.ByteLevel(trim_offsets=True)
-    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.post_processor = processors.Sequence([trim, bos]) if adds_bos else trim
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"} | special
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
-    wrapped.chat_template = template
-    return wrapped
-
-
-TOKENIZER = build_tokenizer()
-MARKED_TOKENIZER = build_tokenizer(template=MARKED_TEMPLATE)
-BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
-
-
-def bare(text: str) -> list[int]:
-    """Return the tokens of the text alone."""
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
-
-
-def record(sample_id: str = "s", **fields: Any) -> Record:
-    """Make a record of the fields."""
-    return Record(sample_id, fields, f"data.jsonl line of {sample_id}")
-
-
-def run(
-    *records: Record, tokenizer: Any = TOKENIZER, **options: Any
-) -> tuple[list[TokenSequence], SequenceCounts]:
-    """Return the sequences of the records and their tally."""
-    counts = SequenceCounts()
-    config = SequenceConfig(**options)
-    found = iter_sequences(records, tokenizer, config, vocab_size=VOCAB_SIZE, counts=counts)
-    return list(found), counts
-
-
-def one(fields: Record, **options: Any) -> tuple[list[int], list[int]]:
-    """Return the ids of the only sequence, and those of them that are targets."""
-    [sequence], _ = run(fields, **options)
-    return sequence.input_ids.tolist(), sequence.input_ids[sequence.is_target].tolist()
-
-
-def chat_targets(tokenizer: Any, messages: Any = CHAT, **options: Any) -> str:
-    """Return the text of the targets of a conversation."""
-    _, targets = one(record(messages=messages), tokenizer=tokenizer, **options)
-    return tokenizer.decode(targets)
-
 
 # Text
 
@@ -136,14 +68,31 @@ def test_a_missing_special_token_is_an_error(name):
 # Prompt and response
 
 
-def test_the_boundary_of_prompt_and_response_is_exact():
-    """Prompt and response are tokenised apart, also where one call would merge their tokens."""
-    prompt, response = bare("hel"), bare("lo you")
-    assert prompt + response != bare("hello you")
+def test_prompt_and_response_are_read_as_one_text():
+    """They are tokenised together; a token across their border is a target."""
+    whole = bare("hello you")
+    assert bare("hel") + bare("lo you") != whole
     fields = record(prompt="hel", response="lo you")
-    assert one(fields) == ([BOS, *prompt, *response, EOS], [*response, EOS])
-    assert one(fields, targets="all")[1] == [*prompt, *response, EOS]
+    assert one(fields) == ([BOS, *whole, EOS], [*whole, EOS])
+    prompt, response = bare("hello"), bare(" you")
+    assert prompt + response == whole
+    fields = record(prompt="hello", response=" you")
+    assert one(fields) == ([BOS, *whole, EOS], [*response, EOS])
+    assert one(fields, targets="all")[1] == [*whole, EOS]
     assert one(fields, add_eos=False)[1] == response
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_no_letter_of_a_response_is_left_out(prompt, response):
+    """Whatever the letters, the targets hold the response, and at most a token's rest besides."""
+    prompt, response = (text.replace("<", "") for text in (prompt, response))
+    ids, targets = one(record(prompt=prompt, response=response))
+    assert ids == [BOS, *bare(prompt + response), EOS]
+    learnt = TOKENIZER.decode(targets)
+    assert learnt.endswith(response + "</s>")
+    besides = learnt.removesuffix(response + "</s>").strip("\ufffd")  # bytes of a letter
+    assert prompt.endswith(besides) and len(besides) < 12
 
 
 def test_an_empty_prompt_leaves_the_response_whole():
@@ -227,19 +176,55 @@ def test_todays_date_never_enters_a_sequence():
     assert tokenizer.decode(ids).startswith("1999<|start|>")
 
 
-def test_a_refusing_template_names_the_record():
-    """Of many conversations, the error names the one that the template cannot render."""
+def test_what_a_template_cannot_render_is_left_out_and_counted(caplog):
+    """A conversation that the template refuses is named and left out; others go on."""
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     tokenizer = build_tokenizer(template=template + MARKED_TEMPLATE)
     good, bad = record("good", messages=CHAT), record("bad", messages=CHAT[1:])
+    sequences, counts = run(good, bad, tokenizer=tokenizer)
+    assert [s.sample_id for s in sequences] == ["good"]
+    assert (counts.records, counts.unrenderable_records) == (2, 1)
+    assert "line of bad" in caplog.text and "user first" in caplog.text
     with pytest.raises(SourceError, match=r"line of bad: .*user first"):
-        run(good, bad, tokenizer=tokenizer)
+        run(good, bad, tokenizer=tokenizer, max_unrenderable=0)
+
+
+def test_many_that_cannot_be_rendered_are_an_error():
+    """Three may be left out of any number, of many no more than the share that is allowed."""
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    tokenizer = build_tokenizer(template=template + MARKED_TEMPLATE)
+
+    def left_out(bad: int, good: int, **options) -> int:
+        records = [record(f"good{n}", messages=CHAT) for n in range(good)]
+        records += [record(f"bad{n}", messages=CHAT[1:]) for n in range(bad)]
+        return run(*records, tokenizer=tokenizer, **options)[1].unrenderable_records
+
+    assert left_out(3, 1) == 3
+    with pytest.raises(SourceError, match=r"4 of 24 records cannot be rendered, more than"):
+        left_out(4, 20)
+    assert left_out(4, 20, max_unrenderable=0.2) == 4
+    with pytest.raises(
+        SourceError, match=r"none of the first 20 records can be used: .*user first"
+    ):
+        left_out(300, 0, max_unrenderable=1)
 
 
 def test_messages_need_a_template():
-    """Chats are refused without a chat template."""
+    """Chats without a chat template are refused, unless a file holds one."""
+    tokenizer = build_tokenizer(template="")
     with pytest.raises(ValueError, match="has no chat template"):
-        run(record(messages=CHAT), tokenizer=build_tokenizer(template=""))
+        run(record(messages=CHAT), tokenizer=tokenizer)
+
+
+def test_a_file_may_hold_the_chat_template(tmp_path):
+    """It takes the place of the tokenizer's own; a file that is not there is an error."""
+    file = tmp_path / "chat.jinja"
+    file.write_text(MARKED_TEMPLATE)
+    for template in ("", "{{ messages }}"):
+        tokenizer = build_tokenizer(template=template)
+        assert chat_targets(tokenizer, CHAT, chat_template=str(file)) == ANSWERS
+    with pytest.raises(ValueError, match=r"chat_template .* cannot be read"):
+        run(record(messages=CHAT), chat_template=str(tmp_path / "none"))
 
 
 def test_the_assistant_may_speak_first():
@@ -326,180 +311,6 @@ def test_impossible_configs_are_refused(options, message):
     """A config is checked when it is made."""
     with pytest.raises(ValueError, match=message):
         SequenceConfig(**options)
-
-
-# Length
-
-
-def test_overlong_records_are_truncated_by_default():
-    """The end is cut off, and counted."""
-    sequences, counts = run(record(input_ids=list(range(10))), max_length=4)
-    assert [s.input_ids.tolist() for s in sequences] == [[0, 1, 2, 3]]
-    assert (counts.truncated_records, counts.dropped_tokens, counts.targets) == (1, 6, 3)
-
-
-def test_overlong_records_can_be_errors():
-    """With overlong: error the record is named with its length."""
-    with pytest.raises(SourceError, match="sample 's' has 5 tokens: expected at most max_length=4"):
-        run(record(input_ids=[1] * 5), max_length=4, overlong="error")
-    assert one(record(input_ids=[1] * 4), max_length=4, overlong="error")
-
-
-def test_split_windows_are_numbered():
-    """The windows of a split record carry its id and their number; short records keep theirs."""
-    sequences, counts = run(
-        record("long", input_ids=list(range(7))),
-        record("short", input_ids=[1, 2]),
-        max_length=3,
-        overlong="split",
-    )
-    assert [s.sample_id for s in sequences] == ["long#1", "long#2", "short"]
-    assert (counts.split_records, counts.windows_without_targets, counts.dropped_tokens) == (
-        1,
-        1,
-        1,
-    )
-
-
-def test_records_without_targets_are_left_out_and_counted():
-    """What has no target, or lost all by truncation, yields no sequence and stops nothing."""
-    sequences, counts = run(
-        record("masked", input_ids=[1, 2, 3], loss_mask=[1, 0, 0]),
-        record("long prompt", prompt="hello world, how are you?", response="a"),
-        record("no answer", messages=CHAT[:1]),
-        record("good", input_ids=[1, 2]),
-        max_length=3,
-    )
-    assert [s.sample_id for s in sequences] == ["good"]
-    assert (counts.records, counts.sequences, counts.records_without_targets) == (4, 1, 3)
-    assert counts.truncated_records == 2
-
-
-EMPTY = (
-    {"text": ""},
-    {"messages": []},
-    {"input_ids": []},
-    {"input_ids": np.zeros(0, np.int32)},
-    {"input_ids": [7]},
-)
-
-
-def test_empty_records_can_be_left_out():
-    """They are counted, with the one token that some have; what is no record is still an error."""
-    records = [record(f"{n}", **fields) for n, fields in enumerate(EMPTY)]
-    sequences, counts = run(*records, record("good", input_ids=[1, 2]), empty="drop")
-    assert [s.sample_id for s in sequences] == ["good"]
-    assert (counts.records, counts.empty_records, counts.dropped_tokens) == (6, 5, 1)
-    with pytest.raises(SourceError, match="text is 5"):
-        run(record(text=5), empty="drop")
-
-
-@pytest.mark.parametrize("packing", ["none", "concat"])
-def test_duplicates_are_counted_and_can_be_left_out(packing):
-    """Of equal tokens and targets under other ids, the first one stays."""
-    texts = ["hello", "world", "hello", "hello you", "hello"]
-    records = [record(f"{n}", text=text) for n, text in enumerate(texts)]
-    sequences, counts = run(*records, packing=packing)
-    assert counts.duplicate_records == 2
-    left, dropped = run(*records, packing=packing, duplicates="drop")
-    assert dropped.duplicate_records == 2
-    assert dropped.tokens + dropped.dropped_tokens == counts.tokens
-    assert dropped.dropped_tokens == 2 * len([BOS, *bare("hello"), EOS])
-    if packing == "none":
-        assert [s.sample_id for s in sequences] == list("01234")
-        assert [s.sample_id for s in left] == list("013")
-        masked = (record(str(n), input_ids=[1, 2, 3], loss_mask=[0, n, 1]) for n in (0, 1))
-        assert len(run(*masked, duplicates="drop")[0]) == 2
-
-
-RECORDS = st.lists(
-    st.lists(st.tuples(st.integers(0, VOCAB_SIZE - 1), st.booleans()), min_size=2, max_size=20),
-    max_size=8,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    RECORDS,
-    st.integers(2, 9),
-    st.sampled_from(["truncate", "split"]),
-    st.sampled_from(["keep", "drop"]),
-)
-def test_every_token_is_kept_or_counted(records, max_length, overlong, duplicates):
-    """Nothing is a target twice or by mistake, and the counts add up, however records are cut."""
-    named = [
-        record(f"{n}", input_ids=[i for i, _ in rows], loss_mask=[m for _, m in rows])
-        for n, rows in enumerate(records)
-    ]
-    options = {"max_length": max_length, "overlong": overlong, "duplicates": duplicates}
-    sequences, counts = run(*named, tokenizer=None, **options)
-    assert counts.records == len(records)
-    distinct = {(tuple(i for i, _ in rows), tuple(m for _, m in rows)) for rows in records}
-    assert counts.duplicate_records == len(records) - len(distinct)
-    dropped = counts.duplicate_records if duplicates == "drop" else 0
-    assert counts.sequences == len(sequences)
-    assert counts.tokens == sum(len(s.input_ids) for s in sequences)
-    assert counts.targets == sum(int(s.is_target.sum()) for s in sequences)
-    assert counts.tokens + counts.dropped_tokens == sum(len(rows) for rows in records)
-    kept = {s.sample_id.split("#")[0] for s in sequences}
-    assert len(kept) + counts.records_without_targets + dropped == len(records)
-    for sequence in sequences:
-        assert len(sequence.input_ids) <= max_length
-        assert sequence.is_target.any()
-        assert not sequence.is_target[0]
-        name, _, number = sequence.sample_id.partition("#")
-        start = (int(number or 1) - 1) * max_length
-        rows = records[int(name)][start : start + max_length]
-        assert sequence.input_ids.tolist() == [i for i, _ in rows]
-        assert sequence.is_target[1:].tolist() == [m for _, m in rows][1:]
-
-
-TEXTS = st.lists(st.text("abc hello\n", min_size=1, max_size=40), min_size=1, max_size=8)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text("abc hello\n", min_size=1, max_size=60), st.integers(2, 9))
-def test_split_windows_join_to_the_whole(text, max_length):
-    """The windows of a text, one after the other, are the text (but for a last single token)."""
-    sequences, counts = run(record(text=text), max_length=max_length, overlong="split")
-    joined = [i for s in sequences for i in s.input_ids.tolist()]
-    whole = [BOS, *bare(text), EOS]
-    assert joined == whole[: len(whole) - counts.dropped_tokens]
-    assert counts.dropped_tokens == (len(whole) % max_length == 1)
-
-
-@settings(max_examples=50, deadline=None)
-@given(TEXTS, st.integers(2, 9))
-def test_packed_windows_join_to_the_documents(texts, max_length):
-    """Packed windows are exactly full, but for the last, and join to the framed documents."""
-    records = [record(f"d{n}", text=text) for n, text in enumerate(texts)]
-    sequences, counts = run(*records, max_length=max_length, packing="concat")
-    whole = [(i, r.sample_id) for r in records for i in [BOS, *bare(r.fields["text"]), EOS]]
-    joined = [i for s in sequences for i in s.input_ids.tolist()]
-    assert joined == [i for i, _ in whole][: len(whole) - counts.dropped_tokens]
-    assert counts.dropped_tokens == (len(whole) % max_length == 1)
-    assert all(len(s.input_ids) == max_length for s in sequences[:-1])
-    assert all(s.is_target[1:].all() and not s.is_target[0] for s in sequences)
-    assert [s.sample_id for s in sequences] == [
-        f"{whole[n * max_length][1]}#{n + 1}" for n in range(len(sequences))
-    ]
-
-
-def test_packing_does_not_double_a_token_that_is_bos_and_eos():
-    """Where one token ends and begins documents, one stands between them."""
-    tokenizer = build_tokenizer(adds_bos=False, bos_token="</s>")
-    records = [record("x", text="a"), record("y", text="b")]
-    [sequence], _ = run(*records, tokenizer=tokenizer, packing="concat", add_bos=True)
-    assert sequence.input_ids.tolist() == [EOS, *bare("a"), EOS, *bare("b"), EOS]
-
-
-@pytest.mark.parametrize(
-    "fields", [{"messages": CHAT}, {"prompt": "a", "response": "b"}, {"input_ids": [1, 2]}]
-)
-def test_only_texts_are_packed(fields):
-    """Packing would lose the loss mask, so other kinds are refused."""
-    with pytest.raises(SourceError, match="concat joins plain texts, found"):
-        run(record(**fields), packing="concat")
 
 
 # Order
