@@ -16,7 +16,13 @@ from decant.teacher_dump.audit.compare import (
     live_values,
     matching_rows,
 )
-from decant.teacher_dump.audit.judge import compare_quantities, median, pooled, tolerances_from
+from decant.teacher_dump.audit.judge import (
+    ROUNDING_NATS,
+    compare_quantities,
+    median,
+    pooled,
+    tolerances_from,
+)
 from decant.teacher_dump.audit.report import Compared, Finding
 from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
@@ -131,10 +137,10 @@ def _find_label(
     """Which temperature a stored log Z, which grows with it, belongs to."""
     some = cached[:8]
     ladder = tuple(float(t) for t in np.geomspace(temperature / 4, temperature * 4, 25) if t > 0.01)
-    some, live, _, _ = score_live(config, teacher, manifest, some, temperatures=(1.0, *ladder))
+    scored = score_live(config, teacher, manifest, some, temperatures=(1.0, *ladder))
     column = manifest.temperatures.index(temperature)
     found = []
-    for old, new in zip(some, live, strict=True):
+    for old, new in zip(scored.cached, scored.together, strict=True):
         for row, at in zip(*matching_rows(old, new), strict=True):
             log_t = np.interp(old.log_z[row, column], new.log_z[at, 1:], np.log(ladder))
             found.append(math.exp(log_t))
@@ -163,15 +169,16 @@ def find_precision(
     for dtype in ("float32", "bfloat16"):
         if dtype not in runs:
             other = dataclasses.replace(config, dtype=dtype)
-            scored, runs[dtype], *_ = score_live(other, teacher, manifest, cached)
-            if len(scored) < len(cached):  # half precision overflows on some
+            scored = score_live(other, teacher, manifest, cached)
+            if scored.failed:  # half precision overflows on some
                 return []
+            runs[dtype] = scored.together
     one, other_run = runs["float32"], runs["bfloat16"]
     control = [
         control_deviations(c, a, b, manifest)
         for c, a, b in zip(cached, one, other_run, strict=True)
     ]
-    tolerances = tolerances_from(control)
+    tolerances = tolerances_from(control, ROUNDING_NATS["bfloat16"])
     quantities = compare_quantities(manifest, cached, live, tolerances)
     if not all(q.agrees for q in quantities):
         return []

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.teacher_dump.audit.compare import Deviations, deviations_from, find_slots, matching_rows
-from decant.teacher_dump.audit.report import Compared
+from decant.teacher_dump.audit.report import Compared, Finding
 
 FLOOR = 1e-4
 """Nats that are never held against a cache, however well a teacher repeats itself."""
@@ -15,6 +15,10 @@ FLOOR = 1e-4
 
 CONTROL_FACTOR = 4.0
 """Tolerance over the 99 % quantile of the control's deviations."""
+
+
+ROUNDING_NATS = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5, "auto": 0.5}
+"""Nats that 99 % of a healthy teacher's numbers stay within when they are batched otherwise."""
 
 
 STRAYS = 0.01
@@ -67,12 +71,40 @@ def _draw_deviations(
     return np.abs(counts - expected) / scale
 
 
-def tolerances_from(control: Sequence[Deviations]) -> dict[str, tuple[float, float]]:
-    """By quantity: the control's 99 % quantile, and the tolerance that follows from it."""
+def rounding_nats(dtype: str) -> float:
+    """What batching otherwise may move numbers by: `dtype` is a manifest's, "float32+bnb-4bit"."""
+    name, _, quantised = dtype.partition("+")
+    return ROUNDING_NATS["bfloat16" if quantised else name]
+
+
+def tolerances_from(
+    control: Sequence[Deviations], rounding: float
+) -> dict[str, tuple[float, float]]:
+    """By quantity: the control's 99 % quantile, and the tolerance that follows from it.
+
+    However far a teacher is from itself, no more than the `rounding` of its dtype is excused.
+    """
     p99 = {name: quantile(pooled(control, name), 0.99) for name in control[0]}
-    of = {name: (value, FLOOR + CONTROL_FACTOR * value) for name, value in p99.items()}
+    of = {
+        name: (value, FLOOR + CONTROL_FACTOR * min(value, rounding)) for name, value in p99.items()
+    }
     # Two ids may change places when each of their log probs moves; masses move with log probs.
     return {**of, "ids": (of["logprob"][0], 2 * of["logprob"][1]), "cut": of["logprob"]}
+
+
+def find_unsteady(
+    tolerances: dict[str, tuple[float, float]], rounding: float, dtype: str
+) -> list[Finding]:
+    """A finding if the teacher is farther from itself than its dtype rounds."""
+    name, p99 = max(((n, p99) for n, (p99, _) in tolerances.items()), key=lambda pair: pair[1])
+    if p99 <= rounding:
+        return []
+    text = (
+        f"the teacher disagrees with itself: {name} of the same sequences alone and in common "
+        f"batches is {p99:.2g} nats apart (99 %), which {dtype} does not explain (at most "
+        f"{rounding:g}); what it says depends on what else is in the batch"
+    )
+    return [Finding(kind="control", text=text)]
 
 
 def compare_quantities(

@@ -31,8 +31,9 @@ class Finding:
     """What a disagreement looks like, or a remark."""
 
     kind: str
-    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, unscored, or the name of a
-    quantity; of notes: precision, files, unknown, incomplete."""
+    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, unscored, control (the
+    teacher disagrees with itself), or the name of a quantity; of notes: precision, files, unknown,
+    incomplete."""
     text: str
 
 

@@ -16,7 +16,12 @@ from decant.schemas import Manifest, tokenizer_fingerprint
 from decant.storage import CacheReader
 from decant.teacher_dump.audit.causes import disagreements, find_causes, find_precision
 from decant.teacher_dump.audit.compare import control_deviations
-from decant.teacher_dump.audit.judge import compare_quantities, tolerances_from
+from decant.teacher_dump.audit.judge import (
+    compare_quantities,
+    find_unsteady,
+    rounding_nats,
+    tolerances_from,
+)
 from decant.teacher_dump.audit.report import AuditReport, Compared, Finding
 from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
@@ -67,13 +72,18 @@ def audit(
         raise ValueError(f"{url}: none of {len(chosen)} sequences chosen at random has a target")
     quantities: list[Compared] = []
     if teacher.info.vocab_size >= manifest.shared_vocab_size:
-        cached, live, alone, failed = score_live(config, teacher, manifest, cached, progress)
-        findings += failed
+        scored = score_live(config, teacher, manifest, cached, progress)
+        cached, live = scored.cached, scored.together
+        findings += scored.failed
         control = [
             control_deviations(c, a, b, manifest)
-            for c, a, b in zip(cached, live, alone, strict=True)
+            for c, a, b in zip(cached, live, scored.alone, strict=True)
         ]
-        tolerances = tolerances_from(control)
+        saved = teacher.info.dtype.partition("+")[2]
+        dtype = "+".join(filter(None, (scored.dtype, saved)))
+        rounding = rounding_nats(dtype)
+        tolerances = tolerances_from(control, rounding)
+        findings += find_unsteady(tolerances, rounding, dtype)
         quantities = compare_quantities(manifest, cached, live, tolerances)
         stored, given = manifest.teacher.fingerprint, teacher.info.fingerprint
         differs = f"(fingerprint {stored} in the manifest, {given} given)"

@@ -62,6 +62,7 @@ class HttpEngine:
             raise
         self._digest, self._max_length = card.digest(), card.max_length
         self.card = card
+        self.dtype = card.teacher.dtype.partition("+")[0]
 
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int

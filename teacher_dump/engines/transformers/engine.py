@@ -106,6 +106,11 @@ class TransformersEngine:
             "in chunks of targets" if self._head else "with the whole forward",
         )
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self._model.dtype).removeprefix("torch.")
+
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int
     ) -> Iterator[ScoredSequence]:

@@ -82,6 +82,12 @@ def refuse_sight_of_later_tokens(
             return
         apart = torch.stack([_distances(a, b) for a, b in itertools.combinations(said, 2)])
         if bool((apart.amin(dim=0) > tolerance).any()):
+            again = _each(states, groups, runs[:1], seen)[0]
+            if bool((_distances(said[0], again) > tolerance).any()):
+                raise EngineError(
+                    f"{name} does not say the same of the same tokens twice: it draws random "
+                    "numbers, or keeps something between two texts, so its scores mean nothing"
+                )
             raise EngineError(
                 f"{name} sees later tokens: what it says at token {seen} of {length} changes with "
                 "the tokens after it, so it predicts nothing. A decoder is expected; if this model "

@@ -119,7 +119,7 @@ class VllmEngine:
             raise
         assert isinstance(ready, Ready)
         self._max_length = ready.max_length
-        self.route = ready.route
+        self.route, self.dtype = ready.route, ready.dtype
         log.info(
             "vLLM %s ready in %.0f s: %s, route %s%s",
             ready.version,

@@ -18,6 +18,7 @@ from tests.support.records import (
     EOS,
     MARKED_TEMPLATE,
     MARKED_TOKENIZER,
+    HEADER,
     PLAIN_TEMPLATE,
     TOKENIZER,
     VOCAB_SIZE,
