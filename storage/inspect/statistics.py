@@ -64,8 +64,8 @@ class Statistics:
         self._temperatures = manifest.temperatures
         self._vocab_size = manifest.shared_vocab_size
         truncation = manifest.truncation
-        self._ragged = truncation.method != "topk"
-        self._has_curve = not truncation.sampled
+        self._ragged = truncation.rule.varies
+        self._has_curve = truncation.rule.is_top
         self._has_logprobs = manifest.layout.has_logprobs
         slots = truncation.slots
         unit = np.linspace(0, 1, HISTOGRAM_BINS + 1)

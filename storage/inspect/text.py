@@ -70,12 +70,6 @@ def rejected_entry(entry: Rejected) -> str:
 def overview(report: Report) -> list[tuple[str, str]]:
     """What the cache is, as (name, value)."""
     teacher, truncation = report.teacher, report.truncation
-    kept = {
-        "topk": f"top {truncation.k}",
-        "topp": f"top-p {truncation.p:g}, {truncation.min_k} to {truncation.k} entries",
-        "sample": f"{truncation.draws} draws",
-        "topk+sample": f"top {truncation.k} + {truncation.draws} draws from the tail",
-    }[truncation.method]
     drawn = report.precision == NO_LOGPROBS
     stored = "stored without log probs" if drawn else f"stored as {report.precision}"
     return [
@@ -83,7 +77,7 @@ def overview(report: Report) -> list[tuple[str, str]]:
         ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
         ("source", str(report.source.get("path", "") or "not recorded")),
         ("records", records_line(report)),
-        ("kept", f"{kept} of {report.shared_vocab_size:,}, {stored}"),
+        ("kept", f"{truncation.text()} of {report.shared_vocab_size:,}, {stored}"),
         ("temperatures", ", ".join(f"{at.temperature:g}" for at in report.temperatures)),
         (
             "holds",

@@ -90,16 +90,9 @@ def _cache_rows(manifests: Sequence[Manifest]) -> list[tuple[str, ...]]:
 
 
 def _truncation(manifest: Manifest) -> str:
-    fields = dataclasses.asdict(manifest.truncation)
-    method = fields.pop("method")
-    defaults = {f.name: f.default for f in dataclasses.fields(manifest.truncation)}
-    always = {"topk": ("k",), "topk+sample": ("k",), "topp": ("p",)}.get(method, ())
-    shown = [
-        f"{name}={value}"
-        for name, value in fields.items()
-        if name in always or value != defaults[name]
-    ]
-    return f"{method} {', '.join(shown)}".strip()
+    truncation = manifest.truncation
+    shown = [f"{name}={getattr(truncation, name)}" for name in truncation.rule.options]
+    return f"{truncation.method} {', '.join(shown)}".strip()
 
 
 def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -141,7 +141,7 @@ def deviations_from(
     said = live_values(live, theirs, cached.token_ids[ours], manifest.temperatures)
     bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
     deviations = _deviations_between(_stored_values(cached, ours), said, bound, manifest)
-    if manifest.truncation.method != "sample":
+    if manifest.truncation.rule.has_head:
         deviations |= _selection_deviations(
             cached, ours, live.logprobs[theirs], said, manifest.truncation
         )
@@ -198,7 +198,7 @@ def _selection_deviations(
     known = np.where(np.isnan(said.logprobs), said.ceiling[:, None], said.logprobs)
     last_kept = np.where(head, known, np.inf).min(axis=1)
     deviations = {"ids": (last_live - last_kept).clip(min=0)}
-    if truncation.method == "topp":
+    if "p" in truncation.rule.options:
         mass = np.exp(np.where(head, known, -np.inf)).sum(axis=1)
         short = np.where(kept < truncation.k, truncation.p - mass, 0)
         long = np.where(kept > truncation.min_k, mass - np.exp(last_kept) - truncation.p, 0)

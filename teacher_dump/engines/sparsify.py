@@ -107,8 +107,8 @@ def sparsify(
     """
     x = logits.float()
     token_ids, draws = _chosen(x, truncation, uniforms)
-    entropy = _entropy(x) if truncation.method == "sample" else None
-    if truncation.method == "topk":
+    entropy = _entropy(x) if "entropy" in truncation.given else None
+    if not truncation.rule.varies:
         used, kept_ids = None, token_ids
         kept = x.gather(1, kept_ids)
         bound = kept[:, -1:]  # of the rest too: no pass for a maximum is needed
@@ -167,17 +167,17 @@ def _chosen(
     x: Tensor, truncation: Truncation, uniforms: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Kept ids [n, K] in descending logit, -1 = unused, and draw counts [n, K] if sampled."""
-    if truncation.method == "sample":
+    if not truncation.rule.has_head:
         assert uniforms is not None
         return _drawn(x, uniforms)
     head = _top(x, truncation.k)
-    if truncation.method == "topk" or (truncation.method == "topp" and truncation.p == 1):
-        return head, None
-    if truncation.method == "topp":
+    if truncation.p < 1:
         p = torch.softmax(x, dim=1).gather(1, head)
         before = p.cumsum(dim=1) - p
         rank = torch.arange(truncation.k, device=x.device)
-        return head.masked_fill((before >= truncation.p) & (rank >= truncation.min_k), -1), None
+        head = head.masked_fill((before >= truncation.p) & (rank >= truncation.min_k), -1)
+    if not truncation.sampled:
+        return head, None
     assert uniforms is not None
     tail = x.scatter(1, head, -math.inf)
     ids, draws = _drawn(tail, uniforms)

@@ -24,7 +24,8 @@ STEP_BYTES = 1 << 30
 def check(reduction: Reduction, num_rows: int, why: str) -> None:
     """Raise Refused unless prompt_logprobs can give what is asked."""
     problem = ""
-    if reduction.truncation.method != "topk":
+    rule = reduction.truncation.rule
+    if rule.varies or not rule.is_top:
         problem = f"truncation.method {reduction.truncation.method}"
     elif reduction.temperatures != (1.0,):
         problem = f"temperatures {list(reduction.temperatures)}"
