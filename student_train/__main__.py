@@ -1,8 +1,11 @@
 """`python -m student_train --config train.yaml [--key value ...]`, also under accelerate launch."""
 
+import contextlib
 import json
 import logging
 import os
+import sys
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -33,6 +36,9 @@ def parser() -> ArgumentParser:
         action="store_true",
         help="build everything, take one step, print sizes, memory and steps; write nothing",
     )
+    command.add_argument(
+        "--json", action="store_true", help="end with the summary as JSON in place of a table"
+    )
     return command
 
 
@@ -53,13 +59,19 @@ def main(arguments: list[str]) -> int:
     if values["dry_run"]:
         from decant.student_train.dry_run import dry_run
 
-        report = dry_run(config)
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+            report = dry_run(config)
         if int(os.environ.get("RANK", "0")) == 0:
             print(report)
         return cli.DONE
     from decant.student_train.loop import train
 
-    print(json.dumps(train(config)))
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = train(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        from decant.student_train.outputs.closing import closing_text
+
+        print(json.dumps(summary) if values["json"] else closing_text(summary, Path(config.output)))
     return cli.DONE
 
 
