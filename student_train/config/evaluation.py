@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from decant.student_train.config.paths import expand_home
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -26,6 +28,7 @@ class GenerationConfig:
     """Prompts at once, per process."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "path")
         if self.num_samples < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError(
                 "eval.generation needs num_samples >= 0, max_new_tokens >= 1 and batch_size >= 1"
@@ -76,6 +79,7 @@ class EvalConfig:
         return bool(self.cache or self.heldout_fraction)
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache")
         if self.cache and self.heldout_fraction:
             raise ValueError("eval.cache and eval.heldout_fraction exclude each other")
         if not 0 <= self.heldout_fraction < 1:

@@ -30,8 +30,9 @@ EVERY_2 = EvalConfig(heldout_fraction=0.3, every_steps=2, keep_best="heldout_ce"
 
 
 def lines_of(run: TrainConfig) -> list[dict]:
+    """The evaluations after training has begun."""
     lines = [json.loads(x) for x in (Path(run.output) / "metrics.jsonl").open()]
-    return [line for line in lines if "heldout_ce" in line]
+    return [line for line in lines if "heldout_ce" in line and line["step"]]
 
 
 def heldout_ce(run: TrainConfig) -> float:
