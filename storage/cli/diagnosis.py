@@ -41,10 +41,9 @@ def diagnose(arguments: Sequence[str], configs: Sequence[type]) -> str:
 
 def config_files(arguments: Sequence[str]) -> list[str]:
     """The values of `--config`."""
-    following = [*arguments[1:], ""]
     return [
         after if word == CONFIG else word.partition("=")[2]
-        for word, after in zip(arguments, following, strict=True)
+        for word, after in itertools.pairwise([*arguments, ""])
         if word.split("=")[0] == CONFIG
     ]
 
@@ -187,9 +186,8 @@ def _keys(
         if key.value in kinds:
             yield from _problems(value, kinds[key.value], its_path)
         else:
-            meant = did_you_mean(key.value, [*kinds, *known])
-            inside = f" of {path}" if path else ""
-            yield key.start_mark.line, f"{key.value} is not a key{inside}{meant}"
+            inside = [f"{path}.{name}".lstrip(".") for name in (*kinds, *known)]
+            yield key.start_mark.line, f"{its_path} is not a key{did_you_mean(its_path, inside)}"
 
 
 def _kinds(config: type) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from decant.storage.cli.arguments import flag
 from decant.storage.cli.options import REQUIRED, Option, groups
 
+GLUE = "\N{NO-BREAK SPACE}"
+"""Stands for a space at which no line is broken."""
 SIDE_BY_SIDE = 26
 """Names up to this width have their text beside them, longer ones below them."""
 ALWAYS = (
-    ("--help", "Show this page."),
+    ("--help, -h", "Show this page."),
     ("--debug", "Show the traceback of an error."),
 )
 OF_CONFIGS = (
@@ -54,7 +56,7 @@ def config_page(
     name: str, text: str, config: type, arguments: type | None, common: Sequence[str]
 ) -> str:
     """The page of a command with a configuration."""
-    parts = [_usage(name, ["--config FILE", "[--KEY VALUE ...]"]), text.strip("\n")]
+    parts = [_usage(name, ["[--config FILE]", "[--KEY VALUE ...]"]), text.strip("\n")]
     found = groups(config)
     every = {option.key: option for group in found for option in group.options}
     parts.append(_section("the most used:", [_row(every[key], f"--{key}") for key in common]))
@@ -88,7 +90,7 @@ def _row(option: Option, name: str) -> tuple[str, str]:
     if option.default is REQUIRED:
         text += " Required."
     elif option.default_text and not (option.kind is bool and option.default is False):
-        text += f" Default: {option.default_text}."
+        text += f" Default:{GLUE}{option.default_text.replace(' ', GLUE)}."
     return shown, text
 
 
@@ -116,11 +118,12 @@ def _section(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _wrap(text: str, first: str, others: str | None = None) -> list[str]:
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text,
         columns() - 1,
         initial_indent=first,
         subsequent_indent=first if others is None else others,
         break_on_hyphens=False,
         break_long_words=False,
-    ) or [first.rstrip()]
+    )
+    return [line.replace(GLUE, " ") for line in lines] or [first.rstrip()]

@@ -64,11 +64,11 @@ class TrainConfig:
     output: str
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
-    """The student: a pretrained model, or a new one from a configuration."""
+    """A pretrained model, or a new one from a configuration."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The loss: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
+    """What is minimised: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
     steps: int = 0
     """Optimizer steps; or give epochs."""
     epochs: float = 0.0

@@ -20,11 +20,13 @@ class EvaluateArguments:
     heldout_fraction: float = 0.0
     """Take only the part that a training with this eval.heldout_fraction never saw; 0 = all."""
     kind: str = "fkl"
-    """Divergence to measure, one of loss.kind."""
+    """Divergence to measure: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl or
+    alpha_beta."""
     temperature: float = 1.0
     """Temperature of the divergence, which must be stored in the cache."""
     tail: str = "bucket"
-    """What stands for the ids that were not kept, one of loss.tail."""
+    """What stands for the ids that were not kept: bucket, renormalize, teacher_renormalize or
+    uniform, as in a training's loss.tail."""
     options: Annotated[dict[str, Any], Shown("{...}")] = field(default_factory=dict)
     """Options of the kind, for example {mu: 0.5} for akl."""
     batch_size: int = 16
