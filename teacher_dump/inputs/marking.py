@@ -48,12 +48,14 @@ class Marked:
 def render_marked(
     source: str, messages: list[dict[str, Any]], variables: dict[str, Any]
 ) -> Marked | None:
-    """What the template renders, with its origins; None if the messages hold marks themselves.
+    """What the template renders, with its origins; None if the messages themselves hold marks.
 
     Raises what the template raises. `variables` is all it gets besides the messages.
     """
     marker = _Marker(messages)
     rendered = _compiled(source).template.render(messages=messages, **{MARKER: marker}, **variables)
+    if marker.is_sure and len(MARK.findall(rendered)) != marker.count:
+        return None
     return _read(rendered, marker.is_sure)
 
 
@@ -69,6 +71,7 @@ class _Marker:
         self._indices = {id(message): index for index, message in enumerate(messages)}
         self._open: dict[int, int] = {}
         self.is_sure = True
+        self.count = 0
 
     def begin(self, is_kept: bool, loop: int, item: Any) -> str:
         """Mark the start of an iteration over an item, if that is a message."""
@@ -93,6 +96,7 @@ class _Marker:
 
     def _mark(self, is_kept: bool, mark: str) -> str:
         self.is_sure &= not is_kept
+        self.count += 1
         return f"{BEGIN}{mark}{END}"
 
 

@@ -4,6 +4,7 @@ Owns the fields of messages and tools: parts joined, nulls of Arrow left out, JS
 tool calls alike, `weight: 0` read. Knows nothing of chat templates.
 """
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -134,14 +135,13 @@ def _tools(record: Record) -> list[Any] | None:
         raise SourceError(f"{record.where}: tools is {tools!r:.60}: expected a list of objects")
     decoded = []
     for tool in tools or []:
+        found = tool
         if isinstance(tool, str):
-            try:
-                tool = json.loads(tool)
-            except ValueError:
-                tool = None
-        if not isinstance(tool, dict):
+            with contextlib.suppress(ValueError):
+                found = json.loads(tool)
+        if not isinstance(found, dict):
             raise SourceError(f"{record.where}: tools holds {tool!r:.60}: expected objects")
-        decoded.append(_without_nulls(tool))
+        decoded.append(_without_nulls(found))
     return decoded or None
 
 

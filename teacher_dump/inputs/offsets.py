@@ -33,6 +33,8 @@ def tokens_in_spans(offsets: Offsets, spans: Iterable[Span]) -> Mask:
     starts, ends = offsets.reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
+        if start == end:
+            continue
         mask |= (starts < end) & ((ends > start) | ((starts == ends) & (starts == start)))
     return mask
 

@@ -252,7 +252,7 @@ class _Trace:
 
     def spans(self, index: int, start: int | None, end: int | None) -> list[Span]:
         """Where an answer stands of which at most one end is known."""
-        self._render()
+        self._render(index)
         assert self._whole is not None
         runs = self._whole.runs_of(index)
         if not runs:
@@ -265,7 +265,7 @@ class _Trace:
             runs = [(first, min(last, end)) for first, last in runs]
         return [(max(first, start), last) for first, last in runs if last > max(first, start)]
 
-    def _render(self) -> None:
+    def _render(self, index: int) -> None:
         """Render with origins, and once more with a private word in place of each content."""
         if self._whole is not None:
             return
@@ -284,7 +284,7 @@ class _Trace:
         self._replaced = self._template.marked(self._conversation, replaced)
         if self._whole is None or self._whole.text != self._text or self._replaced is None:
             self._whole = None
-            raise self._unknown(0, "what it renders cannot be traced to the messages")
+            raise self._unknown(index, "what it renders cannot be traced to the messages")
         for index, (first, last) in self._replaced.runs:
             strange = [
                 word
