@@ -52,6 +52,7 @@ def score_live(
         ),
         temperatures=temperatures or manifest.temperatures,
         max_length=max(len(s.input_ids) for s in cached),
+        fingerprint=teacher.info.fingerprint,
     )
     inputs = []
     for s in cached:

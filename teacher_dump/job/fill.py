@@ -48,6 +48,7 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
         truncation=config.truncation,
         temperatures=tuple(config.temperatures),
         max_length=config.sequences.max_length,
+        fingerprint=teacher.info.fingerprint,
     )
 
 

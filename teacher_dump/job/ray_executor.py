@@ -196,8 +196,10 @@ def _reach(address: str) -> None:
 def _shipped(config: DumpConfig, teacher: Teacher, writer: CacheWriter) -> DumpConfig:
     """The config as an actor in another folder, or on another node, must read it."""
     local = config.teacher
-    if local.path and Path(local.path).expanduser().is_dir():
+    if local.path and Path(local.path).expanduser().exists():
         local = dataclasses.replace(local, path=os.path.abspath(teacher.model_path))
+    if local.adapter and Path(local.adapter).expanduser().is_dir():
+        local = dataclasses.replace(local, adapter=os.path.abspath(teacher.adapter_path))
     if local.tokenizer and Path(local.tokenizer).expanduser().is_dir():
         tokenizer = os.path.abspath(os.path.expanduser(local.tokenizer))
         local = dataclasses.replace(local, tokenizer=tokenizer)

@@ -51,6 +51,7 @@ def serve(config: ServeConfig) -> None:
             host=config.host,
             port=config.port,
             key_variable=config.api_key_env,
+            max_length=config.max_length,
         )
     service, backend = make_service(config, teacher)
     try:

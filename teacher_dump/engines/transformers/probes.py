@@ -216,6 +216,7 @@ def _distances(one: Tensor, other: Tensor) -> Tensor:
 
 def rounding_of(model: Any) -> float:
     """The one of these that a loaded model has."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not getattr(quantiser.quantization_config, "dequantize", False):
         return QUANTISED_ROUNDING
     return ROUNDING if model.dtype in (torch.float32, torch.float64) else HALF_ROUNDING

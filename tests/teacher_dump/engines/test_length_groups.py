@@ -35,6 +35,7 @@ from decant.teacher_dump.engines.opening import open_generator
 from decant.teacher_dump.engines.seam import Prompt, Sampling
 from decant.teacher_dump.engines.transformers.probes import Sharing
 from decant.teacher_dump.inputs.records import TokenSequence
+from tests.support.services import http_config, unreliable
 
 V = 256
 ORIGINAL = 64
@@ -221,6 +222,22 @@ def test_a_sequence_is_scored_as_it_is_alone_whatever_shares_its_batch(name, tmp
             np.testing.assert_allclose(scored.label_logprob, labels, atol=2e-3)
             kept = np.take_along_axis(expected, scored.token_ids.astype(np.int64), axis=1)
             np.testing.assert_allclose(scored.logprobs, kept, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["longrope", "dynamic"])
+def test_a_service_scores_each_sequence_as_it_is_alone(name, tmp_path):
+    """However a client's requests mix them."""
+    save(tmp_path, CHANGING[name])
+    with unreliable(tmp_path, max_length=256, tokenizer="none") as service:
+        config = http_config(service.url, max_batch_tokens=600)
+        settings = {"vocab_size": V, "truncation": Truncation(k=8), "temperatures": (1.0,)}
+        engine = open_engine(config, "", max_length=256, **settings)
+        sequences = sequences_of(MIXED)
+        for sequence, scored in zip(sequences, engine.score(sequences, 0), strict=True):
+            expected = plain_logprobs(tmp_path, sequence.input_ids)[:-1]
+            labels = expected[np.arange(len(expected)), sequence.input_ids[1:]]
+            np.testing.assert_allclose(scored.label_logprob, labels, atol=2e-3)
+        engine.close()
 
 
 @pytest.mark.parametrize("name", CHANGING)
