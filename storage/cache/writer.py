@@ -146,7 +146,7 @@ class ShardWriter:
         self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
-        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
+        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets

@@ -165,7 +165,7 @@ def _report(
         teacher_ce=teacher_ce,
         teacher_perplexity=None if teacher_ce is None or teacher_ce > 700 else math.exp(teacher_ce),
         top1_agreement=_ratio(statistics.top1, seen if has_logprobs else 0),
-        label_kept=_ratio(statistics.label_kept, seen),
+        label_kept=_ratio(statistics.label_kept, seen if manifest.layout.slots else 0),
         top1_probability=statistics.top1_probability.result(),
         calibration_error=statistics.calibration_error(),
         reliability=statistics.reliability_bins(),

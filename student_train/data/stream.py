@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from decant.schemas import Layout
+from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
@@ -276,7 +277,17 @@ class CacheStream(SequenceStream):
 def temperature_indices(
     reader: CacheReader, temperature: float | Sequence[float]
 ) -> tuple[int, ...]:
-    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
+    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any.
+
+    So it does for a cache that keeps no entries, of which no divergence can be had.
+    """
+    if not reader.manifest.layout.slots:
+        keeping = [name for name, method in METHODS.items() if method.has_entries]
+        raise ValueError(
+            f"{reader.url} keeps no entries (truncation.method {reader.manifest.truncation.method})"
+            f", and a divergence needs the teacher's: train from a cache of method "
+            f"{', '.join(keeping)}"
+        )
     wanted = temperature if isinstance(temperature, Sequence) else (temperature,)
     stored = reader.manifest.temperatures
     for value in wanted:
