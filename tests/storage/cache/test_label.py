@@ -12,6 +12,7 @@ from decant.schemas import FormatError, Truncation, shard_schema
 from decant.storage import CacheReader, CacheWriter, verify
 from decant.storage.cache.checks import check_sequence
 from decant.storage.exchange.export import export
+from decant.storage.files.sealed import publish_json
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import diff
 from decant.storage.inspect.diff_text import diff_text
@@ -98,7 +99,7 @@ def test_a_reader_refuses_a_method_it_does_not_know(cache: Path, tmp_path: Path)
     writer = caches.start_cache(tmp_path, SETTINGS, caches.random_shards(SETTINGS))
     fields = writer.manifest.to_json()
     fields["truncation"]["method"] = "colour"
-    writer.store.publish_json("manifest.json", fields)
+    publish_json(writer.store, "manifest.json", fields)
     known = r"'topk', .*, 'label'"
     with pytest.raises(FormatError, match=rf"manifest.json: .*'colour' is not one of \({known}\)"):
         CacheWriter(tmp_path)
