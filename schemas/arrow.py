@@ -82,6 +82,8 @@ class Layout:
     @property
     def id_columns(self) -> tuple[str, ...]:
         """The columns of the kept ids, or of the drawn ones: lowest bits first."""
+        if not self.slots:
+            return ()
         if self.ids == "lo16":
             names = ["topk_lo"]
         else:

@@ -91,6 +91,11 @@ class Manifest:
             self._check_without_logprobs()
         elif self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        elif not self.layout.has_logprobs:
+            raise ValueError(
+                f"truncation.method {self.truncation.method!r} stores no log probs of kept "
+                f"entries: precision must be {NO_LOGPROBS!r}, found {self.precision!r}"
+            )
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
         if (self.compact is not None) != (self.precision == "compact"):

@@ -36,6 +36,11 @@ class Method:
         return "k" in self.options
 
     @property
+    def has_entries(self) -> bool:
+        """Whether any entry is kept."""
+        return self.has_head or self.has_draws
+
+    @property
     def has_draws(self) -> bool:
         """Whether entries are drawn at random."""
         return "draws" in self.options
@@ -77,6 +82,7 @@ METHODS = {
         stored=(*EXACT, "draws"),
         varies=True,
     ),
+    "label": Method(kept="the log prob of the actual token alone", options=(), given=(), stored=()),
 }
 
 
@@ -85,7 +91,7 @@ class Truncation:
     """Which entries of each distribution are kept."""
 
     method: str = "topk"
-    """topk | topp | sample | topk+sample."""
+    """topk | topp | sample | topk+sample | label: the log prob of the actual token alone."""
     k: int = 64
     """topk: entries kept; topp: at most this many; topk+sample: size of the exact head."""
     p: float = 1.0

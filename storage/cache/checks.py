@@ -75,6 +75,26 @@ def distribution_problems(
     input_ids, token_ids, label_logprob = values.input_ids, values.token_ids, values.label_logprob
     vocab = layout.vocab_size
     refuse((input_ids < 0) | (input_ids >= vocab), f"token id outside [0, {vocab})", input_ids)
+    if layout.slots:
+        _check_ids(refuse, token_ids, layout)
+    refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
+    refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
+    if values.draws is not None:
+        _check_draws(refuse, values.draws, token_ids, layout)
+    if values.entropy is not None and not layout.has_logprobs:
+        _check_entropy(refuse, values.entropy, vocab)
+    if values.logprobs is not None and values.log_tail is not None and not problems.found:
+        _check_logprobs(problems, values, layout, precision)
+    return problems.found
+
+
+def _check_ids(
+    refuse: Callable[[NDArray[np.bool_], str, NDArray], None],
+    token_ids: NDArray[np.int32],
+    layout: Layout,
+) -> None:
+    """Kept ids: below V, distinct, in the first slots."""
+    vocab = layout.vocab_size
     ordered = empty(token_ids.shape, np.int32)
     ordered[:] = token_ids
     ordered.sort(axis=1)
@@ -89,15 +109,6 @@ def distribution_problems(
     else:
         refuse(ordered[:, 0] < 0, f"fewer than {layout.slots} entries kept", token_ids)
     refuse(twice, "an id is kept twice", token_ids)
-    refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
-    refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
-    if values.draws is not None:
-        _check_draws(refuse, values.draws, token_ids, layout)
-    if values.entropy is not None and not layout.has_logprobs:
-        _check_entropy(refuse, values.entropy, vocab)
-    if values.logprobs is not None and values.log_tail is not None and not problems.found:
-        _check_logprobs(problems, values, layout, precision)
-    return problems.found
 
 
 class _Problems:

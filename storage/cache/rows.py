@@ -155,7 +155,7 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         if layout.has_draws:
             columns["draws"] = blob(known["draws"].astype("<u2"))
     else:
-        ids = draw_steps(token_ids, known["draws"])
+        ids = draw_steps(token_ids, known["draws"]) if layout.has_draws else token_ids
     planes = (ids & 0xFFFF, ids >> 16) if layout.ids == "lo16" else (ids, ids >> 8, ids >> 16)
     for name, plane in zip(layout.id_columns, planes, strict=False):
         two = layout.ids == "lo16" and name == "topk_lo"
@@ -220,7 +220,8 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
         return data.view(dtype).reshape(num_rows, -1)
 
-    planes = [blob(name, "u1") for name in layout.id_columns]
+    no_plane = np.zeros((num_rows, 0), np.uint8)
+    planes = [blob(name, "u1") for name in layout.id_columns] or [no_plane] * 3
     if layout.ids == "lo16":
         planes[:1] = [planes[0][:, 0::2], planes[0][:, 1::2]]
     by_temperature: dict[str, list[NDArray[np.float32] | None]] = {
@@ -232,7 +233,7 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         by_temperature[name][i] = _column(table, column)
     num_kept = _column(table, "num_kept") if "num_kept" in table.column_names else None
     draws = blob("draws", "<u2") if layout.has_draws and layout.has_logprobs else None
-    if not layout.has_logprobs:
+    if layout.has_draws and not layout.has_logprobs:
         steps = np.zeros((num_rows, layout.slots), np.int32)
         for i, plane in enumerate(planes):
             steps |= plane.astype(np.int32) << 8 * i

@@ -44,6 +44,7 @@ from decant.storage.cache.records import (
     read_record,
     seal,
 )
+from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
 
 ROW_GROUP_ROWS = 16_384
@@ -78,7 +79,7 @@ class CacheWriter:
             raise FileExistsError(f"{store.url} already holds a cache")
         shards = list(plan)
         entries = [to_json(s) for s in shards]
-        segment = store.publish_segment(paths.segment(paths.PLAN), entries, new=True)
+        segment = publish_segment(store, paths.segment(paths.PLAN), entries, new=True)
         manifest = dataclasses.replace(
             draft,
             plan=segment,
@@ -88,7 +89,7 @@ class CacheWriter:
             num_targets=sum(s.num_targets for s in shards),
         )
         manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
-        store.publish_json(paths.MANIFEST, manifest.to_json(), new=True)
+        publish_json(store, paths.MANIFEST, manifest.to_json(), new=True)
         return cls(url)
 
     def committed(self) -> Iterator[CommitRecord]:
@@ -129,7 +130,7 @@ class CacheWriter:
                 f"first {missing[:5]}; run the dump again to fill them"
             )
         self.manifest = seal(self.store, self.manifest, self.committed())
-        self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
+        publish_json(self.store, paths.MANIFEST, self.manifest.to_json())
         if not keep_inputs:
             self.store.remove_folder(paths.INPUTS)
         return self.manifest
@@ -146,7 +147,7 @@ class ShardWriter:
         self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
-        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
+        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
@@ -260,7 +261,7 @@ class ShardWriter:
         self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
         if error is None:
             fields = record.to_json(self._manifest.format_version)
-            self._store.publish_json(paths.record(self._plan.shard), fields)
+            publish_json(self._store, paths.record(self._plan.shard), fields)
             self.bytes_written = record.bytes
 
     def _record(self) -> CommitRecord:

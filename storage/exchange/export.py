@@ -167,7 +167,7 @@ def _distributions(rows: Rows, layout: Layout) -> Iterator[tuple[str, pa.Array]]
     used = rows.token_ids >= 0
     starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
     for name, values in rows.known().items():
-        if FIELDS[name].axis == SLOTS:
+        if FIELDS[name].axis == SLOTS and layout.slots:
             yield name, _lists(starts, pa.array(values[used]))
     for name, i, column in temperature_columns(layout):
         yield column, pa.array(getattr(rows, name)[:, i])

@@ -82,9 +82,10 @@ class Difference:
     targets_only_b: int
     top1_agreement: float | None
     """Share of targets with the same first entry. This and all that takes log probs is None or
-    empty where one of the two holds draws alone."""
+    empty where one of the two stores none of kept entries."""
     same_ids: float | None
-    """Share of A's kept ids that B keeps too, or the other way round: the larger of the two."""
+    """Share of A's kept ids that B keeps too, or the other way round: the larger of the two; None
+    where one keeps none."""
     teacher_ce_a: float | None
     """Mean of -label_logprob, nats."""
     teacher_ce_b: float | None
@@ -261,7 +262,7 @@ class _Sums:
             targets_only_a=self._only_a,
             targets_only_b=self._only_b,
             top1_agreement=self._top1 / n if n and self._has_logprobs else None,
-            same_ids=float(self._kept[0] / self._kept[1:].min()) if n else None,
+            same_ids=float(self._kept[0] / fewer) if (fewer := self._kept[1:].min()) else None,
             teacher_ce_a=float(self._nats[0]) / n if n else None,
             teacher_ce_b=float(self._nats[1]) / n if n else None,
             label_difference=self._label.result(),

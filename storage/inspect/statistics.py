@@ -99,13 +99,13 @@ class Statistics:
         if not len(rows.label_logprob):
             return
         self._add_targets(rows)
-        if rows.logprobs is None:
-            self._add_drawn(rows)
-        else:
+        if rows.logprobs is not None:
             self._add_top1(rows, rows.logprobs)
             self._add_masses(rows)
             self._add_kept(rows, rows.logprobs)
             self._add_worst(rows)
+        elif rows.draws is not None:
+            self._add_drawn(rows)
 
     def _add_targets(self, rows: Rows) -> None:
         self.targets += len(rows.label_logprob)

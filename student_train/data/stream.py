@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from decant.schemas import Layout
+from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
@@ -323,7 +324,17 @@ def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
 
 
 def temperature_indices(reader: CacheReader, wanted: Sequence[float]) -> tuple[int, ...]:
-    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
+    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any.
+
+    So it does for a cache that keeps no entries, of which no divergence can be had.
+    """
+    if not reader.manifest.layout.slots:
+        keeping = [name for name, method in METHODS.items() if method.has_entries]
+        raise ValueError(
+            f"{reader.url} keeps no entries (truncation.method {reader.manifest.truncation.method})"
+            f", and a divergence needs the teacher's: train from a cache of method "
+            f"{', '.join(keeping)}"
+        )
     stored = reader.manifest.temperatures
     for value in wanted:
         if value not in stored:

@@ -40,7 +40,7 @@ def find_causes(
     """The usual causes that explain the numbers."""
     tolerance = {q.name: q.tolerance for q in quantities}
     pairs = list(zip(cached, live, strict=True))
-    name = "logprob" if manifest.layout.has_logprobs else "entropy"
+    name = next(n for n in ("logprob", "entropy", "label_logprob") if n in tolerance)
     bad = [
         (old, new)
         for old, new in pairs

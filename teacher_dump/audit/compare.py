@@ -110,7 +110,7 @@ def _deviations_between(
         for this, that in ((one, other), (other, one)):
             above = np.where(np.isnan(that.logprobs), this.logprobs - that.ceiling[:, None], 0.0)
             apart = np.fmax(apart, above)
-        deviations = {"logprob": (apart - bound).clip(min=0).max(axis=1)}
+        deviations = {"logprob": (apart - bound).clip(min=0).max(axis=1, initial=0)}
     for i, temperature in enumerate(manifest.temperatures):
         if temperature != 1:
             deviations[temperature_column("log_z", temperature)] = np.abs(
@@ -131,13 +131,14 @@ def deviations_from(
     ours, theirs = matching_rows(cached, live, shift)
     assert live.logprobs is not None
     if cached.logprobs is None:
-        assert cached.entropy is not None
-        low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
         label = cached.label_logprob[ours] - live.label_logprob[theirs]
+        deviations = {"label_logprob": np.abs(label.astype(np.float64))}
+        if (entropy := cached.entropy) is None:
+            return deviations
+        low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
         return {
-            "entropy": np.maximum(low - cached.entropy[ours], cached.entropy[ours] - high).clip(0),
-            "label_logprob": np.abs(label.astype(np.float64)),
-        }
+            "entropy": np.maximum(low - entropy[ours], entropy[ours] - high).clip(0)
+        } | deviations
     said = live_values(live, theirs, cached.token_ids[ours], manifest.temperatures)
     bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
     deviations = _deviations_between(_stored_values(cached, ours), said, bound, manifest)

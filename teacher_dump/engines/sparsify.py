@@ -6,6 +6,7 @@ Shapes: n targets, V vocabulary, K slots, T temperatures.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,8 @@ def sparsify(
     if not truncation.rule.varies:
         used, kept_ids = None, token_ids
         kept = x.gather(1, kept_ids)
-        bound = kept[:, -1:]  # of the rest too: no pass for a maximum is needed
+        # The last kept one bounds the rest too: no pass for a maximum is needed.
+        bound = kept[:, -1:] if truncation.slots else x.amax(dim=1, keepdim=True)
     else:
         used, kept_ids = token_ids >= 0, token_ids.clamp(min=0)
         kept = x.gather(1, kept_ids).masked_fill(~used, -math.inf)
@@ -125,7 +127,7 @@ def sparsify(
     bound = bound.clamp(min=torch.finfo(torch.float32).min)
 
     # From here on relative to the first kept logit, so that an offset of all costs no digits.
-    first = kept[:, :1]
+    first = kept[:, :1] if truncation.slots else bound
     kept, label, rest_bound = kept - first, label - first[:, 0], (bound - first)[:, 0]
     log_sums, log_tails = [], []
     for temperature in temperatures:
@@ -143,15 +145,16 @@ def sparsify(
         for log_sum, temperature in zip(log_sums, temperatures, strict=True)
     ]
     logprobs = (kept - base[:, None]).clamp_(min=LOGPROB_FLOOR)
-    sparse = Distributions(
-        token_ids=token_ids.int(),
-        logprobs=logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
-        draws=draws,
-        log_z=torch.stack(log_z, dim=1),
-        log_tail=torch.stack(log_tails, dim=1),
-        label_logprob=(label - base).clamp(min=LOGPROB_FLOOR),
-        entropy=entropy,
-    )
+    known: dict[str, Any] = {
+        "token_ids": token_ids.int(),
+        "logprobs": logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
+        "draws": draws,
+        "log_z": torch.stack(log_z, dim=1),
+        "log_tail": torch.stack(log_tails, dim=1),
+        "label_logprob": (label - base).clamp(min=LOGPROB_FLOOR),
+        "entropy": entropy,
+    }
+    sparse: Sparse = Distributions(**{name: known[name] for name in truncation.given})
     if check and (row := first_not_finite(sparse)) is not None:
         raise NotFinite(row)
     return sparse
@@ -167,6 +170,8 @@ def _chosen(
     x: Tensor, truncation: Truncation, uniforms: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Kept ids [n, K] in descending logit, -1 = unused, and draw counts [n, K] if sampled."""
+    if not truncation.slots:
+        return torch.zeros(len(x), 0, dtype=torch.long, device=x.device), None
     if not truncation.rule.has_head:
         assert uniforms is not None
         return _drawn(x, uniforms)

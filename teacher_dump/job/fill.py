@@ -170,5 +170,4 @@ def _num_targets(result: Result) -> int:
 def _num_bytes(result: Result) -> int:
     if isinstance(result, Rejection):
         return 0
-    entries = (result.token_ids, result.logprobs, result.draws)
-    return sum(values.nbytes for values in entries if values is not None)
+    return sum(values.nbytes for values in result.known().values())

@@ -150,7 +150,7 @@ class TransformersEngine:
         tokens = 0
         most = min(
             WINDOW_BATCHES * self._max_batch_tokens,
-            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * self._truncation.slots)),
+            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * max(self._truncation.slots, 1))),
         )
         for index, sequence in enumerate(sequences):
             window.append(index)

@@ -27,6 +27,7 @@ TRUNCATIONS = {
     "topp": Truncation(method="topp", k=24, p=0.8, min_k=2),
     "sample": Truncation(method="sample", draws=20),
     "topk+sample": Truncation(method="topk+sample", k=4, draws=12),
+    "label": Truncation(method="label"),
 }
 
 
@@ -52,7 +53,7 @@ def dumped(dump_config: DumpConfig, tmp_path: Path) -> Callable[..., Path]:
 
     def run(name: str = "cache", **changes: Any) -> Path:
         path = tmp_path / name
-        if changes.get("truncation", TRUNCATIONS["topk"]).method == "sample":
+        if not changes.get("truncation", TRUNCATIONS["topk"]).rule.has_logprobs:
             changes |= {"temperatures": [1.0], "precision": "compact"}
         dump(dataclasses.replace(dump_config, output=str(path), **changes))
         return path
@@ -119,9 +120,12 @@ def test_what_was_dumped_agrees(
     report = audited(url, teacher_path)
     assert report.ok and not report.notes, report_text(report)
     names = {q.name for q in report.quantities}
-    expected = {"logprob", "log_z_t2", "log_tail_t1", "log_tail_t2", "label_logprob"}
-    assert names >= ({"entropy", "label_logprob"} if method == "sample" else expected)
-    assert ("ids" in names) == (method != "sample")
+    expected = {
+        "sample": {"entropy", "label_logprob"},
+        "label": {"label_logprob"},
+    }.get(method, {"logprob", "log_z_t2", "log_tail_t1", "log_tail_t2", "label_logprob"})
+    assert names >= expected
+    assert ("ids" in names) == (method not in ("sample", "label"))
     assert ("cut" in names) == (method == "topp")
     assert ("draws" in names) == ("sample" in method)
     assert report.sequences == SAMPLE

@@ -126,6 +126,7 @@ def assert_same_caches(found: str | Path, expected: str | Path) -> None:
         Truncation(method="topp", k=16, p=0.8, min_k=2),
         Truncation(method="sample", draws=12, seed=5),
         Truncation(method="topk+sample", k=4, draws=6, seed=5),
+        Truncation(method="label"),
     ],
     ids=lambda truncation: truncation.method,
 )

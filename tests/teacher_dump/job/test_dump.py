@@ -137,12 +137,13 @@ def test_the_same_input_and_config_give_the_same_cache(cache: Path, config: Dump
         (Truncation(method="topp", k=24, p=0.5), "f16"),
         (Truncation(method="sample", draws=12, seed=1), "compact"),
         (Truncation(method="topk+sample", k=4, draws=6), "f32"),
+        (Truncation(method="label"), "compact"),
     ],
     ids=lambda t: t if isinstance(t, str) else f"{t.method}-{t.slots}",
 )
 def test_every_truncation_and_precision_verifies(config: DumpConfig, truncation, precision):
     """What a dump writes passes the checks of `verify`, at all temperatures that it may have."""
-    temperatures = [1.0] if truncation.method == "sample" else [1.0, 0.5, 4.0]
+    temperatures = [1.0, 0.5, 4.0] if truncation.rule.has_logprobs else [1.0]
     config = change(change(config, "source.limit", 8), "temperatures", temperatures)
     dump(dataclasses.replace(config, truncation=truncation, precision=precision))
     report = verify(config.output)
@@ -593,11 +594,14 @@ def test_impossible_temperatures_are_refused(config: DumpConfig, temperatures: l
         change(config, "temperatures", temperatures)
 
 
-def test_a_precision_of_nothing_is_refused(config: DumpConfig):
-    """Draws alone have no log probs."""
-    config = dataclasses.replace(
-        config, truncation=Truncation(method="sample", draws=8), temperatures=[1.0], precision="f16"
-    )
+@pytest.mark.parametrize(
+    "truncation",
+    [Truncation(method="sample", draws=8), Truncation(method="label")],
+    ids=lambda truncation: truncation.method,
+)
+def test_a_precision_of_nothing_is_refused(config: DumpConfig, truncation: Truncation):
+    """Draws alone and labels alone have no log probs of kept entries."""
+    config = dataclasses.replace(config, truncation=truncation, temperatures=[1.0], precision="f16")
     with pytest.raises(ValueError, match="precision: f16 has no effect with"):
         dump(config)
 
