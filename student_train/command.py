@@ -56,9 +56,7 @@ def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         from decant.student_train.outputs.closing import closing_text
 
-        print(
-            json.dumps(summary) if arguments.json else closing_text(summary, Path(config.output))
-        )
+        print(json.dumps(summary) if arguments.json else closing_text(summary, Path(config.output)))
     return process.DONE
 
 

@@ -1,4 +1,4 @@
-"""A file or a directory is finished or absent: the only fsync and rename of the product. Local only.
+"""A file or a directory is finished or absent: the product's only fsync and rename. Local only.
 
 What is to be published is filled under a temporary name beside its place, and moved there last.
 """

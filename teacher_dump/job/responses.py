@@ -133,7 +133,7 @@ def describe_generation(
     store = Store(config.output)
     known = None
     if store.exists(paths.GENERATION):
-        known = store.read_json(paths.GENERATION).get("fingerprint")
+        known = read_json(store, paths.GENERATION).get("fingerprint")
     fingerprint = ""
     for scheme in (OLDER_SCHEME, SCHEME):
         settings["tokenizer"] = tokenizer_fingerprint(teacher.tokenizer, like=scheme)

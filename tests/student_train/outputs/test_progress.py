@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
+import fcntl
 import json
+import os
+import pty
 import re
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -146,30 +151,28 @@ def test_a_run_without_heldout_data_says_what_is_missing(
     assert "eval.heldout_fraction" in capsys.readouterr().out.splitlines()[-1]
 
 
-class Terminal(io.StringIO):
-    """Stands for a terminal: what is written to it is kept."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 def test_the_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With large numbers too, and events are lines above it."""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
-    recent = Recent()
-    recent.add(1e6, 2e6, 0.0, 1.0)
-    with Progress(100_000, 0, Accelerator(cpu=True)) as progress:
-        for _ in range(3):
-            progress.bar.last_print_t = 0  # every step is shown
-            progress.stepped(12.345, recent, 1.0)
-        progress.say(3, "checkpoint x")
-        progress.logged(3, {}, recent)
-    shown = terminal.getvalue()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        recent = Recent()
+        recent.add(1e6, 2e6, 0.0, 1.0)
+        with Progress(100_000, 0, Accelerator(cpu=True)) as progress:
+            for _ in range(3):
+                progress.stepped(12.345, recent, 1.0)
+                progress.bar.refresh()
+            progress.say(3, "checkpoint x")
+            progress.logged(3, {}, recent)
+        monkeypatch.undo()
+    shown = ""
+    with contextlib.suppress(OSError):  # that the other end is closed
+        while part := os.read(ours, 4096):
+            shown += part.decode()
+    os.close(ours)
     assert re.search(r"3/100000 \|.*\| .* left, loss 12.345, 2,000,000 tokens/s", shown)
-    assert "step       3/100,000: checkpoint x\n" in shown
+    assert re.search(r"step       3/100,000: checkpoint x\r?\n", shown)
     assert max(len(part) for part in re.split(r"[\r\n]", shown)) <= 80
 
 
