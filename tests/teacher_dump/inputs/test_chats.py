@@ -37,14 +37,14 @@ def record(messages: Any, **fields: Any) -> Record:
     return Record("x", {"messages": messages, **fields}, "data.jsonl line 3")
 
 
-def chats(template: str, **options: Any) -> Chats:
+def chats(template: Any, **options: Any) -> Chats:
     """Make what encodes conversations with this template."""
     given = {"targets": "response", "chat_template_kwargs": {}, "chat_date": ""} | options
     return Chats(tokenizer_with(template), **given)
 
 
 def encoded(
-    template: str, messages: Any, fields: dict[str, Any] | None = None, **options: Any
+    template: Any, messages: Any, fields: dict[str, Any] | None = None, **options: Any
 ) -> tuple[str, str]:
     """Return the text of a conversation and that of its targets; raise why there is none."""
     encoder = chats(template, **options)
@@ -56,7 +56,7 @@ def encoded(
     return encoder.tokenizer.decode(ids), encoder.tokenizer.decode(ids[mask])
 
 
-def targets(template: str, messages: Any, fields: Any = None, **options: Any) -> str:
+def targets(template: Any, messages: Any, fields: Any = None, **options: Any) -> str:
     """Return the text of the targets."""
     return encoded(template, messages, fields, **options)[1]
 
@@ -434,6 +434,19 @@ def test_another_template_can_be_used():
     assert encoder.tokenizer.decode(encoder.prompt(record(CHAT[:1]))).endswith(
         "<|start|>user\nhello" + END + "<|start|>assistant\n"
     )
+
+
+def test_a_tokenizer_may_have_a_template_for_tools():
+    """Of named templates, a conversation with tools gets that for tools."""
+    with_tools = "{{ tools | tojson }}" + tool_template("(c.function.arguments | tojson)")
+    named = {"default": CHATML, "tool_use": with_tools}
+    tools = [{"type": "function", "function": {"name": "add", "description": "None of it"}}]
+    calls = calling({"a": 2})
+    assert targets(named, CHAT) == f"there{END}four{END}"
+    text, found = encoded(named, calls, {"tools": tools})
+    assert text.startswith(json.dumps(tools)) and found == 'add {"a": 2}' + END
+    with pytest.raises(Unrenderable, match="leaves out the tool calls"):
+        encoded(named, calls)
 
 
 def test_marks_in_a_conversation_are_no_marks():
