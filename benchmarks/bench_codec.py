@@ -9,6 +9,7 @@ fsync, `read` every checksum. Errors are KL(scored || decoded) at k=64 on genera
 
 import argparse
 import csv
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +167,6 @@ def generate(num_sequences: int) -> list[ScoredSequence]:
                 positions=np.arange(1, LENGTH, dtype=np.int32),
                 token_ids=order[:, :SLOTS].astype(np.int32),
                 logprobs=kept.astype(np.float32),
-                draws=None,
                 log_z=np.stack([np.zeros(n), log_z2], axis=1).astype(np.float32),
                 log_tail=np.stack(
                     [log_sum_exp(rest), log_sum_exp(rest / 2) - log_z2], axis=1
@@ -186,8 +186,7 @@ def exact(sequence: ScoredSequence, temperatures: tuple[float, ...]) -> ScoredSe
     rows, slots = np.nonzero(sequence.token_ids == sequence.labels[:, None])
     label_logprob = sequence.label_logprob.copy()
     label_logprob[rows] = sequence.logprobs[rows, slots]
-    fields = {name: getattr(sequence, name) for name in ScoredSequence.__slots__}
-    return ScoredSequence(**{**fields, "log_tail": log_tail, "label_logprob": label_logprob})
+    return dataclasses.replace(sequence, log_tail=log_tail, label_logprob=label_logprob)
 
 
 def write(url: str, sequences: list[ScoredSequence], like: Manifest | None = None) -> None:

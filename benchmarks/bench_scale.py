@@ -32,6 +32,7 @@ from decant.schemas import (
 from decant.storage import CacheReader, CacheWriter, Store
 from decant.storage.cache import paths
 from decant.storage.cache.records import seal
+from decant.storage.files.sealed import publish_json
 from decant.student_train import CacheStream
 
 SEQUENCES, LENGTH = 64, 256
@@ -135,7 +136,7 @@ def simulate(folder: Path, shards: int, row_groups: int) -> float:
     store = Store(folder)
     records = simulated_records(manifest, row_groups)
     final = seal(store, manifest, records)
-    store.publish_json(paths.MANIFEST, final.to_json())
+    publish_json(store, paths.MANIFEST, final.to_json())
     return time.perf_counter() - start
 
 

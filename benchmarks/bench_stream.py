@@ -293,7 +293,8 @@ def stored(reader: CacheReader) -> Iterator[Sample]:
         for i in range(len(rows)):
             targets = rows.target_rows[rows.target_starts[i] : rows.target_starts[i + 1]]
             tokens = rows.token_id[rows.row_starts[i] : rows.row_starts[i + 1]]
-            scalars = np.stack([rows.log_tail[0][targets], rows.label_logprob[targets]])
+            tail, label = rows.by_temperature["log_tail"][0], rows.scalars["label_logprob"]
+            scalars = np.stack([tail[targets], label[targets]])
             yield {
                 "tokens": tokens.tobytes(),
                 "lo": rows.topk_lo[targets].tobytes() + rows.topk_mid[targets].tobytes(),

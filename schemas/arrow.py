@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from decant.schemas.distributions import FIELDS, ONE, TEMPERATURES
+
 PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 """Bytes per kept log prob before compression."""
 NO_LOGPROBS = "none"
@@ -55,8 +57,8 @@ class Layout:
     """Stored temperatures, 1 first."""
     has_num_kept: bool
     """Whether the number of kept entries varies per target."""
-    has_draws: bool
-    """Whether entries carry draw counts."""
+    fields: tuple[str, ...]
+    """The fields of `Distributions` that are stored."""
     ids: str = "planes"
     """How ids are stored: one of ID_FORMS."""
     code: CompactCode = CompactCode()
@@ -69,12 +71,19 @@ class Layout:
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether kept log probs and tails are stored; if not, the draws and the entropy are."""
-        return self.precision != NO_LOGPROBS
+        """Whether kept log probs and tails are stored."""
+        return "logprobs" in self.fields
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether entries carry draw counts."""
+        return "draws" in self.fields
 
     @property
     def id_columns(self) -> tuple[str, ...]:
         """The columns of the kept ids, or of the drawn ones: lowest bits first."""
+        if not self.slots:
+            return ()
         if self.ids == "lo16":
             names = ["topk_lo"]
         else:
@@ -88,14 +97,29 @@ class Layout:
         return PRECISIONS[self.precision] * self.slots if self.has_logprobs else 0
 
 
-def log_z_column(temperature: float) -> str:
-    """Name of the log Z column of a temperature."""
-    return f"log_z_t{temperature:g}"
+def temperature_column(name: str, temperature: float) -> str:
+    """Name of the column of a field that has a number for each temperature."""
+    return f"{name}_t{temperature:g}"
 
 
-def log_tail_column(temperature: float) -> str:
-    """Name of the log tail mass column of a temperature."""
-    return f"log_tail_t{temperature:g}"
+def temperature_columns(layout: Layout) -> list[tuple[str, int, str]]:
+    """(field, index of the temperature, column) of every number per temperature that is stored.
+
+    By temperature, in the order of the columns. Log Z at T=1 is 0 and has no column.
+    """
+    names = [name for name in layout.fields if FIELDS[name].axis == TEMPERATURES]
+    return [
+        (name, i, temperature_column(name, temperature))
+        for i, temperature in enumerate(layout.temperatures)
+        for name in names
+        if not (name == "log_z" and temperature == 1)
+    ]
+
+
+def scalar_columns(layout: Layout) -> list[str]:
+    """The fields with one number per target, whose columns bear their names: the label's last."""
+    names = [name for name in layout.fields if FIELDS[name].axis == ONE]
+    return sorted(names, key=lambda name: name == "label_logprob")
 
 
 def shard_schema(layout: Layout) -> pa.Schema:
@@ -111,21 +135,11 @@ def shard_schema(layout: Layout) -> pa.Schema:
         two = layout.ids == "lo16" and name == "topk_lo"
         columns.append((name, pa.binary((1 + two) * layout.slots)))
     if layout.has_logprobs:
-        columns += _distribution_columns(layout)
-    else:
-        columns.append(("entropy", pa.float32()))
-    columns.append(("label_logprob", pa.float32()))
+        columns.append(("topk_logprob", pa.binary(layout.logprob_bytes)))
+        if layout.has_num_kept:
+            columns.append(("num_kept", pa.uint16()))
+        if layout.has_draws:
+            columns.append(("draws", pa.binary(2 * layout.slots)))
+    columns += [(column, pa.float32()) for _, _, column in temperature_columns(layout)]
+    columns += [(column, pa.float32()) for column in scalar_columns(layout)]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
-
-
-def _distribution_columns(layout: Layout) -> list[tuple[str, pa.DataType]]:
-    columns: list[tuple[str, pa.DataType]] = [("topk_logprob", pa.binary(layout.logprob_bytes))]
-    if layout.has_num_kept:
-        columns.append(("num_kept", pa.uint16()))
-    if layout.has_draws:
-        columns.append(("draws", pa.binary(2 * layout.slots)))
-    for temperature in layout.temperatures:
-        if temperature != 1:
-            columns.append((log_z_column(temperature), pa.float32()))
-        columns.append((log_tail_column(temperature), pa.float32()))
-    return columns

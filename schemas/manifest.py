@@ -11,7 +11,7 @@ from typing import Any
 from decant.schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
 from decant.schemas.shards import Rejected, Segment, Totals
 from decant.schemas.strict import FormatError, canonical, from_json, to_json, with_later
-from decant.schemas.truncation import Truncation, check_temperatures
+from decant.schemas.truncation import METHODS, Truncation, check_temperatures
 
 FORMAT_VERSION = 3
 """What is written; all from 1 on are read, and completed in their own form."""
@@ -88,9 +88,14 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.precision == NO_LOGPROBS:
-            self._check_drawn()
+            self._check_without_logprobs()
         elif self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        elif not self.layout.has_logprobs:
+            raise ValueError(
+                f"truncation.method {self.truncation.method!r} stores no log probs of kept "
+                f"entries: precision must be {NO_LOGPROBS!r}, found {self.precision!r}"
+            )
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
         if (self.compact is not None) != (self.precision == "compact"):
@@ -105,18 +110,16 @@ class Manifest:
         if self.cache_id not in ("", expected):
             raise ValueError(f"cache_id is {self.cache_id}, its fields give {expected}")
 
-    def _check_drawn(self) -> None:
-        if self.truncation.method != "sample" or self.ids != "planes" or self.format_version < 3:
+    def _check_without_logprobs(self) -> None:
+        truncation = self.truncation
+        if truncation.rule.has_logprobs or self.ids != "planes" or self.format_version < 3:
+            names = [repr(name) for name, method in METHODS.items() if not method.has_logprobs]
             raise ValueError(
-                f"precision {NO_LOGPROBS!r} is for truncation.method 'sample' from version 3 on, "
-                f"found {self.truncation.method!r} with ids {self.ids!r} in version "
+                f"precision {NO_LOGPROBS!r} is for truncation.method {' or '.join(names)} from "
+                f"version 3 on, found {truncation.method!r} with ids {self.ids!r} in version "
                 f"{self.format_version}"
             )
-        if self.temperatures != (1.0,):
-            raise ValueError(
-                "truncation.method 'sample' draws at temperature 1 and stores no log probs, so "
-                f"temperatures must be [1], found {list(self.temperatures)}"
-            )
+        truncation.check_without_logprobs(self.temperatures)
 
     @staticmethod
     def draft(
@@ -132,9 +135,9 @@ class Manifest:
     ) -> "Manifest":
         """A manifest without plan, counts and id, which `CacheWriter.create` fills in.
 
-        `precision` is of log probs; method `sample`, which stores none, has none.
+        `precision` is of log probs; a method that stores none of kept entries has none.
         """
-        if truncation.method == "sample":
+        if not truncation.rule.has_logprobs:
             precision = NO_LOGPROBS
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -195,8 +198,8 @@ class Manifest:
             vocab_size=self.shared_vocab_size,
             precision=self.precision,
             temperatures=self.temperatures,
-            has_num_kept=self.truncation.method != "topk",
-            has_draws=self.truncation.sampled,
+            has_num_kept=self.truncation.rule.varies,
+            fields=self.truncation.stored(with_logprobs=self.precision != NO_LOGPROBS),
             ids=self.ids,
             code=self.compact or CompactCode(),
         )

@@ -19,23 +19,19 @@ from accelerate.utils import gather_object, set_seed
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.steps import StepData, steps_of
 from decant.student_train.outputs.best import Best
-from decant.student_train.outputs.checkpoint import batch_record, config_record
+from decant.student_train.outputs.checkpoint import batch_record, config_record, leaves
 from decant.student_train.outputs.hub import check_hub, push
-from decant.student_train.outputs.metrics import (
-    Metrics,
-    Window,
-    bar_text,
-    peak_memory_bytes,
-    progress_bar,
-)
+from decant.student_train.outputs.metrics import Metrics, Recent, peak_memory_bytes
 from decant.student_train.outputs.model_card import model_card
 from decant.student_train.outputs.plots import PLOT, draw
+from decant.student_train.outputs.progress import Progress
 from decant.student_train.outputs.save import STUDENT, save_student, save_summary
 from decant.student_train.prepare import Run, check_output, finished, held, prepare
 from decant.student_train.prepare_data import overrides
 from decant.student_train.runtime.distributed import (
     backward,
     microbatch,
+    of_first_process,
     start_accelerator,
     sum_over_processes,
 )
@@ -50,97 +46,128 @@ class NotFinite(RuntimeError):
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a student from a cache; returns the summary that also stands in `summary.json`.
+    """Train a student from a cache; returns the summary that is also in `summary.json`.
 
     A rerun with the same config resumes from the last checkpoint. Raises ValueError if the user
     must change something, Busy if another run is writing to the output, NotFinite (naming the
-    samples) if the loss stops being a number.
+    samples) if the loss stops being a number, NotWritten if a checkpoint or the student cannot be
+    saved.
     """
     check_output(config)
     accelerator = start_accelerator(config)
     set_seed(config.seed)
     output = Path(config.output)
     with held(output, accelerator):
-        if (summary := finished(output, config, accelerator.num_processes)) is not None:
-            if config.push_to_hub and accelerator.is_main_process:
-                check_hub(config.push_to_hub)
-                _push(config, output)
-            return summary
+        summary = finished(output, config, accelerator.num_processes)
         if config.push_to_hub and accelerator.is_main_process:
             check_hub(config.push_to_hub)
-        run = prepare(config, accelerator)
-        metrics = Metrics(output, accelerator, resumed_at=run.first_step)
-        best = None
-        if config.eval.keep_best:
-            best = Best(
-                config.eval.keep_best,
-                config.eval.patience,
-                output,
-                accelerator,
-                resumed_at=run.first_step,
-            )
-        if config.trackers:
-            accelerator.init_trackers("decant", config=config_record(config))
-        try:
-            summary = _loop(config, accelerator, run, metrics, best)
-            if run.evaluation:
-                figures = run.evaluation.figures(run.model, accelerator, output)
-                if not (best and best.should_stop):
-                    metrics.write({**summary, "step": summary["steps"], **figures})
-                    if best:
-                        best.update(summary["steps"], figures, run.model)
-                if best and best.step not in (0, summary["steps"]):
-                    best.load(run.model)
-                    figures = run.evaluation.figures(run.model, accelerator, output)
-                summary |= figures
-        finally:
-            if config.plots and accelerator.is_main_process and metrics.path.exists():
-                draw(metrics.path, output / PLOT)
-        if best:
-            summary["best_step"] = best.step
-        summary["peak_memory_mb"] = round(peak_memory_bytes() / 1e6, 1)
-        save_student(
-            accelerator,
-            run.model,
-            run.tokenizer,
-            output,
-            card=model_card(config, run.manifests, summary),
-            adapter=run.adapter,
-            load_base=run.load_base if config.adapter.merge else None,
-        )
-        if accelerator.is_main_process:
-            records = {
-                "config": config_record(config),
-                "batches": batch_record(config, accelerator.num_processes),
-            }
-            save_summary({**summary, **records}, output)
-            run.checkpoints.remove(summary["steps"])
-        if best:
-            best.remove()
-        accelerator.end_training()
+        if summary is None:
+            summary = _train(config, accelerator, output)
         if config.push_to_hub and accelerator.is_main_process:
-            _push(config, output)
+            log.info(push(output / STUDENT, config.push_to_hub, private=config.hub_private))
     return summary
 
 
-def _push(config: TrainConfig, output: Path) -> None:
-    log.info(push(output / STUDENT, config.push_to_hub, private=config.hub_private))
+def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[str, Any]:
+    """From what is prepared to what is saved; the summary."""
+    started = time.monotonic()
+    run = prepare(config, accelerator)
+    metrics = Metrics(output, accelerator, resumed_at=run.first_step)
+    best = None
+    if config.eval.keep_best:
+        best = Best(
+            config.eval.keep_best,
+            config.eval.patience,
+            output,
+            accelerator,
+            resumed_at=run.first_step,
+        )
+    if config.trackers:  # which take numbers and texts by name
+        options = leaves(config_record(config))
+        shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items()}
+        accelerator.init_trackers("decant", config=shown)
+    before: dict[str, float] = {}
+    try:
+        with Progress(run.steps, run.first_step, accelerator) as progress:
+            if run.evaluation and run.first_step == 0:
+                before = run.evaluation.metrics(run.model, accelerator)
+                metrics.write({"step": 0, **before})
+                progress.evaluated(0, before, "before training")
+            elif run.evaluation:
+                before = of_first_process(metrics.of_step(0))
+            summary = _loop(config, accelerator, run, metrics, best, progress)
+            if run.evaluation:
+                found = run.evaluation.metrics(run.model, accelerator, output)
+                if not (best and best.should_stop):
+                    metrics.write({**summary, "step": summary["steps"], **found})
+                    if best:
+                        best.update(summary["steps"], found, run.model)
+                    progress.evaluated(summary["steps"], found)
+                if best and best.step not in (0, summary["steps"]):
+                    best.load(run.model)
+                    found = run.evaluation.metrics(run.model, accelerator, output)
+                    progress.evaluated(best.step, found, f"the best {best.metric}, which is saved")
+                summary |= {**found, "before": before}
+    finally:
+        if config.plots and accelerator.is_main_process and metrics.path.exists():
+            try:
+                draw(metrics.path, output / PLOT)
+            except OSError as error:  # a full disk: the student is what matters
+                log.warning("no %s: %s", output / PLOT, error)
+    if best:
+        summary["best_step"] = best.step
+    summary |= {
+        "peak_memory_mb": round(peak_memory_bytes() / 1e6, 1),
+        "wall_s": round(time.monotonic() - started, 1),
+        "resumed_at": run.first_step,
+    }
+    run.optimizer.zero_grad()  # makes room: the student is read back beside the trained one
+    save_student(
+        accelerator,
+        run.model,
+        run.tokenizer,
+        output,
+        card=model_card(config, run.manifests, summary),
+        adapter=run.adapter,
+        load_base=run.load_base if config.adapter.merge else None,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    if accelerator.is_main_process:
+        records = {
+            "config": config_record(config),
+            "batches": batch_record(config, accelerator.num_processes),
+        }
+        save_summary({**summary, **records}, output)
+        run.checkpoints.remove(summary["steps"])
+    if best:
+        best.remove()
+    accelerator.end_training()
+    return summary
 
 
 def _loop(
-    config: TrainConfig, accelerator: Accelerator, run: Run, metrics: Metrics, best: Best | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    run: Run,
+    metrics: Metrics,
+    best: Best | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train to the last step. Raises KeyboardInterrupt, checkpointed, if asked to stop."""
     model, optimizer = run.model, run.optimizer
-    step, epoch, window = run.first_step, run.stream.epoch, Window()
+    step, epoch, recent = run.first_step, run.stream.epoch, Recent()
     data: StepData | None = None
     consumed = run.stream.consumed
     sequences_per_step = run.stream.sequences_per_step * config.gradient_accumulation
+
+    def save(step: int, data: StepData) -> None:
+        run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+        progress.say(step, f"checkpoint {run.checkpoints.path(step)}")
+
     if best and best.should_stop:  # it did, before it was interrupted
         return {"steps": step, "epochs": round(epoch, 4)}
     with (
         Interrupt() as interrupted,
-        progress_bar(run.steps, step, accelerator) as bar,
         contextlib.closing(
             steps_of(
                 run.stream,
@@ -189,31 +216,31 @@ def _loop(
             step, epoch = step + 1, data.epoch
 
             num_tokens = data.num_tokens * accelerator.num_processes  # shares are about equal
-            window.add(num_targets, num_tokens, waited_s, time.monotonic() - started)
-            bar.update()
-            bar.set_postfix_str(bar_text(loss, kd, ce, window), refresh=False)
+            took_s = time.monotonic() - started
+            recent.add(num_targets, num_tokens, waited_s, took_s)
+            progress.stepped(loss, recent, took_s)
             if step % config.log_every_steps == 0 or step == run.steps:
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
                 values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
-                metrics.write({**values, **window.summary()})
-                window = Window()
+                metrics.write({**values, **recent.summary()})
+                progress.logged(step, values, recent)
+                recent = Recent()
             if run.evaluation and _due(config.eval.every_steps, step) and step < run.steps:
-                figures = run.evaluation.figures(model, accelerator)
-                metrics.write({"step": step, **figures})
+                found = run.evaluation.metrics(model, accelerator)
+                metrics.write({"step": step, **found})
                 if best:
-                    best.update(step, figures, model)
-                    if best.should_stop:
-                        log.info(
-                            "stopped at step %d: %s is best at %d", step, best.metric, best.step
-                        )
-                        break
+                    best.update(step, found, model)
+                progress.evaluated(step, found, f"best at step {best.step}" if best else "")
+                if best and best.should_stop:
+                    progress.say(step, f"stops, {best.metric} was best at step {best.step}")
+                    break
             if _due(config.save_every_steps, step) and step < run.steps:
-                run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+                save(step, data)
         stopped = interrupted.anywhere(accelerator)
-    if data and (stopped or run.evaluation):  # which takes its time, and may fail
-        run.checkpoints.save(step, data.state, keep=config.keep_checkpoints)
+        if data:  # evaluating and saving the student take their time, and may fail
+            save(step, data)
     if stopped:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"after step {step}; the same command goes on from there")
     return {"steps": step, "epochs": round(epoch, 4)}
 
 

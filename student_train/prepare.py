@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from decant.schemas import Manifest
 from decant.storage import Store
+from decant.storage.cache import paths
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
@@ -22,7 +23,7 @@ from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.probes import packing_refused
-from decant.student_train.model.student import compile_layers, load_student
+from decant.student_train.model.student import check_savable, compile_layers, load_student
 from decant.student_train.outputs.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -82,10 +83,16 @@ def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise ValueError if the output is no folder, or holds a student that no run wrote there."""
+    """Raise ValueError if the output is no folder, or would get into what somebody else wrote."""
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a directory: choose another")
+    for folder in (output, *output.resolve().parents):
+        if (folder / paths.MANIFEST).is_file() and (folder / paths.SHARDS).is_dir():
+            raise ValueError(
+                f"output {output} is in the cache {folder}, which holds nothing but itself: choose "
+                "another"
+            )
     student = output / STUDENT
     if config.student.path and Path(config.student.path).resolve() == student.resolve():
         raise ValueError(
@@ -108,7 +115,9 @@ def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str,
     record = json.loads((output / SUMMARY).read_text())
     refuse_other_config(record.pop("config"), config_record(config), str(output))
     refuse_other_batches(record.pop("batches"), batch_record(config, num_processes), str(output))
-    log.info("%s is complete already", output)
+    log.info(
+        "%s is complete already: nothing is trained. To train again, choose another output", output
+    )
     return record
 
 
@@ -119,6 +128,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     heldout = heldout_streams(config, reader, accelerator)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
     student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
+    check_savable(student, tokenizer)
+    is_quantised = bool(getattr(student, "is_quantized", False))
+    if is_quantised and not config.adapter.r:
+        raise ValueError(
+            f"student.path {config.student.path} holds quantised weights, which cannot be trained "
+            "themselves: train an adapter (adapter.r), or give the weights before quantisation"
+        )
+    if config.student.dtype == "bfloat16" and not config.adapter.r:
+        log.warning(
+            "student.dtype bfloat16 rounds away most of AdamW's small steps: float32 with "
+            "mixed_precision bf16 learns more, for 4 more bytes per parameter"
+        )
     generation = None
     if config.eval.generation.path:
         if shards_weights(accelerator):
@@ -127,14 +148,14 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         generation = Generation(
             config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed
         )
-    figure, _, one = config.eval.keep_best.partition("/")
+    metric, _, one = config.eval.keep_best.partition("/")
     if one and (len(heldout) < 2 or one not in heldout):
         raise ValueError(
-            f"eval.keep_best {figure}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
+            f"eval.keep_best {metric}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
         )
     if config.eval.keep_best and is_deepspeed(accelerator):
         raise ValueError("eval.keep_best cannot be had with DeepSpeed: use DDP or FSDP2")
-    if not shards_weights(accelerator) and not held_as:
+    if not shards_weights(accelerator) and not is_quantised:
         student.to(accelerator.device)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable()
@@ -166,17 +187,19 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     )
     to_come = (config.epochs - stream.epoch) * stream.num_sequences
     steps = config.steps or first_step + max(0, math.ceil(to_come / sequences_per_step - 1e-9))
+    config.refuse_long_warmup(steps)
     log.info(
-        "%s of %s parameters are trained, world size %d, %d steps, from %d on of %d sequences, "
-        "epoch %.2f to %.2f",
+        "trains %s of %s parameters in steps %s to %s of %s sequences each, epoch %.2f to %.2f, "
+        "on %d %s",
         f"{num_trainable:,}",
         f"{num_parameters:,}",
-        accelerator.num_processes,
-        steps,
-        first_step,
-        sequences_per_step,
+        f"{min(first_step + 1, steps):,}",
+        f"{steps:,}",
+        f"{sequences_per_step:,}",
         stream.epoch,
         stream.epoch + (steps - first_step) * sequences_per_step / stream.num_sequences,
+        accelerator.num_processes,
+        "process" if accelerator.num_processes == 1 else "processes",
     )
     return Run(
         stream=stream,

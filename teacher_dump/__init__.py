@@ -1,12 +1,34 @@
-"""Scores token sequences with a teacher and writes their sparse distributions into a cache."""
+"""Scores token sequences with a teacher and writes their sparse distributions into a cache.
 
-from decant.teacher_dump.config import DumpConfig
-from decant.teacher_dump.engines import EngineError, TeacherConfig
-from decant.teacher_dump.inputs.config import SourceConfig
-from decant.teacher_dump.inputs.records import SourceError
-from decant.teacher_dump.inputs.sequences import SequenceConfig
-from decant.teacher_dump.job.run import dump
-from decant.teacher_dump.job.start import ConfigChanged
+A name is loaded when it is first used: the command line's help needs none of them.
+"""
+
+from typing import TYPE_CHECKING
+
+from decant.lazy import lazily
+
+if TYPE_CHECKING:
+    from decant.teacher_dump.config import DumpConfig
+    from decant.teacher_dump.engines import EngineError, TeacherConfig
+    from decant.teacher_dump.inputs.config import SourceConfig
+    from decant.teacher_dump.inputs.records import SourceError
+    from decant.teacher_dump.inputs.sequences import SequenceConfig
+    from decant.teacher_dump.job.run import dump
+    from decant.teacher_dump.job.start import ConfigChanged
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "ConfigChanged": "decant.teacher_dump.job.start",
+            "DumpConfig": "decant.teacher_dump.config",
+            "EngineError": "decant.teacher_dump.engines.seam",
+            "SequenceConfig": "decant.teacher_dump.inputs.sequences",
+            "SourceConfig": "decant.teacher_dump.inputs.config",
+            "SourceError": "decant.teacher_dump.inputs.records",
+            "TeacherConfig": "decant.teacher_dump.engines.config",
+            "dump": "decant.teacher_dump.job.run",
+        },
+    )
 
 __all__ = [
     "ConfigChanged",

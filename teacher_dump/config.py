@@ -21,13 +21,13 @@ class DumpConfig:
     output: str
     """Directory or fsspec URL of the cache; a rerun with the same config resumes."""
     teacher: TeacherConfig
-    """Who scores."""
+    """The teacher, and the engine that runs it."""
     source: SourceConfig
-    """What is scored."""
+    """The records to score, and where they are."""
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     """How records become token sequences."""
     truncation: Truncation = field(default_factory=Truncation)
-    """Which entries of each distribution are kept."""
+    """Which entries of each distribution are kept, all others being one sum."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     """Temperatures at which training will be possible; 1 is always stored and comes first."""
     precision: str = "compact"
@@ -60,7 +60,7 @@ class ServeConfig:
     """Offer a teacher to dump jobs with `teacher.engine: http`."""
 
     teacher: TeacherConfig
-    """Who scores, and which engine runs it: transformers or vllm."""
+    """The teacher, and the engine that runs it: transformers or vllm."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 8000

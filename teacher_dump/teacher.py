@@ -1,27 +1,29 @@
 """Who the teacher is: where its files are, what they hash to, which vocabulary it shares.
 
-Reads configuration and weights as bytes; never loads the model. How its tokenizer is read stands in
-`tokenizer.py`.
+Reads configuration, weights as bytes, and the tokenizer; never loads the model.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from decant.schemas import TeacherInfo
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.weights import (
+    GGUF,
+    custom_code,
+    fingerprint,
+    gguf_label,
+    locate,
+    locate_adapter,
+    refuse_missing,
+    require_gguf,
+)
 from decant.teacher_dump.tokenizer import load_tokenizer, shared_vocab_size
-
-WEIGHTS = ("*.safetensors", "*.bin")
-LEFT_OUT = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,11 @@ class Teacher:
     """A teacher whose files have been looked at."""
 
     model_path: str
-    """Local directory; with engine http the fingerprint that the teacher must have."""
+    """Local directory, or a GGUF file; "" with engine http, where the files are elsewhere."""
+    adapter_path: str = ""
+    """Directory of the adapter that goes with it."""
+    runs_code: bool = False
+    """Whether Python files in the directory are part of it."""
     info: TeacherInfo
     """What the manifest says of it; its fingerprint is empty until `hash_weights`."""
     tokenizer: Any | None
@@ -46,30 +52,38 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
 
     if config.engine == "http":
         return _describe_remote(config)
-    path = _local_directory(config)
+    path, adapter = locate(config), locate_adapter(config.adapter)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if path.suffix == GGUF:
+        require_gguf(config.path)
+        options["gguf_file"] = path.name
+    folder = path.parent if path.suffix == GGUF else path
     try:
-        settings = AutoConfig.from_pretrained(path)
+        whole = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # whatever a damaged or unknown configuration may raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(custom_code(config)) from error
         raise ValueError(f"teacher.path {config.path}: no model configuration: {error}") from error
-    quantised = getattr(settings, "quantization_config", None)
-    settings = settings.get_text_config()
+    settings = whole.get_text_config()
     rows = int(settings.vocab_size)
     tokenizer = None
     if config.tokenizer != "none":
         tokenizer = _tokenizer(config, path)
     return Teacher(
         model_path=str(path),
+        adapter_path="" if adapter is None else str(adapter),
         info=TeacherInfo(
-            name=f"{config.path}@{config.revision}" if config.revision else config.path,
+            name=_name(config),
             fingerprint="",
-            architecture=(settings.architectures or ["unknown"])[0],
+            architecture=_architecture(whole),
             engine=engine_label(config),
-            dtype=_dtype_label(config, quantised),
+            dtype=_dtype_label(config, path, getattr(whole, "quantization_config", None)),
             vocab_size=rows,
         ),
         tokenizer=tokenizer,
         shared_vocab_size=shared_vocab_size(tokenizer, rows, config.path),
-        max_positions=int(getattr(settings, "max_position_embeddings", 0) or 0),
+        max_positions=_max_positions(settings),
+        runs_code=config.trust_remote_code,
     )
 
 
@@ -87,7 +101,7 @@ def _describe_remote(config: TeacherConfig) -> Teacher:
             "to a path, or to none if the source holds input_ids"
         )
     return Teacher(
-        model_path=card.teacher.fingerprint,
+        model_path="",
         info=card.teacher,
         tokenizer=tokenizer,
         shared_vocab_size=shared_vocab_size(tokenizer, card.teacher.vocab_size, card.teacher.name),
@@ -95,15 +109,53 @@ def _describe_remote(config: TeacherConfig) -> Teacher:
     )
 
 
+def _architecture(settings: Any) -> str:
+    """The model's class; a GGUF file does not name it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = settings.architectures or settings.get_text_config().architectures
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(settings.model_type, "unknown")
+    return str(named[0] if named else known)
+
+
+def _name(config: TeacherConfig) -> str:
+    """What a manifest calls the teacher."""
+    name = f"{config.path}@{config.revision}" if config.revision else config.path
+    return f"{name} + {config.adapter}" if config.adapter else name
+
+
+def _max_positions(settings: Any) -> int:
+    """Longest text of a model's configuration; 0 if it states none."""
+    try:
+        limit = int(settings.max_position_embeddings or 0)
+    except (AttributeError, NotImplementedError):  # XLNet has none, and says so by an error
+        return 0
+    parameters = getattr(settings, "rope_parameters", None) or {}
+    factors = [
+        rope.get("factor") or 1.0
+        for rope in (parameters, *parameters.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "dynamic"
+    ]
+    return int(limit * max(factors, default=1.0))  # dynamic scaling stretches them
+
+
 def _tokenizer(config: TeacherConfig, path: Path) -> Any:
     """The tokenizer that is configured, or that of the teacher: by its hub id where it has one."""
-    if config.tokenizer:
-        source = os.path.expanduser(config.tokenizer)
-        _refuse_missing("teacher.tokenizer", source)
-        return load_tokenizer(source)
-    if Path(config.path).expanduser().is_dir():
-        return load_tokenizer(str(path), where=config.path)
-    return load_tokenizer(config.path, revision=config.revision)
+    code = config.trust_remote_code
+    try:
+        if config.tokenizer:
+            source = os.path.expanduser(config.tokenizer)
+            refuse_missing("teacher.tokenizer", source)
+            return load_tokenizer(source, trust_remote_code=code)
+        if path.suffix == GGUF:
+            return load_tokenizer(str(path.parent), gguf_file=path.name, where=config.path)
+        if Path(config.path).expanduser().is_dir():
+            return load_tokenizer(str(path), where=config.path, trust_remote_code=code)
+        return load_tokenizer(config.path, revision=config.revision, trust_remote_code=code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(custom_code(config)) from error
+        raise
 
 
 def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: None) -> Teacher:
@@ -111,10 +163,12 @@ def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: N
     if teacher.info.fingerprint:  # a service says it
         return teacher
     progress(f"hashing the weights in {teacher.model_path}")
-    fingerprint = _fingerprint(Path(teacher.model_path))
-    return dataclasses.replace(
-        teacher, info=dataclasses.replace(teacher.info, fingerprint=fingerprint)
+    found = fingerprint(
+        Path(teacher.model_path),
+        Path(teacher.adapter_path) if teacher.adapter_path else None,
+        with_code=teacher.runs_code,
     )
+    return dataclasses.replace(teacher, info=dataclasses.replace(teacher.info, fingerprint=found))
 
 
 def engine_label(config: TeacherConfig) -> str:
@@ -132,8 +186,10 @@ def engine_label(config: TeacherConfig) -> str:
     )
 
 
-def _dtype_label(config: TeacherConfig, saved: Any) -> str:
+def _dtype_label(config: TeacherConfig, path: Path, saved: Any) -> str:
     """The computation dtype, and how the weights are quantised: "float32+bnb-4bit"."""
+    if path.suffix == GGUF:
+        saved = saved or {"quant_method": gguf_label(path)}
     if saved is not None and config.quantization:
         raise ValueError(
             f"teacher.quantization {config.quantization}: {config.path} is quantised as it is saved"
@@ -145,54 +201,3 @@ def _dtype_label(config: TeacherConfig, saved: Any) -> str:
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
     bits = fields.get("bits", bits)
     return f"{config.dtype}+{method}" + (f"-{bits}bit" if bits else "")
-
-
-def _local_directory(config: TeacherConfig) -> Path:
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        if config.revision:
-            raise ValueError(f"teacher.revision has no effect: {path} is a directory")
-        return path
-    if path.exists():
-        raise ValueError(f"teacher.path {config.path} is a file, expected a model's directory")
-    _refuse_missing("teacher.path", os.path.expanduser(config.path))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                config.path,
-                revision=config.revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-            )
-        )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"teacher.path {config.path} is neither a directory (seen from {os.getcwd()}) nor a "
-            f"model that the hub gives: {error}"
-        ) from error
-
-
-def _refuse_missing(option: str, path: str) -> None:
-    """Raise ValueError if this can only be a local path and is none."""
-    if path.startswith((".", "/")) and not Path(path).exists():
-        raise ValueError(f"{option} {path} does not exist (seen from {os.getcwd()})")
-
-
-def _fingerprint(path: Path) -> str:
-    """Hash over config.json and every weight file, by name and content."""
-    weights = sorted(
-        file for pattern in WEIGHTS for file in path.glob(pattern) if file.name not in LEFT_OUT
-    )
-    if not weights:
-        raise ValueError(f"{path} holds no weights ({', '.join(WEIGHTS)})")
-    digests = {"config.json": hashlib.sha256((path / "config.json").read_bytes()).hexdigest()}
-    for file in weights:
-        digest = xxhash.xxh3_128()
-        with file.open("rb") as source:
-            while block := source.read(1 << 24):
-                digest.update(block)
-        digests[file.name] = digest.hexdigest()
-    text = json.dumps(digests, sort_keys=True).encode()
-    return "sha256:" + hashlib.sha256(text).hexdigest()

@@ -26,13 +26,19 @@ MOST_ADDED = 50
 
 
 def load_tokenizer(
-    source: str, *, revision: str = "", trust_remote_code: bool = False, where: str = ""
+    source: str,
+    *,
+    revision: str = "",
+    trust_remote_code: bool = False,
+    where: str = "",
+    gguf_file: str = "",
 ) -> Any:
     """The tokenizer of a directory or of a hub id: a transformers tokenizer.
 
     With a `tokenizer.json`, its backend is that file, and the files beside it add the names of
     special tokens, the chat template and further added tokens. Without one it is what
-    transformers makes of the others. `where` is what errors call it.
+    transformers makes of the others, or of `gguf_file` in that directory. `where` is what errors
+    call it.
     Raises ValueError if there is none, or if it cannot be brought to agree with its file.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -41,13 +47,15 @@ def load_tokenizer(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision:
         options["revision"] = revision
+    if gguf_file:
+        options["gguf_file"] = gguf_file
     theirs, problem = None, ""
     try:
         theirs = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever a damaged tokenizer may raise
         problem = f"{error}".strip().partition("\n")[0]
     try:
-        file = _tokenizer_json(source, revision)
+        file = None if gguf_file else _tokenizer_json(source, revision)
         if file is None or (trust_remote_code and _is_custom(theirs)):
             if theirs is None:
                 raise ValueError(problem)

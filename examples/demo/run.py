@@ -1,4 +1,4 @@
-"""The whole loop on one machine: `make demo`.
+"""The whole loop on one machine: `make demo`, or `python examples/demo/run.py`.
 
 Writes text, dumps the teacher's distributions over it, inspects and verifies the cache, then trains
 one student by distillation and the same student for the same steps on plain cross-entropy. Every
@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+DEMO = HERE.relative_to(ROOT)
 LOSSES = {
     "distilled": [],
     "cross-entropy": ["--loss.kd_weight", "0", "--loss.ce_weight", "1"],
@@ -25,7 +26,7 @@ LOSSES = {
 
 
 def run(*arguments: object, python: str = sys.executable, capture: bool = False) -> str:
-    """Run `python ...` from the project's root, showing the command."""
+    """Run `python ...` beside the examples, showing the command."""
     command = [python, *map(str, arguments)]
     shown = [os.path.relpath(python, ROOT), *command[1:]]
     print(f"\n$ {shlex.join(shown)}", flush=True)
@@ -36,24 +37,32 @@ def run(*arguments: object, python: str = sys.executable, capture: bool = False)
 
 
 def dump(split: str, work: Path, engine: str) -> dict:
-    """Dump one split and return what `storage inspect` says of the cache."""
+    """Dump one split and return what `decant inspect` says of the cache."""
     python = str(ROOT / ".venv-vllm/bin/python") if engine == "vllm" else sys.executable
     cache = work / f"cache-{split}"
     run(
-        *("-m", "teacher_dump", "run", "--config", "examples/demo/dump.yaml"),
+        *(
+            "-m",
+            "decant",
+            "dump",
+            "--config",
+            DEMO / "dump.yaml",
+            "--teacher.path",
+            DEMO / "teacher",
+        ),
         *("--output", cache, "--source.path", work / f"{split}.jsonl.zst"),
         *("--teacher.engine", engine),
         python=python,
     )
-    run("-m", "storage", "verify", cache)
-    return json.loads(run("-m", "storage", "inspect", cache, "--json", capture=True))
+    run("-m", "decant", "verify", cache)
+    return json.loads(run("-m", "decant", "inspect", cache, "--json", capture=True))
 
 
 def train(name: str, seed: int, work: Path, extra: list[str]) -> dict:
     """Train one student and return its summary."""
     output = work / f"student-{name}-seed{seed}"
     run(
-        *("-m", "student_train", "--config", "examples/demo/train.yaml"),
+        *("-m", "decant", "train", "--config", DEMO / "train.yaml"),
         *("--cache", work / "cache-train", "--eval.cache", work / "cache-heldout"),
         *("--output", output, "--seed", seed, *extra),
         capture=True,
@@ -69,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     shutil.rmtree(ROOT / args.work, ignore_errors=True)
-    run("examples/demo/corpus.py", "--out", args.work)
+    run(DEMO / "corpus.py", "--out", args.work)
     cache = dump("train", args.work, args.engine)
     heldout = dump("heldout", args.work, args.engine)
     results = {

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from decant.schemas import FormatError, Layout, ScoredSequence
+from decant.schemas.distributions import FIELDS
 from decant.storage.cache.logprobs import empty, logprob_bound
 from decant.storage.cache.rows import Rows
 
@@ -16,27 +18,21 @@ precisions add what their rounding can move (`codec.logprob_bound`)."""
 
 def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
     """Raise FormatError, naming the sample, unless the sequence is what a shard may hold."""
-    n, slots, temperatures = sequence.num_targets, layout.slots, len(layout.temperatures)
-    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-        "input_ids": ((len(sequence.input_ids),), np.int32),
-        "is_target": ((len(sequence.input_ids),), np.bool_),
-        "positions": ((n,), np.int32),
-        "token_ids": ((n, slots), np.int32),
-        "log_z": ((n, temperatures), np.float32),
-        "label_logprob": ((n,), np.float32),
-    }
-    if layout.has_logprobs or sequence.logprobs is not None:
-        expected["logprobs"] = ((n, slots), np.float32)
-        expected["log_tail"] = ((n, temperatures), np.float32)
-    if not layout.has_logprobs:
-        expected["entropy"] = ((n,), np.float32)
+    length, n = len(sequence.input_ids), sequence.num_targets
     where = f"sample {sequence.sample_id}"
     if not isinstance(sequence.sample_id, str):
         raise FormatError(f"{where}: sample_id must be a string")
-    if layout.has_draws:
-        expected["draws"] = ((n, slots), np.int32)
-    elif sequence.draws is not None:
+    if sequence.draws is not None and not layout.has_draws:
         raise FormatError(f"{where}: draws given, but this cache's truncation does not sample")
+    expected: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
+        "input_ids": ((length,), np.int32),
+        "is_target": ((length,), np.bool_),
+        "positions": ((n,), np.int32),
+    }
+    for name, field in FIELDS.items():
+        if name in layout.fields or getattr(sequence, name) is not None:
+            shape = field.shape(n, layout.slots, len(layout.temperatures))
+            expected[name] = (shape, field.dtype)
     for name, (shape, dtype) in expected.items():
         value = getattr(sequence, name)
         if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != dtype:
@@ -79,6 +75,26 @@ def distribution_problems(
     input_ids, token_ids, label_logprob = values.input_ids, values.token_ids, values.label_logprob
     vocab = layout.vocab_size
     refuse((input_ids < 0) | (input_ids >= vocab), f"token id outside [0, {vocab})", input_ids)
+    if layout.slots:
+        _check_ids(refuse, token_ids, layout)
+    refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
+    refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
+    if values.draws is not None:
+        _check_draws(refuse, values.draws, token_ids, layout)
+    if values.entropy is not None and not layout.has_logprobs:
+        _check_entropy(refuse, values.entropy, vocab)
+    if values.logprobs is not None and values.log_tail is not None and not problems.found:
+        _check_logprobs(problems, values, layout, precision)
+    return problems.found
+
+
+def _check_ids(
+    refuse: Callable[[NDArray[np.bool_], str, NDArray], None],
+    token_ids: NDArray[np.int32],
+    layout: Layout,
+) -> None:
+    """Kept ids: below V, distinct, in the first slots."""
+    vocab = layout.vocab_size
     ordered = empty(token_ids.shape, np.int32)
     ordered[:] = token_ids
     ordered.sort(axis=1)
@@ -93,15 +109,6 @@ def distribution_problems(
     else:
         refuse(ordered[:, 0] < 0, f"fewer than {layout.slots} entries kept", token_ids)
     refuse(twice, "an id is kept twice", token_ids)
-    refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
-    refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
-    if values.draws is not None:
-        _check_draws(refuse, values.draws, token_ids, layout)
-    if values.entropy is not None and not layout.has_logprobs:
-        _check_entropy(refuse, values.entropy, vocab)
-    if values.logprobs is not None and not problems.found:
-        _check_logprobs(problems, values, layout, precision)
-    return problems.found
 
 
 class _Problems:

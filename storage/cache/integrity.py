@@ -14,6 +14,7 @@ from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.rows import Rows
+from decant.storage.files.sealed import read_json
 from decant.storage.files.store import Store
 
 
@@ -105,7 +106,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         for record in reader.records:
             name = paths.record(record.shard)
             try:
-                if store.read_json(name) != record.to_json(manifest.format_version):
+                if read_json(store, name) != record.to_json(manifest.format_version):
                     yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
             except FormatError as error:
                 yield str(error)

@@ -8,6 +8,7 @@ from decant.schemas import FORMAT_VERSION, Manifest
 from decant.storage.cache import paths
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.records import committed_shards, seal
+from decant.storage.files.sealed import publish_json
 from decant.storage.files.store import Store
 
 MADE = (paths.PLAN, paths.RECORDS, paths.SHARDS, paths.TOKENIZER)
@@ -45,10 +46,10 @@ def migrate(
             if record.shard not in done:
                 target.copy(source, paths.shard(record.shard))
                 renamed = dataclasses.replace(record, cache_id=new.cache_id)
-                target.publish_json(paths.record(record.shard), renamed.to_json(FORMAT_VERSION))
+                publish_json(target, paths.record(record.shard), renamed.to_json(FORMAT_VERSION))
             if progress:
                 progress(record.shard + 1, len(reader.records))
         records = (dataclasses.replace(r, cache_id=new.cache_id) for r in reader.records)
         new = seal(target, new, records)
-        target.publish_json(paths.MANIFEST, new.to_json())
+        publish_json(target, paths.MANIFEST, new.to_json())
     return new

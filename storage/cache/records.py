@@ -5,8 +5,6 @@ import re
 from collections.abc import Iterable
 from itertools import islice
 
-import xxhash
-
 from decant.schemas import (
     CommitRecord,
     FormatError,
@@ -18,6 +16,13 @@ from decant.schemas import (
 from decant.schemas.manifest import MAX_LISTED
 from decant.storage.cache import paths
 from decant.storage.cache.index import ShardIndex
+from decant.storage.files.sealed import (
+    publish_segment,
+    read_json,
+    read_sealed,
+    read_segment,
+    segment_of,
+)
 from decant.storage.files.store import Store
 
 RECORD_NAME = re.compile(r"part-\d{6,}\.json")
@@ -41,19 +46,14 @@ def publish_records(
     version = manifest.format_version
     if version == 1:
         known = list(records)
-        segment = store.publish_segment(
-            paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
+        segment = publish_segment(
+            store, paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
         )
         return segment, ShardIndex.of(known, manifest.cache_id)
     with store.staged(paths.RECORD_INDEX) as path:
         entries = ShardIndex.write(path, records, version)
         data = path.read_bytes()
-    segment = Segment(
-        name=paths.RECORD_INDEX,
-        entries=entries,
-        bytes=len(data),
-        xxh3_128=xxhash.xxh3_128(data).hexdigest(),
-    )
+    segment = segment_of(paths.RECORD_INDEX, data, entries)
     return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
 
 
@@ -63,10 +63,10 @@ def read_records(store: Store, manifest: Manifest) -> ShardIndex:
     where = store.path(manifest.records.name)
     version = manifest.format_version
     if version == 1:
-        entries = store.read_segment(manifest.records)
+        entries = read_segment(store, manifest.records)
         records = [CommitRecord.parse(entry, where, version) for entry in entries]
         return ShardIndex.of(records, manifest.cache_id)
-    return ShardIndex.read(store.read_sealed(manifest.records), manifest.cache_id, where, version)
+    return ShardIndex.read(read_sealed(store, manifest.records), manifest.cache_id, where, version)
 
 
 def committed_shards(store: Store) -> set[int]:
@@ -82,7 +82,7 @@ def read_manifest(store: Store) -> Manifest:
     """Load and check `manifest.json`. Raises FormatError if it is absent or damaged."""
     where = store.path(paths.MANIFEST)
     try:
-        value = store.read_json(paths.MANIFEST)
+        value = read_json(store, paths.MANIFEST)
     except FormatError:
         if store.exists(paths.MANIFEST):
             raise
@@ -93,14 +93,14 @@ def read_manifest(store: Store) -> Manifest:
 def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
     """The sealed shard plan. Raises FormatError if it is damaged."""
     where = store.path(manifest.plan.name)
-    return [from_json(ShardPlan, entry, where) for entry in store.read_segment(manifest.plan)]
+    return [from_json(ShardPlan, entry, where) for entry in read_segment(store, manifest.plan)]
 
 
 def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
     """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
     name = paths.record(index)
     where = store.path(name)
-    record = CommitRecord.parse(store.read_json(name), where, manifest.format_version)
+    record = CommitRecord.parse(read_json(store, name), where, manifest.format_version)
     if record.cache_id != manifest.cache_id or record.shard != index:
         raise FormatError(
             f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "

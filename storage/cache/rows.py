@@ -5,13 +5,15 @@ Shapes: R rows (tokens), S sequences, n targets, K slots, T temperatures.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from decant.schemas import Layout, ScoredSequence, shard_schema
-from decant.schemas.arrow import log_tail_column, log_z_column
+from decant.schemas import Distributions, Layout, ScoredSequence, shard_schema
+from decant.schemas.arrow import scalar_columns, temperature_columns
+from decant.schemas.distributions import FIELDS, TEMPERATURES, joined
 from decant.storage.cache.logprobs import (
     STORED_LOGPROB,
     decode_logprobs,
@@ -57,21 +59,18 @@ class StoredRows:
     """[R] where it varies."""
     draws: NDArray[np.uint16] | None
     """[R, K]."""
-    log_z: list[NDArray[np.float32] | None]
-    """T of [R], None at T=1."""
-    log_tail: list[NDArray[np.float32]]
-    """T of [R]; -inf without log probs: the draws stand for all ids."""
-    label_logprob: NDArray[np.float32]
-    """[R]."""
-    entropy: NDArray[np.float32] | None = None
-    """[R] where there are no log probs."""
+    by_temperature: dict[str, list[NDArray[np.float32] | None]]
+    """For each field of `Distributions` that has a number per temperature and is stored: T of [R],
+    None where there is no column, as of log Z at T=1."""
+    scalars: dict[str, NDArray[np.float32]]
+    """Each stored field that has one number per target: [R]."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rows:
+class Rows(Distributions[NDArray[Any]]):
     """The decoded columns of whole sequences: what a training batch is cut from."""
 
     sequence: NDArray[np.int64]
@@ -88,20 +87,6 @@ class Rows:
     """[R]."""
     positions: NDArray[np.int32]
     """[n] position of each target in its sequence."""
-    token_ids: NDArray[np.int32]
-    """[n, K] -1 = unused slot."""
-    logprobs: NDArray[np.float32] | None
-    """[n, K] -inf = unused slot. None where draws are stored without log probs."""
-    draws: NDArray[np.int32] | None
-    """[n, K]."""
-    log_z: NDArray[np.float32]
-    """[n, T]."""
-    log_tail: NDArray[np.float32] | None
-    """[n, T]; None without log probs."""
-    label_logprob: NDArray[np.float32]
-    """[n]."""
-    entropy: NDArray[np.float32] | None = None
-    """[n] where there are no log probs."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -119,13 +104,7 @@ class Rows:
             input_ids=self.input_ids[rows],
             is_target=self.is_target[rows],
             positions=self.positions[targets],
-            token_ids=self.token_ids[targets],
-            logprobs=None if self.logprobs is None else self.logprobs[targets],
-            draws=None if self.draws is None else self.draws[targets],
-            log_z=self.log_z[targets],
-            log_tail=None if self.log_tail is None else self.log_tail[targets],
-            label_logprob=self.label_logprob[targets],
-            entropy=None if self.entropy is None else self.entropy[targets],
+            **self.mapped(lambda values: values[targets]),
         )
 
 
@@ -159,39 +138,34 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         "token_id": np.concatenate([s.input_ids for s in sequences]),
         "is_target": is_target,
-        "label_logprob": scatter(_joined(sequences, "label_logprob")),
     }
-    token_ids = _joined(sequences, "token_ids")
+    known = joined(sequences, np.concatenate, layout.fields)
+    token_ids = known["token_ids"]
     used = token_ids >= 0
     if layout.has_logprobs:
         ids = np.where(used, token_ids, 0)
-        logprobs, log_tail = _joined(sequences, "logprobs"), _joined(sequences, "log_tail")
+        logprobs, log_tail = known["logprobs"], known["log_tail"]
         if layout.precision == "compact":
             log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
-        codes = encode_logprobs(logprobs, used, layout.precision, layout.code)
-        columns["topk_logprob"] = blob(codes)
+        columns["topk_logprob"] = blob(
+            encode_logprobs(logprobs, used, layout.precision, layout.code)
+        )
         if layout.has_num_kept:
             columns["num_kept"] = scatter(used.sum(axis=1).astype(np.uint16))
         if layout.has_draws:
-            columns["draws"] = blob(_joined(sequences, "draws").astype("<u2"))
-        log_z = _joined(sequences, "log_z")
-        for i, temperature in enumerate(layout.temperatures):
-            if temperature != 1:
-                columns[log_z_column(temperature)] = scatter(log_z[:, i])
-            columns[log_tail_column(temperature)] = scatter(log_tail[:, i])
+            columns["draws"] = blob(known["draws"].astype("<u2"))
     else:
-        ids = draw_steps(token_ids, _joined(sequences, "draws"))
-        columns["entropy"] = scatter(_joined(sequences, "entropy"))
+        ids = draw_steps(token_ids, known["draws"]) if layout.has_draws else token_ids
     planes = (ids & 0xFFFF, ids >> 16) if layout.ids == "lo16" else (ids, ids >> 8, ids >> 16)
     for name, plane in zip(layout.id_columns, planes, strict=False):
         two = layout.ids == "lo16" and name == "topk_lo"
         columns[name] = blob(plane.astype("<u2" if two else np.uint8))  # the low byte of each
+    for name, i, column in temperature_columns(layout):
+        columns[column] = scatter(known[name][:, i])
+    for name in scalar_columns(layout):
+        columns[name] = scatter(known[name])
     schema = shard_schema(layout)
     return pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
-
-
-def _joined(sequences: Sequence[ScoredSequence], name: str) -> NDArray:
-    return np.concatenate([getattr(sequence, name) for sequence in sequences])
 
 
 def draw_steps(token_ids: NDArray[np.int32], draws: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -246,15 +220,20 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         data = np.frombuffer(array.buffers()[1], np.uint8, num_rows * width, array.offset * width)
         return data.view(dtype).reshape(num_rows, -1)
 
-    def scalar(name: str) -> NDArray | None:
-        return _column(table, name) if name in table.column_names else None
-
-    planes = [blob(name, "u1") for name in layout.id_columns]
+    no_plane = np.zeros((num_rows, 0), np.uint8)
+    planes = [blob(name, "u1") for name in layout.id_columns] or [no_plane] * 3
     if layout.ids == "lo16":
         planes[:1] = [planes[0][:, 0::2], planes[0][:, 1::2]]
-    num_kept = scalar("num_kept")
+    by_temperature: dict[str, list[NDArray[np.float32] | None]] = {
+        name: [None] * len(layout.temperatures)
+        for name in layout.fields
+        if FIELDS[name].axis == TEMPERATURES
+    }
+    for name, i, column in temperature_columns(layout):
+        by_temperature[name][i] = _column(table, column)
+    num_kept = _column(table, "num_kept") if "num_kept" in table.column_names else None
     draws = blob("draws", "<u2") if layout.has_draws and layout.has_logprobs else None
-    if not layout.has_logprobs:
+    if layout.has_draws and not layout.has_logprobs:
         steps = np.zeros((num_rows, layout.slots), np.int32)
         for i, plane in enumerate(planes):
             steps |= plane.astype(np.int32) << 8 * i
@@ -278,15 +257,8 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         ),
         num_kept=num_kept,
         draws=draws,
-        log_z=[scalar(log_z_column(t)) for t in layout.temperatures],
-        log_tail=[
-            _column(table, log_tail_column(t))
-            if layout.has_logprobs
-            else np.full(num_rows, -np.inf, np.float32)
-            for t in layout.temperatures
-        ],
-        label_logprob=_column(table, "label_logprob"),
-        entropy=scalar("entropy"),
+        by_temperature=by_temperature,
+        scalars={name: _column(table, name) for name in scalar_columns(layout)},
     )
 
 
@@ -312,16 +284,24 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
     if stored.num_kept is not None:
         unused = np.arange(layout.slots) >= stored.num_kept[targets][:, None]
         token_ids[unused] = -1
-    log_z = np.zeros((n, len(stored.log_z)), np.float32)
-    for i, values in enumerate(stored.log_z):
-        if values is not None:
-            log_z[:, i] = values[targets]
-    logprobs = log_tail = None
+    known: dict[str, NDArray] = {"token_ids": token_ids}
+    for name, columns in stored.by_temperature.items():
+        known[name] = np.zeros((n, len(columns)), np.float32)
+        for i, values in enumerate(columns):
+            if values is not None:
+                known[name][:, i] = values[targets]
+    for name, values in stored.scalars.items():
+        known[name] = values[targets]
     if stored.topk_logprob is not None:
-        log_tail = np.stack([values[targets] for values in stored.log_tail], axis=1)
-        logprobs = decode_logprobs(
-            taken(stored.topk_logprob), unused, log_tail[:, 0], layout.precision, layout.code
+        known["logprobs"] = decode_logprobs(
+            taken(stored.topk_logprob),
+            unused,
+            known["log_tail"][:, 0],
+            layout.precision,
+            layout.code,
         )
+    if stored.draws is not None:
+        known["draws"] = taken(stored.draws).astype(np.int32)
     return Rows(
         sequence=stored.sequence,
         sample_ids=stored.sample_ids,
@@ -330,13 +310,7 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         input_ids=stored.token_id,
         is_target=stored.is_target,
         positions=stored.position[targets],
-        token_ids=token_ids,
-        logprobs=logprobs,
-        draws=None if stored.draws is None else taken(stored.draws).astype(np.int32),
-        log_z=log_z,
-        log_tail=log_tail,
-        label_logprob=stored.label_logprob[targets],
-        entropy=None if stored.entropy is None else stored.entropy[targets],
+        **known,
     )
 
 

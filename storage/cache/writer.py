@@ -30,6 +30,7 @@ from decant.schemas import (
     shard_schema,
     to_json,
 )
+from decant.schemas.distributions import FIELDS
 from decant.schemas.shards import REASON_LENGTH
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
@@ -43,6 +44,7 @@ from decant.storage.cache.records import (
     read_record,
     seal,
 )
+from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
 
 ROW_GROUP_ROWS = 16_384
@@ -77,7 +79,7 @@ class CacheWriter:
             raise FileExistsError(f"{store.url} already holds a cache")
         shards = list(plan)
         entries = [to_json(s) for s in shards]
-        segment = store.publish_segment(paths.segment(paths.PLAN), entries, new=True)
+        segment = publish_segment(store, paths.segment(paths.PLAN), entries, new=True)
         manifest = dataclasses.replace(
             draft,
             plan=segment,
@@ -87,7 +89,7 @@ class CacheWriter:
             num_targets=sum(s.num_targets for s in shards),
         )
         manifest = dataclasses.replace(manifest, cache_id=manifest.identity_hash())
-        store.publish_json(paths.MANIFEST, manifest.to_json(), new=True)
+        publish_json(store, paths.MANIFEST, manifest.to_json(), new=True)
         return cls(url)
 
     def committed(self) -> Iterator[CommitRecord]:
@@ -128,7 +130,7 @@ class CacheWriter:
                 f"first {missing[:5]}; run the dump again to fill them"
             )
         self.manifest = seal(self.store, self.manifest, self.committed())
-        self.store.publish_json(paths.MANIFEST, self.manifest.to_json())
+        publish_json(self.store, paths.MANIFEST, self.manifest.to_json())
         if not keep_inputs:
             self.store.remove_folder(paths.INPUTS)
         return self.manifest
@@ -145,7 +147,7 @@ class ShardWriter:
         self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
-        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes)
+        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
@@ -259,7 +261,7 @@ class ShardWriter:
         self._staging.__exit__(kind, error, trace)  # publishes the shard, or removes it
         if error is None:
             fields = record.to_json(self._manifest.format_version)
-            self._store.publish_json(paths.record(self._plan.shard), fields)
+            publish_json(self._store, paths.record(self._plan.shard), fields)
             self.bytes_written = record.bytes
 
     def _record(self) -> CommitRecord:
@@ -312,17 +314,14 @@ def one_line(reason: str) -> str:
 def _without_targets(
     sample_id: str, input_ids: NDArray[np.int32], layout: Layout
 ) -> ScoredSequence:
-    slots, temperatures = layout.slots, len(layout.temperatures)
+    sizes = 0, layout.slots, len(layout.temperatures)
+    nothing: dict[str, NDArray] = {
+        name: np.zeros(FIELDS[name].shape(*sizes), FIELDS[name].dtype) for name in layout.fields
+    }
     return ScoredSequence(
         sample_id=sample_id,
         input_ids=input_ids,
         is_target=np.zeros(len(input_ids), np.bool_),
         positions=np.zeros(0, np.int32),
-        token_ids=np.zeros((0, slots), np.int32),
-        logprobs=np.zeros((0, slots), np.float32) if layout.has_logprobs else None,
-        draws=np.zeros((0, slots), np.int32) if layout.has_draws else None,
-        log_z=np.zeros((0, temperatures), np.float32),
-        log_tail=np.zeros((0, temperatures), np.float32) if layout.has_logprobs else None,
-        label_logprob=np.zeros(0, np.float32),
-        entropy=None if layout.has_logprobs else np.zeros(0, np.float32),
+        **nothing,
     )

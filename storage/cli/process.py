@@ -1,6 +1,5 @@
-"""What the command lines share: configuration parsing, exit codes, one clean line per error."""
+"""What every command's process does: exit codes, one clean line per error, interruption."""
 
-import argparse
 import contextlib
 import logging
 import os
@@ -9,38 +8,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
-
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 GOES_ON = "what is committed stays; the same command goes on from there"
 STARTS_OVER = "nothing is left behind; the same command starts over"
 """What a KeyboardInterrupt may say of the command it ended; by default that it goes on."""
-
-
-class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """jsonargparse's help with the description's own line breaks."""
-
-
-def config_parser(config: type, **options: Any) -> ArgumentParser:
-    """A parser with `--config FILE`, one `--key` per (nested) field of a dataclass, and help."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        formatter_class=HelpFormatter, usage="%(prog)s --config FILE [--key value ...]", **options
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_class_arguments(config)
-    return parser
-
-
-def parse(config: type, arguments: list[str], **options: Any) -> Any:
-    """Parse arguments into an instance of the dataclass `config`."""
-    parser = config_parser(config, **options)
-    values = parser.instantiate(parser.parse_args(arguments))
-    return config(**{name: values[name] for name in config.__dataclass_fields__})  # type: ignore[attr-defined]
 
 
 def run(main: Callable[[list[str]], int]) -> None:
@@ -94,15 +68,3 @@ def interrupt_on_terminate() -> None:
             sys.__unraisablehook__(lost)
 
     sys.unraisablehook = again
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A subcommand."""
-
-    text: str
-    """Its help page; the first line stands in the list of commands."""
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    goes_on: bool = False
-    """Whether an interrupted run is continued by the next."""

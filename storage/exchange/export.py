@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from decant.schemas import Layout, Manifest, to_json
-from decant.schemas.arrow import log_tail_column, log_z_column
+from decant.schemas.arrow import scalar_columns, temperature_columns
+from decant.schemas.distributions import FIELDS, SLOTS
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.rows import Rows
 from decant.storage.files.durable import staged_directory
@@ -165,19 +166,13 @@ def _distributions(rows: Rows, layout: Layout) -> Iterator[tuple[str, pa.Array]]
     """Columns of n rows: lists of the entries in use, and the scalars of every temperature."""
     used = rows.token_ids >= 0
     starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
-    yield "token_ids", _lists(starts, pa.array(rows.token_ids[used]))
-    if rows.logprobs is not None:
-        yield "logprobs", _lists(starts, pa.array(rows.logprobs[used]))
-    if rows.draws is not None:
-        yield "draws", _lists(starts, pa.array(rows.draws[used]))
-    for i, temperature in enumerate(layout.temperatures):
-        if temperature != 1:
-            yield log_z_column(temperature), pa.array(rows.log_z[:, i])
-        if rows.log_tail is not None:
-            yield log_tail_column(temperature), pa.array(rows.log_tail[:, i])
-    if rows.entropy is not None:
-        yield "entropy", pa.array(rows.entropy)
-    yield "label_logprob", pa.array(rows.label_logprob)
+    for name, values in rows.known().items():
+        if FIELDS[name].axis == SLOTS and layout.slots:
+            yield name, _lists(starts, pa.array(values[used]))
+    for name, i, column in temperature_columns(layout):
+        yield column, pa.array(getattr(rows, name)[:, i])
+    for name in scalar_columns(layout):
+        yield name, pa.array(getattr(rows, name))
 
 
 def _lists(starts: NDArray, values: pa.Array) -> pa.Array:

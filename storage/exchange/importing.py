@@ -174,7 +174,6 @@ def _scored(config: ImportConfig, record: Record, k: int, vocab_size: int) -> Sc
         positions=positions.astype(np.int32),
         token_ids=record.token_ids[targets, :k].astype(np.int32),
         logprobs=logprobs,
-        draws=None,
         log_z=np.zeros((len(targets), 1), np.float32),
         log_tail=log_tail[:, None].astype(np.float32),
         label_logprob=np.where(known, own, bound).astype(np.float32),

@@ -1,4 +1,7 @@
-"""A directory is finished or absent: fill it under a temporary name, rename it last. Local only."""
+"""A file or a directory is finished or absent: the product's only fsync and rename. Local only.
+
+What is to be published is filled under a temporary name beside its place, and moved there last.
+"""
 
 import contextlib
 import os
@@ -9,6 +12,34 @@ from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of what is not finished."""
+
+
+def temporary_for(target: Path) -> Path:
+    """A name beside `target` that no other writer uses."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a file, or a directory and all in it, its name, once it is on disk.
+
+    It takes the place of a file of that name, and of a directory, which is removed just before.
+    """
+    if temporary.is_dir():
+        sync_tree(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        sync(temporary)
+    move(temporary, target)
+
+
+def publish_bytes(target: Path, data: bytes) -> None:
+    """Publish a file of these bytes."""
+    temporary = temporary_for(target)
+    try:
+        temporary.write_bytes(data)
+        publish(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -23,15 +54,20 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.lexists(final):
         raise FileExistsError(f"{target} exists already: remove it, or choose another place")
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    staging = temporary_for(final)
     staging.mkdir()
     try:
         yield staging
         sync_tree(staging)
-        os.rename(staging, final)
-        sync(final.parent)
+        move(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def move(temporary: Path, target: Path) -> None:
+    """Give what is on disk already its name, durably."""
+    os.replace(temporary, target)
+    sync(target.parent)
 
 
 def sync_tree(folder: Path) -> None:

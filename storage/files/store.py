@@ -1,4 +1,4 @@
-"""The only place that touches a file system: whole reads, range reads, publish, sealed JSON.
+"""The only place that touches a file system: whole reads, range reads, publish.
 
 A published file is finished or absent. Locally: temporary name, fsync, rename, fsync of the
 directory. On object stores a PUT, of one part or many, is already all or nothing, so the same calls
@@ -9,24 +9,17 @@ import contextlib
 import errno
 import fcntl
 import glob
-import io
-import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 import xxhash
-import zstandard
 from fsspec.implementations.local import LocalFileSystem
 
-from decant.schemas import FormatError, Segment
-from decant.schemas.strict import canonical
-from decant.storage.files.durable import TEMPORARY_SUFFIX, sync
+from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
 from decant.storage.files.s3 import open_filesystem
-from decant.storage.files.sealed import SEAL, sealed
 
 
 class Busy(RuntimeError):
@@ -165,7 +158,7 @@ class Store:
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+            temporary = temporary_for(target)
         else:
             handle, staging = tempfile.mkstemp(TEMPORARY_SUFFIX, "decant-")
             os.close(handle)
@@ -184,8 +177,7 @@ class Store:
             if self.is_local:
                 if new and target.exists():
                     raise FileExistsError(f"{target} exists already")
-                os.replace(temporary, target)
-                sync(target.parent)
+                move(temporary, target)
             else:
                 with self._reaching(name):
                     self._upload(temporary, self.path(name), new)
@@ -285,69 +277,3 @@ class Store:
             yield True
         finally:
             os.close(handle)
-
-    def publish_json(self, name: str, value: dict[str, Any], *, new: bool = False) -> None:
-        """Publish an object with a checksum over its content, so that any changed byte shows."""
-        self.publish(name, sealed(value), new=new)
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read what `publish_json` wrote.
-
-        Raises FormatError if it is absent, not JSON, or if any byte differs from what was sealed.
-        """
-        where = self.path(name)
-        try:
-            raw = self.read(name)
-            value = json.loads(raw)
-        except FileNotFoundError:
-            raise FormatError(f"{where} is missing") from None
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{where} is damaged: not JSON ({error})") from None
-        if not isinstance(value, dict) or SEAL not in value:
-            raise FormatError(f"{where} is damaged: no checksum inside")
-        found = value.pop(SEAL)
-        try:
-            again = sealed(value)
-        except ValueError as error:  # a NaN or an infinity, which Python's parser lets through
-            raise FormatError(f"{where} is damaged: not JSON ({error})") from None
-        if again != raw:
-            expected = xxhash.xxh3_128(canonical(value)).hexdigest()
-            raise FormatError(
-                f"{where} is damaged: checksum {found} inside, its content gives {expected}"
-            )
-        return value
-
-    def publish_segment(
-        self, name: str, entries: list[dict[str, Any]], *, new: bool = False
-    ) -> Segment:
-        """Publish JSON lines, zstd-compressed, and return what the manifest must say of them."""
-        text = b"".join(canonical(entry) + b"\n" for entry in entries)
-        data = zstandard.ZstdCompressor(level=9, write_checksum=True).compress(text)
-        self.publish(name, data, new=new)
-        return Segment(
-            name=name,
-            entries=len(entries),
-            bytes=len(data),
-            xxh3_128=xxhash.xxh3_128(data).hexdigest(),
-        )
-
-    def read_sealed(self, segment: Segment) -> bytes:
-        """The bytes of a segment. Raises FormatError if they are not what the manifest says."""
-        where = self.path(segment.name)
-        try:
-            data = self.read(segment.name)
-        except FileNotFoundError:
-            raise FormatError(f"{where} is missing") from None
-        found = xxhash.xxh3_128(data).hexdigest()
-        if found != segment.xxh3_128:
-            raise FormatError(
-                f"{where} is damaged: hash {found}, the manifest says {segment.xxh3_128}"
-            )
-        return data
-
-    def read_segment(self, segment: Segment) -> Iterator[dict[str, Any]]:
-        """The entries of a segment of JSON lines. Raises FormatError as `read_sealed`."""
-        data = io.BytesIO(self.read_sealed(segment))
-        reader = zstandard.ZstdDecompressor().stream_reader(data)
-        for line in io.TextIOWrapper(reader, encoding="utf-8"):
-            yield json.loads(line)

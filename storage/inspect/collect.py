@@ -21,6 +21,7 @@ from decant.schemas import FormatError, Manifest, from_json, to_json
 from decant.storage.cache import paths
 from decant.storage.cache.index import RowGroupRef, ShardIndex
 from decant.storage.cache.reader import CacheReader
+from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.files.store import Store
 from decant.storage.inspect.examples import read_tokenizer, with_texts
 from decant.storage.inspect.report import (
@@ -165,7 +166,7 @@ def _report(
         teacher_ce=teacher_ce,
         teacher_perplexity=None if teacher_ce is None or teacher_ce > 700 else math.exp(teacher_ce),
         top1_agreement=_ratio(statistics.top1, seen if has_logprobs else 0),
-        label_kept=_ratio(statistics.label_kept, seen),
+        label_kept=_ratio(statistics.label_kept, seen if manifest.layout.slots else 0),
         top1_probability=statistics.top1_probability.result(),
         calibration_error=statistics.calibration_error(),
         reliability=statistics.reliability_bins(),
@@ -251,7 +252,7 @@ def _key(manifest: Manifest) -> dict[str, Any] | None:
 
 def _read_kept(store: Store, key: dict[str, Any], url: str) -> Report | None:
     try:
-        value = store.read_json(paths.KEPT_REPORT)
+        value = read_json(store, paths.KEPT_REPORT)
         if value.get("key") == key:
             return from_json(Report, {**value["report"], "url": url}, store.path(paths.KEPT_REPORT))
     except (FormatError, KeyError, OSError):  # absent, of another version, or damaged
@@ -262,7 +263,7 @@ def _read_kept(store: Store, key: dict[str, Any], url: str) -> Report | None:
 def _keep(store: Store, key: dict[str, Any], report: Report) -> None:
     if store.is_local:
         with contextlib.suppress(OSError):  # read-only, or full: nothing depends on it
-            store.publish_json(paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
+            publish_json(store, paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
 
 
 def _data_bytes(index: ShardIndex) -> int:

@@ -1,131 +1,178 @@
-"""`inspect`, `head` and `diff`: their arguments and what they print."""
+"""`inspect`, `head` and `diff`: what they take and what they print."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from decant.schemas import to_json
-from decant.storage.cache.command import refuse_missing, verify_arguments
-from decant.storage.cli import process as cli
-from decant.storage.cli.terminal import json_text, progress_bar
-from decant.storage.files.store import Store
-
-INSPECT = """What a cache holds and how good it is, from one pass over all of it.
-
-  python -m storage inspect caches/demo
-  python -m storage inspect caches/demo --html demo.html       one page that opens from disk
-  python -m storage inspect caches/demo --json > demo.json
-  python -m storage inspect caches/large --sample 0.05         a twentieth of it: estimates
-  python -m storage inspect caches/large --sample 20 --seed 1  20 row groups
-
-Works while a dump is still running: then it reports the shards committed so far and says so.
-The figures of a complete cache in a directory are kept in its stats/ and shown at once the next
-time; they count only as long as the cache is the same. The keys of --json are listed in
-docs/format.md. Exit code 0, or 2 if there is no readable cache.
-"""
+from decant.storage.cache.command import CacheArguments, refuse_missing
+from decant.storage.cli import process
+from decant.storage.cli.commands import Command
+from decant.storage.cli.options import Shown, Word
 
 
-HEAD = """The first targets of a sequence: context, actual token, the teacher's top entries, tail.
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments(CacheArguments):
+    """What to look at, and how to say it."""
 
-  python -m storage head caches/demo
-  python -m storage head caches/demo --sequence 17 --targets 30
-  python -m storage head caches/demo --sample doc-000123
+    html: Annotated[str, Shown("FILE")] = ""
+    """Write one self-contained page as well."""
+    sample: Annotated[str, Shown("SHARE_OR_N")] = ""
+    """Look at this share of the row groups, or at this many, chosen at random."""
+    seed: int = 0
+    """Of the choice."""
 
-Texts come from the tokenizer in the cache; without one, ids are shown as #123. The table is as wide
-as a terminal of 100 columns; --json has every entry that --entries asks for. Exit code 0, or 2 with
-one line of why not.
-"""
+    def __post_init__(self) -> None:
+        self.sample_size()
+        if self.seed and not self.sample:
+            raise ValueError("--seed has no effect without --sample")
 
-
-DIFF = """How far apart two caches of the same sequences are: two teachers, two k, two precisions.
-
-  python -m storage diff caches/teacher-a caches/teacher-b
-  python -m storage diff caches/f32 caches/compact --json | jq .temperatures[0].kl_ab.mean
-
-Both must be complete and hold the same tokens in the same order. KL is over the ids that both keep
-and one bucket for all others, so it is at most the KL over the vocabulary. Exit code 0 however much
-they differ, or 2 with one line of why they cannot be compared.
-"""
-
-
-def inspect_arguments(command: argparse.ArgumentParser) -> None:
-    """Give the parser the arguments of `inspect`."""
-    verify_arguments(command)
-    command.add_argument("--html", metavar="FILE", help="write one self-contained page as well")
-    command.add_argument(
-        "--sample",
-        type=_sample,
-        metavar="FRACTION_OR_N",
-        help="look at this share of the row groups, or this many, chosen at random",
-    )
-    command.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    def sample_size(self) -> float | None:
+        """The share, or the number, of row groups to look at; None for all."""
+        if not self.sample:
+            return None
+        try:
+            value = float(self.sample)
+        except ValueError:
+            value = 0.0
+        if 0 < value < 1 or (value >= 1 and self.sample.isdigit()):
+            return value
+        raise ValueError(
+            f"--sample {self.sample} is neither a share between 0 and 1 nor a whole number"
+        )
 
 
-def _sample(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1 and not (value >= 1 and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is neither between 0 and 1 nor a whole number")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class HeadArguments(CacheArguments):
+    """Which targets to show, and how much of each."""
+
+    sequence: Annotated[int | None, Shown("N")] = None
+    """The sequence with this index in the plan; without it the first."""
+    sample: Annotated[str | None, Shown("ID")] = None
+    """The first sequence of this sample id."""
+    targets: int = 10
+    """How many targets."""
+    entries: int = 8
+    """How many of the teacher's entries for each."""
+
+    def __post_init__(self) -> None:
+        if self.sequence is not None and self.sample is not None:
+            raise ValueError("--sequence and --sample exclude each other: give one")
 
 
-def run_inspect(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DiffArguments:
+    """Two caches."""
+
+    url_a: Annotated[str, Word("A")]
+    """A cache: a directory or an fsspec URL."""
+    url_b: Annotated[str, Word("B")]
+    """Another cache of the same sequences."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run_inspect(arguments: InspectArguments) -> int:
     """Inspect a cache and print the report; returns the exit code."""
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.files.store import Store
     from decant.storage.inspect.collect import inspect, report_text
 
-    refuse_missing(options.url)
-    if options.seed and options.sample is None:
-        raise ValueError("--seed has no effect without --sample")
+    refuse_missing(arguments.url)
     with progress_bar("inspect", "row groups") as progress:
-        report = inspect(options.url, progress, sample=options.sample, seed=options.seed, keep=True)
-    if options.html:
+        report = inspect(
+            arguments.url,
+            progress,
+            sample=arguments.sample_size(),
+            seed=arguments.seed,
+            keep=True,
+        )
+    if arguments.html:
         from decant.storage.inspect.html import report_html
 
-        file = Path(options.html)
+        file = Path(arguments.html)
         Store(file.parent).publish(file.name, report_html(report).encode())
-    print(json_text(to_json(report)) if options.json else report_text(report))
-    return cli.DONE
+    print(json_text(to_json(report)) if arguments.json else report_text(report))
+    return process.DONE
 
 
-def head_arguments(command: argparse.ArgumentParser) -> None:
-    """Give the parser the arguments of `head`."""
-    verify_arguments(command)
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--sequence", type=int, metavar="N", help="by its index in the plan")
-    which.add_argument("--sample", metavar="ID", help="the first sequence of this sample id")
-    command.add_argument("--targets", type=int, default=10, metavar="M", help="default: 10")
-    command.add_argument("--entries", type=int, default=8, metavar="M", help="default: 8")
-
-
-def run_head(options: argparse.Namespace) -> int:
+def run_head(arguments: HeadArguments) -> int:
     """Print targets in context; returns the exit code."""
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text
     from decant.storage.inspect.head import head, head_text
 
-    refuse_missing(options.url)
+    refuse_missing(arguments.url)
     targets = head(
-        options.url,
-        sequence=options.sequence,
-        sample=options.sample,
-        targets=options.targets,
-        entries=options.entries,
+        arguments.url,
+        sequence=arguments.sequence,
+        sample=arguments.sample,
+        targets=arguments.targets,
+        entries=arguments.entries,
     )
-    print(json_text(to_json(targets)) if options.json else head_text(targets))
-    return cli.DONE
+    print(json_text(to_json(targets)) if arguments.json else head_text(targets))
+    return process.DONE
 
 
-def diff_arguments(command: argparse.ArgumentParser) -> None:
-    """Give the parser the arguments of `diff`."""
-    command.add_argument("url_a", metavar="A", help="a cache: a directory or an fsspec URL")
-    command.add_argument("url_b", metavar="B", help="another cache of the same sequences")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def run_diff(options: argparse.Namespace) -> int:
+def run_diff(arguments: DiffArguments) -> int:
     """Compare two caches and print how they differ; returns the exit code."""
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text, progress_bar
     from decant.storage.inspect.diff import diff
     from decant.storage.inspect.diff_text import diff_text
 
-    refuse_missing(options.url_a)
-    refuse_missing(options.url_b)
+    refuse_missing(arguments.url_a)
+    refuse_missing(arguments.url_b)
     with progress_bar("diff", "sequences") as progress:
-        found = diff(options.url_a, options.url_b, progress)
-    print(json_text(to_json(found)) if options.json else diff_text(found))
-    return cli.DONE
+        found = diff(arguments.url_a, arguments.url_b, progress)
+    print(json_text(to_json(found)) if arguments.json else diff_text(found))
+    return process.DONE
+
+
+INSPECT = Command(
+    text="""
+  decant inspect caches/demo
+  decant inspect caches/demo --html demo.html        one page that opens from disk
+  decant inspect caches/demo --json > demo.json
+  decant inspect caches/large --sample 0.05          a twentieth of it: estimates
+  decant inspect caches/large --sample 20 --seed 1   20 row groups
+
+Reads the cache once. While a dump is still running it reports the shards
+committed so far and says so. The figures of a complete cache in a directory are
+kept in its stats/ and shown at once the next time; they count only as long as
+the cache is the same. docs/format.md lists the keys of --json. Exit code 0, or
+2 if there is no readable cache.
+""",
+    arguments=InspectArguments,
+    run=run_inspect,
+    goes_on=False,
+)
+HEAD = Command(
+    text="""
+  decant head caches/demo
+  decant head caches/demo --sequence 17 --targets 30
+  decant head caches/demo --sample doc-000123
+
+Shows the first targets of a sequence: context, actual token, the teacher's top
+entries, tail. Texts come from the tokenizer in the cache; without one, ids are
+shown as #123. --json has every entry that --entries asks for. Exit code 0, or 2
+with one line of why not.
+""",
+    arguments=HeadArguments,
+    run=run_head,
+    goes_on=False,
+)
+DIFF = Command(
+    text="""
+  decant diff caches/teacher-a caches/teacher-b
+  decant diff caches/f32 caches/compact --json | jq .temperatures[0].kl_ab.mean
+
+Two teachers, two k, two precisions. Both caches must be complete and hold the
+same tokens in the same order. KL is over the ids that both keep and one bucket
+for all others, so it is at most the KL over the vocabulary. Exit code 0 however
+much they differ, or 2 with one line of why they cannot be compared.
+""",
+    arguments=DiffArguments,
+    run=run_diff,
+    goes_on=False,
+)

@@ -18,11 +18,12 @@ how much of A and of B lies in I. An empty bucket counts as e^-87, as in the los
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import Manifest, ScoredSequence
+from decant.schemas import Distributions, Manifest, ScoredSequence
 from decant.storage.cache.reader import CacheReader
 from decant.storage.files.store import Store
 from decant.storage.inspect.examples import (
@@ -81,9 +82,10 @@ class Difference:
     targets_only_b: int
     top1_agreement: float | None
     """Share of targets with the same first entry. This and all that takes log probs is None or
-    empty where one of the two holds draws alone."""
+    empty where one of the two stores none of kept entries."""
     same_ids: float | None
-    """Share of A's kept ids that B keeps too, or the other way round: the larger of the two."""
+    """Share of A's kept ids that B keeps too, or the other way round: the larger of the two; None
+    where one keeps none."""
     teacher_ce_a: float | None
     """Mean of -label_logprob, nats."""
     teacher_ce_b: float | None
@@ -96,16 +98,8 @@ class Difference:
     """The 20 of the largest KL(A || B) + KL(B || A) at T=1, worst first."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Targets of whole sequences of one cache, or a run of them."""
-
-    token_ids: NDArray[np.int32]
-    label_logprob: NDArray[np.float32]
-    log_z: NDArray[np.float32]
-    logprobs: NDArray[np.float32]
-    """This and `log_tail`: of no entries, where draws alone are stored."""
-    log_tail: NDArray[np.float32]
+_Block = Distributions[NDArray[Any]]
+"""Targets of whole sequences of one cache, or a run of them."""
 
 
 def diff(
@@ -199,7 +193,7 @@ class _Sums:
         self._label.add(np.abs(a.label_logprob - b.label_logprob))
         rows, slot_a, slot_b = matches(a.token_ids, b.token_ids)
         self._kept += [len(rows), (a.token_ids >= 0).sum(), (b.token_ids >= 0).sum()]
-        if not self._has_logprobs:
+        if a.logprobs is None or b.logprobs is None:
             return
         self._top1 += int((a.token_ids[:, 0] == b.token_ids[:, 0]).sum())
         apart = np.zeros(n, np.float32)
@@ -268,7 +262,7 @@ class _Sums:
             targets_only_a=self._only_a,
             targets_only_b=self._only_b,
             top1_agreement=self._top1 / n if n and self._has_logprobs else None,
-            same_ids=float(self._kept[0] / self._kept[1:].min()) if n else None,
+            same_ids=float(self._kept[0] / fewer) if (fewer := self._kept[1:].min()) else None,
             teacher_ce_a=float(self._nats[0]) / n if n else None,
             teacher_ce_b=float(self._nats[1]) / n if n else None,
             label_difference=self._label.result(),
@@ -323,6 +317,7 @@ def _classes(
 
     The rest is summed from what is in it; as 1 - the common mass it would cancel.
     """
+    assert block.logprobs is not None and block.log_tail is not None
     log_p = block.logprobs.astype(np.float64) / temperature - block.log_z[:, at, None]
     p = np.exp(log_p)
     found = log_p[rows, slots]
@@ -345,14 +340,7 @@ def _common(a: ScoredSequence, b: ScoredSequence) -> tuple[NDArray[np.intp], NDA
 def _block(parts: Iterator[tuple[ScoredSequence, NDArray[np.intp]]]) -> _Block:
     chosen = list(parts)
 
-    def joined(name: str) -> NDArray:
-        return np.concatenate([getattr(s, name)[i] for s, i in chosen])
-
-    has_logprobs = chosen[0][0].logprobs is not None
-    return _Block(
-        token_ids=joined("token_ids"),
-        label_logprob=joined("label_logprob"),
-        log_z=joined("log_z"),
-        logprobs=joined("logprobs") if has_logprobs else np.zeros((0, 0), np.float32),
-        log_tail=joined("log_tail") if has_logprobs else np.zeros((0, 0), np.float32),
+    names = chosen[0][0].known()
+    return Distributions(
+        **{name: np.concatenate([getattr(s, name)[i] for s, i in chosen]) for name in names}
     )

@@ -21,8 +21,11 @@ def diff_text(found: Difference) -> str:
         return "\n".join(lines)
     if found.top1_agreement is not None:
         lines.append(f"  same first entry: {found.top1_agreement:.2%} of targets")
+    if found.same_ids is not None:
+        lines.append(
+            f"  kept by both:     {found.same_ids:.2%} of the ids of the one that keeps fewer"
+        )
     lines += [
-        f"  kept by both:     {found.same_ids:.2%} of the ids of the one that keeps fewer",
         f"  cross-entropy on the data: A {found.teacher_ce_a:.4f}, B {found.teacher_ce_b:.4f} nats",
         "",
         f"  {'':<30}{'mean':>10}{'p50':>10}{'p95':>10}{'p99':>10}{'max':>10}",
@@ -44,7 +47,7 @@ def diff_text(found: Difference) -> str:
             values = (spread.mean, spread.p50, spread.p95, spread.p99, spread.max)
             lines.append(f"  {name:<30}" + "".join(f"{value:>10.3g}" for value in values))
     if found.top1_agreement is None:
-        return "\n".join([*lines, "  no KL: one of them holds draws without log probs"])
+        return "\n".join([*lines, "  no KL: one of them stores no log probs of kept entries"])
     lines += [
         "  * nats; the ids that both keep, and all others as one bucket: at most the full KL",
         "",

@@ -53,7 +53,7 @@ class Target:
     entries: tuple[Entry, ...]
     """The most probable kept entries; of draws alone the most often drawn, with their share."""
     tail_mass: float | None
-    """Of every id that is not kept (not only: not shown); None where draws alone are stored."""
+    """Of every id that is not kept (not only: not shown); None without log probs of entries."""
 
 
 def target(sequence: ScoredSequence, index: int, plan_index: int, num_entries: int) -> Target:
@@ -87,7 +87,8 @@ def _entries(sequence: ScoredSequence, index: int) -> tuple[NDArray[np.int32], N
     ids = sequence.token_ids[index]
     if sequence.logprobs is not None:
         return ids, np.exp(np.minimum(sequence.logprobs[index].astype(np.float64), 0))
-    assert sequence.draws is not None
+    if sequence.draws is None:  # no entry is kept
+        return ids, np.zeros(0)
     draws = sequence.draws[index]
     order = np.argsort(-draws, kind="stable")
     return ids[order], draws[order] / draws.sum()

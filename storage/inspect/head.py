@@ -79,16 +79,19 @@ def head_text(targets: tuple[Target, ...]) -> str:
     if not targets:
         return "no targets"
     first = targets[0]
-    drawn = first.tail_mass is None
+    entries = "the teacher's top entries"
+    note = "p: of the token; rank: among the kept entries; tail: mass that is not kept"
+    if first.tail_mass is None and first.entries:
+        entries = "the most often drawn ids"
+        note = "p: of the token, exact; behind the drawn ids: their share of the draws"
+    elif first.tail_mass is None:
+        entries, note = "", "p: of the token, exact; no entries are kept"
+    head = f"{'pos.':>6} {'context':<26} {'token':<12} {'p':>7} {'rank':>4} {'tail':>7}  {entries}"
     lines = [
         clip(f"sequence {first.sequence}, sample {first.sample_id!r}: its first targets"),
-        f"{'pos.':>6} {'context':<26} {'token':<12} {'p':>7} {'rank':>4} {'tail':>7}  "
-        + ("the most often drawn ids" if drawn else "the teacher's top entries"),
+        head.rstrip(),
     ]
-    lines += [_line(found) for found in targets]
-    note = "p: of the token; rank: among the kept entries; tail: mass that is not kept"
-    if drawn:
-        note = "p: of the token, exact; behind the drawn ids: their share of the draws"
+    lines += [_line(found).rstrip() for found in targets]
     return "\n".join([*lines, note])
 
 

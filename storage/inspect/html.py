@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from decant.schemas import NO_LOGPROBS
 from decant.storage.cli.terminal import megabytes
 from decant.storage.inspect import text as report_text
 from decant.storage.inspect.examples import Target, context_shown, shown
@@ -56,9 +55,9 @@ def report_html(report: Report) -> str:
     """The page."""
     title = f"Cache {report.url}"
     body = [f"<h1>{escape(title)}</h1>", _status(report), *_rejected(report), _overview(report)]
-    if report.targets and report.temperatures:
+    if report.teacher_ce is not None:
         body += [_size(report), _distributions(report), _teacher(report)]
-        if report.precision != NO_LOGPROBS:
+        if report.has_logprobs:
             body += [_truncation(report), _worst(report)]
     if report.dump_speed.shard_rates:
         body.append(_speed(report))
@@ -135,10 +134,13 @@ def _distributions(report: Report) -> str:
         for name, spread, digits in report_text.spreads(report)
     ]
     plots = [_figure(bar_chart(h, name), name) for name, h in report_text.histograms(report)]
+    note = ""
+    if report.temperatures:
+        note = f'<p class="soft">* {escape(report_text.entropy_note(report))}.</p>'
     return (
         "<h2>Distributions</h2>"
         + _table(("", *names), rows)
-        + f'<p class="soft">* {escape(report_text.entropy_note(report))}.</p>'
+        + note
         + f'<div class="plots">{"".join(plots)}</div>'
     )
 
@@ -148,12 +150,13 @@ def _teacher(report: Report) -> str:
     rows = [
         ("cross-entropy, nats", f"{report.teacher_ce:.4f}"),
         ("perplexity", "over e^700" if perplexity is None else f"{perplexity:.4g}"),
-        ("the token is among the kept entries", f"{report.label_kept:.2%}"),
     ]
+    if report.label_kept is not None:
+        rows.append(("the token is among the kept entries", f"{report.label_kept:.2%}"))
     title = "<h2>The teacher on the data's own next tokens</h2>"
-    if report.precision == NO_LOGPROBS:
-        note = "Draws without log probs: what takes the probabilities of kept entries is left out."
-        return f'{title}{_table((), rows)}<p class="soft">{note}</p>'
+    if not report.has_logprobs:
+        note = report_text.left_out(report)
+        return f'{title}{_table((), rows)}<p class="soft">{escape(note)}.</p>'
     rows += [
         ("most probable kept entry is the token", f"{report.top1_agreement:.2%}"),
         ("expected calibration error, 15 bins", f"{report.calibration_error:.4f}"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from decant.schemas import Rejected, TeacherInfo, Truncation
+from decant.schemas import NO_LOGPROBS, Rejected, TeacherInfo, Truncation
 from decant.storage.inspect.examples import Target
 
 RANKS = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
@@ -158,7 +158,7 @@ class Report:
     ids_in_data: int
     """How many of the V ids are some token of the data."""
     temperatures: tuple[AtTemperature, ...]
-    """One for each stored temperature, in the manifest's order; empty without targets."""
+    """One for each stored temperature, in the manifest's order; empty without entries."""
     worst_targets: tuple[Target, ...]
     """The 20 of the least retained mass at T=1, worst first; of equal contexts the first."""
     teacher_ce: float | None
@@ -194,3 +194,13 @@ class Report:
     workers: int
     """Processes that committed shards."""
     dump_speed: DumpSpeed
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the cache stores log probs of kept entries."""
+        return self.precision != NO_LOGPROBS
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether the cache keeps entries at all."""
+        return self.truncation.rule.has_entries

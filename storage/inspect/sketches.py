@@ -64,21 +64,23 @@ class Quantity:
 
 
 class SequenceHashes:
-    """How many sequences repeat an earlier one: exact up to HASH_LIMIT, in bounded memory.
+    """How many sequences repeat an earlier one: exact up to a limit, in bounded memory.
 
     Beyond it only hashes whose low bits are zero are kept, one bit more whenever it is reached
     (adaptive sampling, Flajolet 1990): all copies of a sequence or none. The count among these,
     times 2 to the number of bits, is an unbiased estimate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = HASH_LIMIT) -> None:
+        """`limit` is how many hashes are kept at most."""
+        self._limit = limit
         self._bits, self._parts, self._size = 0, [np.zeros(0, np.uint64)], 0
 
     def add(self, hashes: NDArray[np.uint64]) -> None:
         """Take the hashes of more sequences."""
         self._parts.append(self._sampled(hashes))
         self._size += len(self._parts[-1])
-        while self._size > HASH_LIMIT:
+        while self._size > self._limit:
             self._bits += 1
             self._parts = [self._sampled(np.concatenate(self._parts))]
             self._size = len(self._parts[0])

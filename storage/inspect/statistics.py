@@ -64,8 +64,8 @@ class Statistics:
         self._temperatures = manifest.temperatures
         self._vocab_size = manifest.shared_vocab_size
         truncation = manifest.truncation
-        self._ragged = truncation.method != "topk"
-        self._has_curve = not truncation.sampled
+        self._ragged = truncation.rule.varies
+        self._has_curve = truncation.rule.is_top
         self._has_logprobs = manifest.layout.has_logprobs
         slots = truncation.slots
         unit = np.linspace(0, 1, HISTOGRAM_BINS + 1)
@@ -99,13 +99,13 @@ class Statistics:
         if not len(rows.label_logprob):
             return
         self._add_targets(rows)
-        if rows.logprobs is None:
-            self._add_drawn(rows)
-        else:
+        if rows.logprobs is not None:
             self._add_top1(rows, rows.logprobs)
             self._add_masses(rows)
             self._add_kept(rows, rows.logprobs)
             self._add_worst(rows)
+        elif rows.draws is not None:
+            self._add_drawn(rows)
 
     def _add_targets(self, rows: Rows) -> None:
         self.targets += len(rows.label_logprob)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from decant.schemas import NO_LOGPROBS, Rejected
+from decant.schemas import Rejected
 from decant.storage.cli.terminal import WIDTH, clip, fit, megabytes, width
 from decant.storage.inspect.examples import Target, context_shown, entries_shown, shown
 from decant.storage.inspect.report import RANKS, Histogram, Report, Spread
@@ -34,8 +34,8 @@ def report_text(report: Report) -> str:
             "counts and sizes above, decoding error and dump are exact",
         ]
     sections = [_size, _spreads, _shapes, _teacher, _cut, _worst, _speed]
-    if report.precision == NO_LOGPROBS:
-        sections = [_size, _spreads, _shapes, _drawn, _speed]
+    if not report.has_logprobs:
+        sections = [_size, _spreads, _shapes, _without_logprobs, _speed]
     return "\n".join([*lines, *(line for section in sections for line in ("", *section(report)))])
 
 
@@ -70,21 +70,19 @@ def rejected_entry(entry: Rejected) -> str:
 def overview(report: Report) -> list[tuple[str, str]]:
     """What the cache is, as (name, value)."""
     teacher, truncation = report.teacher, report.truncation
-    kept = {
-        "topk": f"top {truncation.k}",
-        "topp": f"top-p {truncation.p:g}, {truncation.min_k} to {truncation.k} entries",
-        "sample": f"{truncation.draws} draws",
-        "topk+sample": f"top {truncation.k} + {truncation.draws} draws from the tail",
-    }[truncation.method]
-    drawn = report.precision == NO_LOGPROBS
-    stored = "stored without log probs" if drawn else f"stored as {report.precision}"
+    kept = truncation.text()
+    if report.has_entries:
+        stored = (
+            f"stored as {report.precision}" if report.has_logprobs else "stored without log probs"
+        )
+        kept = f"{kept} of {report.shared_vocab_size:,}, {stored}"
     return [
         ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
         ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
         ("source", str(report.source.get("path", "") or "not recorded")),
         ("records", records_line(report)),
-        ("kept", f"{kept} of {report.shared_vocab_size:,}, {stored}"),
-        ("temperatures", ", ".join(f"{at.temperature:g}" for at in report.temperatures)),
+        ("kept", kept),
+        ("temperatures", ", ".join(f"{at.temperature:g}" for at in report.temperatures) or "1"),
         (
             "holds",
             f"{report.targets:,} targets in {report.tokens:,} tokens, {report.sequences:,} "
@@ -135,12 +133,12 @@ def _spreads(report: Report) -> list[str]:
         values = [getattr(spread, rank) for rank in names]
         mean = f"{spread.mean:.{max(digits, 1)}f}"
         lines.append(f"  {name:<24}{mean:>8}" + "".join(f"{v:>7.{digits}f}" for v in values))
-    return [*lines, f"  * {entropy_note(report)}"]
+    return [*lines, f"  * {entropy_note(report)}"] if report.temperatures else lines
 
 
 def entropy_note(report: Report) -> str:
     """What the figures of entropy are."""
-    if report.precision == NO_LOGPROBS:
+    if not report.has_logprobs:
         return "nats; of the whole distribution"
     return "nats; kept entries and the tail as one bucket: a lower bound of the full entropy"
 
@@ -195,13 +193,19 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BLOCKS[math.ceil(8 * value / top)] for value in values)
 
 
-def _drawn(report: Report) -> list[str]:
+def _without_logprobs(report: Report) -> list[str]:
     """In place of all that takes log probs."""
-    return [
-        *_cross_entropy(report),
-        f"  the token is among the drawn ids:      {report.label_kept:.2%} of targets",
-        "Draws without log probs: what takes the probabilities of kept entries is left out",
-    ]
+    lines = _cross_entropy(report)
+    if report.label_kept is not None:
+        lines.append(f"  the token is among the drawn ids:      {report.label_kept:.2%} of targets")
+    return [*lines, left_out(report)]
+
+
+def left_out(report: Report) -> str:
+    """What a cache without log probs of kept entries does not tell, in one line."""
+    if report.has_entries:
+        return "Draws without log probs: what takes the probabilities of kept entries is left out"
+    return "No kept entries: what takes more than the log prob of the actual token is left out"
 
 
 def _cross_entropy(report: Report) -> list[str]:
@@ -273,7 +277,7 @@ def shown_ks(slots: int) -> list[int]:
 
 
 def _worst(report: Report) -> list[str]:
-    lines = ["The targets of the least retained mass (python -m storage head shows more)"]
+    lines = ["The targets of the least retained mass (decant head shows more)"]
     lines.append(f"  {'mass':>6} {'seq.':>8} {'pos.':>5}  {'context':<28} {'token':<12} entries")
     lines += [worst_line(found) for found in report.worst_targets[:10]]
     return lines
@@ -321,9 +325,12 @@ def duplicates_line(report: Report) -> str:
 def ids_line(report: Report) -> str:
     """How much of the vocabulary occurs."""
     at_least = "at least " if report.sample else ""
+    in_data = f"{at_least}{report.ids_in_data:,}"
+    if not report.has_entries:
+        return f"{in_data} of {report.shared_vocab_size:,} are in the data"
     return (
         f"{at_least}{report.ids_kept:,} of {report.shared_vocab_size:,} are kept somewhere, "
-        f"{at_least}{report.ids_in_data:,} are in the data"
+        f"{in_data} are in the data"
     )
 
 

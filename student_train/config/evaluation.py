@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from decant.student_train.config.paths import expand_home
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -26,6 +28,7 @@ class GenerationConfig:
     """Prompts at once, per process."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "path")
         if self.num_samples < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError(
                 "eval.generation needs num_samples >= 0, max_new_tokens >= 1 and batch_size >= 1"
@@ -63,8 +66,8 @@ class EvalConfig:
     batch_size: int = 16
     """Sequences per batch and process."""
     keep_best: str = ""
-    """A figure of the evaluation, for example heldout_ce: the saved student is then the one with
-    the best, not the last; also `figure/name` for one cache of a mixture."""
+    """A metric of the evaluation, for example heldout_ce: the saved student is then the one with
+    the best, not the last; also `metric/name` for one cache of a mixture."""
     patience: int = 0
     """Stop when so many evaluations were no better than the best; 0 = never."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -76,6 +79,7 @@ class EvalConfig:
         return bool(self.cache or self.heldout_fraction)
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache")
         if self.cache and self.heldout_fraction:
             raise ValueError("eval.cache and eval.heldout_fraction exclude each other")
         if not 0 <= self.heldout_fraction < 1:
@@ -86,11 +90,11 @@ class EvalConfig:
             raise ValueError(
                 "eval.every_steps needs eval.cache, eval.heldout_fraction or eval.generation.path"
             )
-        figures = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
-        if self.keep_best and self.keep_best.split("/")[0] not in figures:
+        metrics = (*NAMES * self.has_targets, *ROUGE * bool(self.generation.path))
+        if self.keep_best and self.keep_best.split("/")[0] not in metrics:
             raise ValueError(
-                f"eval.keep_best {self.keep_best!r} is not among the figures of this evaluation: "
-                f"{', '.join(figures) or 'there are none'}"
+                f"eval.keep_best {self.keep_best!r} is not among the metrics of this evaluation: "
+                f"{', '.join(metrics) or 'there are none'}"
             )
         if self.keep_best and not self.every_steps:
             raise ValueError("eval.keep_best has no effect without eval.every_steps")

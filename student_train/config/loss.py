@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decant.student_train.config.schedule import Schedule, parse_option, value_at, values_of
-from decant.student_train.losses import DIVERGENCES
-from decant.student_train.losses.divergences import Divergence
+from decant.student_train.losses.kinds import DIVERGENCES, check
 
 Weight = float | Schedule
 
@@ -50,7 +49,9 @@ class LossConfig:
     """Softmax temperature of the divergence, which must be stored in the cache; a number or a
     schedule of shape step."""
     tail: str = "bucket"
-    """What stands for the ids that were not kept: see docs/losses.md."""
+    """What stands for the ids that were not kept. bucket: they are one class with their exact mass;
+    renormalize: both sides count the kept ids alone; teacher_renormalize: the teacher's side alone
+    does (biased, for comparison); uniform: their mass is spread evenly."""
     scale_by_t2: bool = True
     """Multiply the divergence, value and gradient, by temperature squared."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class LossConfig:
         # Where a schedule goes linearly between valid values, all in between are valid.
         for temperature in self.temperatures:
             for at_knot in _knots(parsed):
-                Divergence.of(self.kind, temperature=temperature, tail=self.tail, **at_knot)
+                check(self.kind, temperature, self.tail, at_knot)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from decant.student_train.config.loss import Weight
+from decant.student_train.config.paths import expand_home
 from decant.student_train.config.schedule import values_of
 
 
@@ -21,6 +22,7 @@ class CacheShare:
     """Weight of the cross-entropy on its targets, in place of loss.ce_weight."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache")
         if not self.cache:
             raise ValueError("mixture: every entry needs a cache")
         if not (math.isfinite(self.weight) and self.weight > 0):

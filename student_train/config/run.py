@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from decant.student_train.config.evaluation import EvalConfig
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.mixture import CacheShare
+from decant.student_train.config.paths import expand_home
 from decant.student_train.config.schedule import values_of
 from decant.student_train.config.student import AdapterConfig, StudentConfig
 
@@ -63,11 +64,11 @@ class TrainConfig:
     output: str
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
-    """Who learns."""
+    """A pretrained model, or a new one from a configuration."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """LoRA in place of training all weights."""
+    """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """What is minimised: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
     steps: int = 0
     """Optimizer steps; or give epochs."""
     epochs: float = 0.0
@@ -77,7 +78,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Microbatches per optimizer step; the loss is averaged over the targets of all of them."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How."""
+    """AdamW, and the learning rate over the run."""
     mixed_precision: str = "no"
     """no | bf16 | fp16, through accelerate."""
     packing: str = "none"
@@ -89,14 +90,14 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation."""
+    """Evaluation on targets that are not trained on, and which student is kept."""
     save_every_steps: int = 0
-    """Checkpoint every so many steps; 0 = only when the run is interrupted. Before the last
-    evaluation there is always one, until the student is saved."""
+    """Checkpoint every so many steps; 0 = only when the run is interrupted. After the last step
+    there is always one, until the student is saved and has been read back."""
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     log_every_steps: int = 10
-    """A line in metrics.jsonl every so many steps."""
+    """A line in metrics.jsonl, and on stderr where it is no terminal, every so many steps."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of accelerate, for example [tensorboard] or [wandb]."""
     plots: bool = True
@@ -111,6 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output must be given")
+        expand_home(self, "cache", "output")
         if "://" in self.output:
             raise ValueError(
                 f"output {self.output} must be a local directory; copy or push afterwards"
@@ -122,6 +124,11 @@ class TrainConfig:
                 "a student made from student.config has no weights to quantise or to name as the "
                 "adapter's base: give student.path"
             )
+        if self.student.dtype == "float16" and not self.adapter.r:
+            raise ValueError(
+                "student.dtype float16 cannot be trained: AdamW's steps overflow it within a few "
+                "steps. Give student.dtype float32 and mixed_precision bf16 (or fp16), or bfloat16"
+            )
         if self.follow and (self.mixture or self.eval.heldout_fraction):
             raise ValueError(
                 "follow needs one cache and, to evaluate, an eval.cache of its own: a held-out "
@@ -131,11 +138,8 @@ class TrainConfig:
             raise ValueError("the caches of a mixture end at different times: give steps")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"give steps or epochs: steps is {self.steps}, epochs {self.epochs}")
-        if self.steps and self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than the run's "
-                f"{self.steps} steps: the learning rate would never reach lr"
-            )
+        if self.steps:
+            self.refuse_long_warmup(self.steps)
         for share in self.mixture:
             kd = self.loss.kd_weight if share.kd_weight is None else share.kd_weight
             ce = self.loss.ce_weight if share.ce_weight is None else share.ce_weight
@@ -153,3 +157,12 @@ class TrainConfig:
             raise ValueError(f"mixed_precision {self.mixed_precision!r} is not one of {PRECISIONS}")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing {self.packing!r} is not one of {PACKINGS}")
+
+    def refuse_long_warmup(self, steps: int) -> None:
+        """Raise ValueError if the warmup does not end within a run of so many steps."""
+        warmup = self.optimizer.warmup_steps
+        if warmup > steps > 0:
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} is more than the run's {steps} steps: the "
+                f"learning rate would never reach lr. Give at most {steps}, or 0"
+            )

@@ -3,7 +3,8 @@
 Ids and codes travel in their stored widths, 3 bytes an entry in place of 12, and are decoded where
 the batch lies: on the GPU if it was moved there.
 
-Shapes: B sequences, L padded length, N targets of a batch, K slots, T temperatures of the run.
+Shapes: B sequences, R rows, L padded length, N targets of a batch, K slots, T temperatures of the
+run.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from decant.student_train.losses import SparseTargets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PackedTargets:
+class StoredTargets:
     """The distributions of N targets in their stored form; `decode` gives what losses take."""
 
     topk_lo: Tensor
@@ -103,26 +104,27 @@ def decode_compact(
 class Batch:
     """B sequences, right-padded, with the targets of all of them in one flat run.
 
-    `packing.pack` puts several sequences into a row: then there are fewer than B rows, and position
-    ids in place of the mask.
+    Where several sequences share a row there are R < B rows, and position ids in place of the mask.
     """
 
     input_ids: Tensor
-    """[B, L] int64, 0 where padded."""
+    """[R, L] int64, 0 where padded."""
     attention_mask: Tensor | None
-    """[B, L] int64; None if packed."""
+    """[R, L] int64; None if sequences share rows."""
     position_ids: Tensor | None = None
-    """[B, L] int64, from 0 in each sequence, if packed."""
+    """[R, L] int64, from 0 in each sequence, if sequences share rows."""
     predictors: Tensor
-    """[N] int64: index into the flattened [B * L] of the position that predicts each target."""
+    """[N] int64: index into the flattened [R * L] of the position that predicts each target."""
     labels: Tensor
     """[N] int64: the actual tokens."""
-    packed: PackedTargets
+    stored: StoredTargets
     """The teacher's distributions at the stream's temperatures, as stored."""
-    teacher_logprob: Tensor
+    label_logprob: Tensor
     """[N] float32: the teacher's log prob of the actual token at T=1."""
     sample_ids: list[str]
     """[B]."""
+    num_tokens: int
+    """Of all sequences, without padding."""
     vocab_size: int
     """Vocabulary that every value was checked for when it was written."""
     temperatures: tuple[float, ...]
@@ -138,7 +140,7 @@ class Batch:
     @cached_property
     def targets(self) -> SparseTargets:
         """The teacher's distributions at the first temperature, decoded once, where they lie."""
-        return self.packed.decode((self.vocab_size, self.temperatures[0]))
+        return self.stored.decode((self.vocab_size, self.temperatures[0]))
 
     def targets_at(self, temperature: float) -> SparseTargets:
         """The teacher's distributions at one of the temperatures, or at 1, which is always there.
@@ -148,9 +150,9 @@ class Batch:
         checked_for = (self.vocab_size, float(temperature))
         if temperature in self.temperatures:
             i = self.temperatures.index(temperature)
-            log_z, log_tail = self.packed.log_z[:, i], self.packed.log_tail[:, i]
+            log_z, log_tail = self.stored.log_z[:, i], self.stored.log_tail[:, i]
         elif temperature == 1:
-            log_tail = self.packed.log_tail_t1
+            log_tail = self.stored.log_tail_t1
             log_z = torch.zeros_like(log_tail)
         else:
             raise ValueError(
@@ -162,7 +164,7 @@ class Batch:
         )
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
-        """The same batch on `device`, still packed."""
+        """The same batch on `device`, targets still in their stored form."""
         return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
@@ -176,6 +178,6 @@ def _map(value: Any, function: Any) -> Any:
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             changed[field.name] = function(item)
-        elif isinstance(item, PackedTargets):
+        elif isinstance(item, StoredTargets):
             changed[field.name] = _map(item, function)
     return dataclasses.replace(value, **changed)

@@ -1,5 +1,6 @@
 """Scored sequences to one `Batch`."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 from decant.schemas import Layout
 from decant.storage import StoredRows
 from decant.storage.cache.logprobs import empty
-from decant.student_train.data.batch import Batch, PackedTargets
+from decant.student_train.data.batch import Batch, StoredTargets
+from decant.student_train.data.packing import rows_of
 
 
 def collate(
@@ -18,23 +20,19 @@ def collate(
     layout: Layout,
     temperature_indices: tuple[int, ...],
     sources: list[int] | None = None,
+    packing: str = "none",
 ) -> Batch:
     """Join sequences, each given by its row group's columns and its place there, into a batch.
 
     `temperature_indices` says which of the layout's temperatures the batch is to carry, `sources`
-    which cache of a mixture each sequence is of.
+    which cache of a mixture each sequence is of, `packing` how they lie in rows. Targets keep the
+    order of the sequences, wherever these lie.
     """
     spans = [_Span(rows, index) for rows, index in sequences]
-    length = max(span.length for span in spans)
-    ids = np.zeros((len(spans), length), np.int64)
-    mask = np.zeros_like(ids)
-    for row, span in enumerate(spans):
-        ids[row, : span.length] = span.rows.token_id[span.start : span.start + span.length]
-        mask[row, : span.length] = 1
+    ids, mask, position_ids, starts = _laid_out(spans, packing)
     predictors = np.concatenate(
-        [span.positions + (row * length - 1) for row, span in enumerate(spans)]
+        [span.positions + (start - 1) for span, start in zip(spans, starts, strict=True)]
     )
-
     num_targets = len(predictors)
 
     def joined(column: Any) -> Any:
@@ -50,35 +48,41 @@ def collate(
             return None
         return torch.from_numpy(values if view is None else values.view(view))
 
-    def at_temperatures(column: Any) -> Tensor:
-        """[N, T]; zeros where nothing is stored, which is log Z at T=1."""
-        found = [joined(lambda rows, i=i: column(rows)[i]) for i in temperature_indices]
-        return torch.stack(
-            [torch.zeros(num_targets) if f is None else tensor(f) for f in found], dim=1
-        )
+    def at_temperature(name: str, index: int, missing: float) -> Tensor:
+        """[N] a field at one of the layout's temperatures."""
+        if name not in layout.fields:
+            return torch.full((num_targets,), missing)
+        found = joined(lambda rows: rows.by_temperature[name][index])
+        return torch.full((num_targets,), missing) if found is None else tensor(found)
+
+    def at_temperatures(name: str, missing: float) -> Tensor:
+        """[N, T] a field at the temperatures of the batch."""
+        return torch.stack([at_temperature(name, i, missing) for i in temperature_indices], dim=1)
 
     num_kept = joined(lambda rows: rows.num_kept)
-    packed = PackedTargets(
+    stored = StoredTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
         topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
         topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
         topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
-        log_tail_t1=tensor(joined(lambda rows: rows.log_tail[0])),
-        log_z=at_temperatures(lambda rows: rows.log_z),
-        log_tail=at_temperatures(lambda rows: rows.log_tail),
+        log_tail_t1=at_temperature("log_tail", 0, -math.inf),  # draws alone stand for all ids
+        log_z=at_temperatures("log_z", 0.0),  # no column at T=1
+        log_tail=at_temperatures("log_tail", -math.inf),
         code=layout.code if layout.precision == "compact" else None,
-        entropy=tensor(joined(lambda rows: rows.entropy)),
+        entropy=tensor(joined(lambda rows: rows.scalars.get("entropy"))),
     )
     return Batch(
         input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
+        attention_mask=tensor(mask),
+        position_ids=tensor(position_ids),
         predictors=torch.from_numpy(predictors),
         labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
-        packed=packed,
-        teacher_logprob=tensor(joined(lambda rows: rows.label_logprob)),
+        stored=stored,
+        label_logprob=tensor(joined(lambda rows: rows.scalars["label_logprob"])),
         sample_ids=[span.sample_id for span in spans],
+        num_tokens=sum(span.length for span in spans),
         vocab_size=layout.vocab_size,
         temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
         source=None
@@ -87,6 +91,29 @@ def collate(
             torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
         ),
     )
+
+
+def _laid_out(
+    spans: "list[_Span]", packing: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None, list[int]]:
+    """Ids [R, L] of rows; a mask, or position ids if packed; the place of each sequence's start."""
+    rows = rows_of([span.length for span in spans], packing)
+    num_columns = max(sum(spans[i].length for i in row) for row in rows)
+    ids = np.zeros((len(rows), num_columns), np.int64)
+    beside = np.zeros_like(ids)
+    counts = np.arange(num_columns)
+    starts = [0] * len(spans)
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            span, end = spans[i], at + spans[i].length
+            ids[r, at:end] = span.rows.token_id[span.start : span.start + span.length]
+            beside[r, at:end] = 1 if packing == "none" else counts[: span.length]
+            starts[i] = r * num_columns + at
+            at = end
+        if packing != "none":
+            beside[r, at:] = counts[: num_columns - at]  # padding is a sequence of its own
+    return (ids, beside, None, starts) if packing == "none" else (ids, None, beside, starts)
 
 
 class _Span:

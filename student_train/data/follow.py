@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 from decant.schemas import FormatError
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.data.order import CacheOrder, Entry
-from decant.student_train.data.stream import SequenceStream, temperature_indices
+from decant.student_train.data.stream import SequenceStream, StreamConfig, temperature_indices
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +37,22 @@ class FollowStream(SequenceStream):
     """Endless batches of one rank from a cache that may not be complete yet."""
 
     def __init__(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        batch_size: int,
-        temperature: float | Sequence[float] = 1.0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        lanes: int = 16,
-        threads: int = 2,
-        poll_seconds: float = 2.0,
+        self, url: str | os.PathLike[str], *, poll_seconds: float = 2.0, **options: Any
     ) -> None:
-        """Open the cache; the arguments are those of `CacheStream`.
+        """Open the cache; `options` are the fields of `StreamConfig`.
 
         `poll_seconds` is how often new shards are looked for. With several ranks, `await_data`
-        agrees on them and has to be called before each step, by all.
+        agrees on them and has to be called before each step, by all. Raises ValueError for a part:
+        which sequences it holds is known when the cache is whole.
         """
-        super().__init__(batch_size=batch_size, rank=rank, world_size=world_size, threads=threads)
+        super().__init__(StreamConfig(**options))
+        if self.config.part != "all" or self.config.heldout_fraction:
+            raise ValueError(f"{url}: a cache that is still being dumped has no held-out part")
         self.readers = [CacheReader(url, allow_incomplete=True)]
         self._layout = self.reader.manifest.layout
-        self._temperature_indices = temperature_indices(self.reader, temperature)
-        self._num_lanes = self._lanes = lanes
-        self._seed, self._poll_seconds = seed, poll_seconds
+        self._temperature_indices = temperature_indices(self.reader, self.config.temperatures)
+        self._num_lanes = self._lanes = self.config.lanes
+        self._seed, self._poll_seconds = self.config.seed, poll_seconds
         plan = self.reader.plan
         self._sizes = np.array([shard.num_sequences for shard in plan], np.int64)
         self.num_sequences = int(self._sizes.sum())
@@ -69,7 +62,7 @@ class FollowStream(SequenceStream):
         self._more = threading.Condition()
         self._closed = False
         self._next_poll = self._next_report = 0.0
-        if world_size == 1:
+        if self.world_size == 1:
             self._extend(self.reader.index.shards.tolist())
 
     @property
@@ -190,7 +183,7 @@ class FollowStream(SequenceStream):
         order = CacheOrder(
             groups.first_sequence, groups.sequences, seed=self._seed, lanes=self._lanes
         )
-        yield from order.behind(consumed)
+        yield from order.after(consumed)
 
     def _first_epoch(self, skip: int) -> Iterator[Entry | None]:
         place = 0

@@ -1,6 +1,6 @@
 """Several caches in exact proportions: several teachers of one tokenizer, or several domains.
 
-The global order takes a sequence from one cache after the other so that behind any number n of
+The global order takes a sequence from one cache after another so that after any number n of
 sequences each cache has given its share of n to within one. Each cache is passed in its own order,
 epoch after epoch, however often its share asks for it. The state is the number consumed.
 """
@@ -20,8 +20,13 @@ from decant.schemas.tokenizer import are_comparable, has_fingerprint
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
-from decant.student_train.data.order import CacheOrder, Entry
-from decant.student_train.data.stream import SequenceStream, temperature_indices
+from decant.student_train.data.order import Entry
+from decant.student_train.data.stream import (
+    SequenceStream,
+    StreamConfig,
+    order_of,
+    temperature_indices,
+)
 
 MAX_PERIOD = 100_000
 
@@ -70,60 +75,27 @@ class MixtureStream(SequenceStream):
     """
 
     def __init__(
-        self,
-        urls: Sequence[str | os.PathLike[str]],
-        weights: Sequence[float],
-        *,
-        batch_size: int,
-        temperature: float | Sequence[float] = 1.0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        part: str = "all",
-        heldout_fraction: float = 0.0,
-        lanes: int = 16,
-        threads: int = 2,
+        self, urls: Sequence[str | os.PathLike[str]], weights: Sequence[float], **options: Any
     ) -> None:
-        """Open the caches; arguments are those of `CacheStream`, `lanes` are of each cache.
+        """Open the caches; `options` are the fields of `StreamConfig`, `lanes` are of each cache.
 
         Raises ValueError if the caches differ in tokenizer or vocabulary, if one lacks a
         temperature, or if drawn targets were to be mixed with others.
         """
-        super().__init__(
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            threads=threads,
-        )
+        super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url) for url in urls]
         for reader in self.readers[1:]:
             check_same_vocabulary(self.reader, reader)
         self._check_forms()
-        wanted = tuple(temperature) if isinstance(temperature, Sequence) else (temperature,)
+        wanted = self.config.temperatures
         self._temperatures = [1.0] + [t for t in wanted if t != 1]
         self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
         self._layout = _common_layout([r.manifest.layout for r in self.readers], self._temperatures)
         self._temperature_indices = tuple(self._temperatures.index(t) for t in wanted)
         self._pattern = interleaving(weights)
         self._num_sources = len(self.readers)
-        self._num_lanes = lanes * self._num_sources
-        self.orders = []
-        for reader in self.readers:
-            groups = reader.row_groups()
-            order = CacheOrder(
-                groups.first_sequence,
-                groups.sequences,
-                part=part,
-                heldout_fraction=heldout_fraction,
-                seed=seed,
-                lanes=lanes,
-            )
-            if not order.num_sequences:
-                raise ValueError(
-                    f"{reader.url}: part {part!r} with heldout_fraction {heldout_fraction} holds "
-                    f"none of its {len(reader)} sequences"
-                )
-            self.orders.append(order)
+        self._num_lanes = self.config.lanes * self._num_sources
+        self.orders = [order_of(reader, self.config) for reader in self.readers]
         shares = np.bincount(self._pattern, minlength=self._num_sources) / len(self._pattern)
         sizes = [order.num_sequences for order in self.orders]
         self.num_sequences = math.ceil(max(n / s for n, s in zip(sizes, shares, strict=True)))
@@ -142,11 +114,6 @@ class MixtureStream(SequenceStream):
             "consumed": self.consumed,
         }
 
-    def passes(self, consumed: int) -> list[float]:
-        """How often each cache has been passed after so many sequences."""
-        given = self._given(consumed)
-        return [n / order.num_sequences for n, order in zip(given, self.orders, strict=True)]
-
     def _given(self, consumed: int) -> list[int]:
         """How many of the first `consumed` sequences are of each cache."""
         periods, rest = divmod(consumed, len(self._pattern))
@@ -156,7 +123,7 @@ class MixtureStream(SequenceStream):
 
     def _order(self, consumed: int) -> Iterator[Entry]:
         given = self._given(consumed)
-        orders = [order.behind(n) for order, n in zip(self.orders, given, strict=True)]
+        orders = [order.after(n) for order, n in zip(self.orders, given, strict=True)]
         period, place = len(self._pattern), consumed
         while True:
             source = int(self._pattern[place % period])
@@ -240,9 +207,9 @@ def _as_layout(
         num_kept = np.full(len(rows.token_id), layout.slots, np.uint16)
     logprobs = None
     if rows.topk_logprob is not None:
-        logprobs = decode_logprobs(
-            rows.topk_logprob, unused, rows.log_tail[0], layout.precision, layout.code
-        )
+        tail = rows.by_temperature["log_tail"][0]
+        assert tail is not None
+        logprobs = decode_logprobs(rows.topk_logprob, unused, tail, layout.precision, layout.code)
     return dataclasses.replace(
         rows,
         topk_lo=widened(rows.topk_lo),
@@ -251,6 +218,8 @@ def _as_layout(
         topk_logprob=None if logprobs is None else widened(logprobs),
         num_kept=num_kept,
         draws=None if rows.draws is None else widened(rows.draws),
-        log_z=[rows.log_z[i] for i in temperatures],
-        log_tail=[rows.log_tail[i] for i in temperatures],
+        by_temperature={
+            name: [columns[i] for i in temperatures]
+            for name, columns in rows.by_temperature.items()
+        },
     )

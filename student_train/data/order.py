@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     lane: Hashable
     """What gives one sequence in turn; it leaves a row group when it goes on to the next."""
     visit: tuple[int, ...]
-    """One pass over one row group: (epoch, row group), behind the number of the cache if there
+    """One pass over one row group: (epoch, row group), after the number of the cache if there
     are several."""
     member: int
     """Which sequence of the row group."""
@@ -55,15 +55,15 @@ class CacheOrder:
         self.num_sequences = int(self._sizes.sum())
         """Sequences of the part."""
 
-    def behind(self, consumed: int) -> Iterator[Entry]:
-        """The endless order behind its first `consumed` sequences."""
+    def after(self, consumed: int) -> Iterator[Entry]:
+        """The endless order after its first `consumed` sequences."""
         epoch, skip = divmod(consumed, self.num_sequences)
         while True:
             yield from self.epoch(epoch, skip)
             epoch, skip = epoch + 1, 0
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Entry]:
-        """The order of one epoch, behind its first `skip` sequences."""
+        """The order of one epoch, after its first `skip` sequences."""
         order = permutation(len(self._sizes), self.seed, epoch, 0)
         order = order[self._sizes[order] > 0]
         dealt = [order[lane :: self.lanes] for lane in range(min(self.lanes, len(order)))]
@@ -87,7 +87,7 @@ class CacheOrder:
     def _lane(
         self, epoch: int, groups: NDArray[np.int64], ends: NDArray[np.int64], taken: int
     ) -> Iterator[tuple[tuple[int, int], int]]:
-        """The sequences of one lane behind the first `taken`."""
+        """The sequences of one lane after the first `taken`."""
         start = int(np.searchsorted(ends, taken, side="right"))
         skip = taken - (int(ends[start - 1]) if start else 0)
         for group in groups[start:].tolist():
@@ -122,7 +122,7 @@ class CacheOrder:
 
 
 def _ranges(first: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """first[0], first[0] + 1, ... of all ranges, one behind the other."""
+    """first[0], first[0] + 1, ... of all ranges, one after the other."""
     starts = np.cumsum(sizes) - sizes
     return np.arange(int(sizes.sum())) + np.repeat(first - starts, sizes)
 

@@ -1,13 +1,11 @@
-"""The data of one optimizer step at a time, arranged and read ahead in a thread of its own."""
+"""The data of one optimizer step at a time, read ahead in a thread of its own."""
 
 import dataclasses
-import itertools
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from decant.student_train.data.batch import Batch
-from decant.student_train.data.packing import arrange, lengths_of
 from decant.student_train.data.stream import SequenceStream
 
 
@@ -18,16 +16,19 @@ class StepData:
     microbatches: list[Batch]
     """At least one; every process has as many."""
     state: dict[str, Any]
-    """The stream's state behind this step: what a checkpoint after it needs."""
+    """The stream's state after this step: what a checkpoint needs."""
     epoch: float
-    """How often the data has been passed behind this step."""
-    num_tokens: int
-    """Of this process, without padding."""
+    """How often the data has been passed after this step."""
 
     @property
     def num_targets(self) -> int:
-        """Of this process."""
+        """Targets of this process."""
         return sum(batch.num_targets for batch in self.microbatches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this process, without padding."""
+        return sum(batch.num_tokens for batch in self.microbatches)
 
 
 def steps_of(
@@ -39,23 +40,20 @@ def steps_of(
 ) -> Generator[StepData, None, None]:
     """The steps of a stream, from its state on, one ahead of what was taken.
 
-    `packing` is as for `arrange`. The stream itself runs ahead: `StepData.state` is what counts.
+    `packing` is as in `TrainConfig`. The stream itself runs ahead: `StepData.state` is what counts.
     """
-    batches = iter(stream)
+    steps = stream.steps(num_microbatches, packing)
 
     def next_step() -> StepData | None:
-        microbatches = list(itertools.islice(batches, num_microbatches))
-        if not microbatches:
+        microbatches = next(steps, None)
+        if microbatches is None:
             return None
-        num_tokens = sum(int(lengths_of(batch).sum()) for batch in microbatches)
-        microbatches = arrange(microbatches, packing)
         if pin_memory:
             microbatches = [batch.pin_memory() for batch in microbatches]
         return StepData(
             microbatches=microbatches,
             state=stream.state_dict(),
             epoch=stream.epoch,
-            num_tokens=num_tokens,
         )
 
     with ThreadPoolExecutor(1, thread_name_prefix="steps") as thread:
@@ -67,4 +65,4 @@ def steps_of(
         finally:
             stream.close()
             ahead.cancel()
-            thread.submit(batches.close).result()
+            thread.submit(steps.close).result()

@@ -5,20 +5,24 @@ its share of it, read ahead. The only state is how many sequences all ranks toge
 so a run can go on with another world size.
 """
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from decant.schemas import Layout
+from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.order import CacheOrder, Entry
+from decant.student_train.data.packing import deal
 
 BATCHES_AHEAD = 2
 
@@ -29,6 +33,50 @@ class Found(NamedTuple):
     rows: StoredRows
     member: int
     source: int
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return int(self.rows.row_starts[self.member + 1] - self.rows.row_starts[self.member])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """What the streams of one cache, of several, and of a growing one are asked for."""
+
+    batch_size: int
+    """Sequences per batch and rank."""
+    temperature: float | Sequence[float] = 1.0
+    """Batches carry the targets at this temperature, or at each of several; all must be stored."""
+    seed: int = 0
+    """Of the order."""
+    rank: int = 0
+    """Whose share of the batches this is."""
+    world_size: int = 1
+    """How many ranks share them."""
+    part: str = "all"
+    """all, train or heldout: with `heldout_fraction`, a cache is split by sequence, the same way
+    whatever the seed."""
+    heldout_fraction: float = 0.0
+    """Share of the sequences in the part heldout."""
+    lanes: int = 16
+    """How many row groups of a cache are read from in turn. A rank holds at most about
+    2 * lanes / world_size of them, undecoded (3 MB each at k=64)."""
+    threads: int = 2
+    """Threads that read ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size}")
+        if self.batch_size < 1 or self.threads < 1:
+            raise ValueError("batch_size and threads must be at least 1")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """One or several."""
+        if isinstance(self.temperature, Sequence):
+            return tuple(self.temperature)
+        return (self.temperature,)
 
 
 class SequenceStream(IterableDataset[Batch]):
@@ -50,22 +98,15 @@ class SequenceStream(IterableDataset[Batch]):
     _num_lanes: int
     _num_sources: int = 1
 
-    def __init__(
-        self,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 2,
-    ) -> None:
-        """Raises ValueError for a rank or a number that cannot be."""
+    def __init__(self, config: StreamConfig) -> None:
+        """Nothing is read yet."""
         super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size}")
-        if batch_size < 1 or threads < 1:
-            raise ValueError("batch_size and threads must be at least 1")
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.threads = threads
+        self.config = config
+        self.batch_size, self.rank, self.world_size = (
+            config.batch_size,
+            config.rank,
+            config.world_size,
+        )
         self.consumed = 0
         """Sequences that all ranks together have taken."""
 
@@ -75,7 +116,7 @@ class SequenceStream(IterableDataset[Batch]):
         return self.readers[0]
 
     def _order(self, consumed: int) -> Iterator[Entry | None]:
-        """The endless global order behind `consumed`; None while the next is not known yet."""
+        """The endless global order after `consumed`; None while the next is not known yet."""
         raise NotImplementedError
 
     def _load(self, visit: tuple[int, ...]) -> StoredRows:
@@ -123,53 +164,77 @@ class SequenceStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Generator[Batch, None, None]:
         worker = get_worker_info()
-        stride, first = (worker.num_workers, worker.id) if worker else (1, 0)
-        step, start = self.sequences_per_step, self.consumed
-        with ThreadPoolExecutor(self.threads) as readers, ThreadPoolExecutor(1) as collator:
-            sequences = self._read(readers, start, stride, first)
-            ahead: deque[Future[Batch]] = deque()
-            batch: list[Found] = []
+        share = (worker.id, worker.num_workers) if worker else (0, 1)
+        with contextlib.closing(self.steps(share=share)) as steps:
+            for (batch,) in steps:
+                yield batch
+
+    def steps(
+        self, num_microbatches: int = 1, packing: str = "none", share: tuple[int, int] = (0, 1)
+    ) -> Generator[list[Batch], None, None]:
+        """The microbatches of one optimizer step at a time, its sequences laid out together.
+
+        `packing` is as in `TrainConfig`; `share` (i, n) gives every n-th step from the i-th on.
+        """
+        first, stride = share
+        size = self.batch_size * num_microbatches
+        with (
+            ThreadPoolExecutor(self.config.threads) as readers,
+            ThreadPoolExecutor(1) as collator,
+        ):
+            sequences = self._read(readers, self.consumed, size, stride, first)
+            ahead: deque[Future[list[Batch]]] = deque()
+            step: list[Found] = []
             try:
                 while True:
-                    while len(ahead) <= BATCHES_AHEAD:
+                    while len(ahead) * num_microbatches <= BATCHES_AHEAD:
                         found = next(sequences)
                         if found is None:
                             break
-                        batch.append(found)
-                        if len(batch) == self.batch_size:
-                            ahead.append(collator.submit(self.collate, batch))
-                            batch = []
+                        step.append(found)
+                        if len(step) == size:
+                            ahead.append(
+                                collator.submit(self._lay_out, step, num_microbatches, packing)
+                            )
+                            step = []
                     if not ahead:
                         if not self._await_more():
                             return
                         continue
-                    batch_ready = ahead.popleft().result()
-                    self.consumed += step * stride
-                    yield batch_ready
+                    microbatches = ahead.popleft().result()
+                    self.consumed += size * self.world_size * stride
+                    yield microbatches
             finally:
                 for future in ahead:
                     future.cancel()
                 sequences.close()
 
-    def collate(self, sequences: list[Found]) -> Batch:
+    def _lay_out(self, sequences: list[Found], num_microbatches: int, packing: str) -> list[Batch]:
+        """The batches of a step."""
+        picks = deal([found.length for found in sequences], num_microbatches, packing)
+        return [self.collate([sequences[i] for i in group], packing) for group in picks]
+
+    def collate(self, sequences: list[Found], packing: str = "none") -> Batch:
         """Join sequences into one batch."""
         sources = [found.source for found in sequences] if self._num_sources > 1 else None
         rows = [(found.rows, found.member) for found in sequences]
-        return collate(rows, self._layout, self._temperature_indices, sources)
+        return collate(rows, self._layout, self._temperature_indices, sources, packing)
 
     def _read(
-        self, readers: ThreadPoolExecutor, consumed: int, stride: int, first: int
+        self, readers: ThreadPoolExecutor, consumed: int, size: int, stride: int, first: int
     ) -> Generator[Found | None, None, None]:
-        """This rank's sequences behind `consumed`: of every `stride`-th step, from `first` on.
+        """This rank's sequences after `consumed`, in steps of `size` a rank.
+
+        Of every `stride`-th step, from `first` on.
 
         Row groups are read ahead in the order in which they are first needed, about as many as
         there are lanes, and are let go when their lane moves on. None where the next is not known.
         """
-        mine = self._mine(consumed, stride, first)
+        mine = self._mine(consumed, size, stride, first)
         upcoming: deque[Entry] = deque()
         reads: dict[tuple[int, ...], Future[StoredRows]] = {}
         current: dict[Hashable, tuple[int, ...]] = {}
-        limit = -(-self._num_lanes // self.world_size) + self.threads
+        limit = -(-self._num_lanes // self.world_size) + self.config.threads
         try:
             while True:
                 while not upcoming or len(reads) - len(current) < limit:
@@ -192,14 +257,14 @@ class SequenceStream(IterableDataset[Batch]):
             for read in reads.values():
                 read.cancel()
 
-    def _mine(self, consumed: int, stride: int, first: int) -> Iterator[Entry | None]:
+    def _mine(self, consumed: int, size: int, stride: int, first: int) -> Iterator[Entry | None]:
         """This rank's entries of its steps; None where the next of the order is not known yet."""
         position = 0
         for entry in self._order(consumed):
             if entry is None:
                 yield None
                 continue
-            step, slot = divmod(position, self.sequences_per_step)
+            step, slot = divmod(position, size * self.world_size)
             if step % stride == first and slot % self.world_size == self.rank:
                 yield entry
             position += 1
@@ -208,53 +273,19 @@ class SequenceStream(IterableDataset[Batch]):
 class CacheStream(SequenceStream):
     """Endless batches of one rank from a cache: see `SequenceStream`."""
 
-    def __init__(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        batch_size: int,
-        temperature: float | Sequence[float] = 1.0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        part: str = "all",
-        heldout_fraction: float = 0.0,
-        lanes: int = 16,
-        threads: int = 2,
-    ) -> None:
-        """Open the cache.
+    def __init__(self, url: str | os.PathLike[str], **options: Any) -> None:
+        """Open the cache; `options` are the fields of `StreamConfig`.
 
-        Batches carry the targets at one temperature, or at each of several. `part` with
-        `heldout_fraction` splits one cache by sequence, the same way whatever the seed. `lanes` is
-        how many row groups are read from in turn; a rank holds at most about 2 * lanes /
-        world_size of them, undecoded (3 MB each at k=64). Raises FormatError if the cache is not
-        whole, ValueError if a temperature is not stored or the part is empty.
+        Raises FormatError if the cache is not whole, ValueError if a temperature is not stored or
+        the part is empty.
         """
-        super().__init__(
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            threads=threads,
-        )
+        super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url)]
         self._layout = self.reader.manifest.layout
-        self._temperature_indices = temperature_indices(self.reader, temperature)
-        groups = self.reader.row_groups()
-        self.order = CacheOrder(
-            groups.first_sequence,
-            groups.sequences,
-            part=part,
-            heldout_fraction=heldout_fraction,
-            seed=seed,
-            lanes=lanes,
-        )
-        self._num_lanes = lanes
+        self._temperature_indices = temperature_indices(self.reader, self.config.temperatures)
+        self.order = order_of(self.reader, self.config)
+        self._num_lanes = self.config.lanes
         self.num_sequences = self.order.num_sequences
-        if not self.num_sequences:
-            raise ValueError(
-                f"{self.reader.url}: part {part!r} with heldout_fraction {heldout_fraction} "
-                f"holds none of its {len(self.reader)} sequences"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: the same for every rank and any world size."""
@@ -267,17 +298,43 @@ class CacheStream(SequenceStream):
         }
 
     def _order(self, consumed: int) -> Iterator[Entry]:
-        return self.order.behind(consumed)
+        return self.order.after(consumed)
 
     def _load(self, visit: tuple[int, ...]) -> StoredRows:
         return self.reader.read_stored(self.reader.row_groups()[visit[1]])
 
 
-def temperature_indices(
-    reader: CacheReader, temperature: float | Sequence[float]
-) -> tuple[int, ...]:
-    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
-    wanted = temperature if isinstance(temperature, Sequence) else (temperature,)
+def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
+    """The order of a part of a whole cache. Raises ValueError if the part is empty."""
+    groups = reader.row_groups()
+    order = CacheOrder(
+        groups.first_sequence,
+        groups.sequences,
+        part=config.part,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        lanes=config.lanes,
+    )
+    if not order.num_sequences:
+        raise ValueError(
+            f"{reader.url}: part {config.part!r} with heldout_fraction {config.heldout_fraction} "
+            f"holds none of its {len(reader)} sequences"
+        )
+    return order
+
+
+def temperature_indices(reader: CacheReader, wanted: Sequence[float]) -> tuple[int, ...]:
+    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any.
+
+    So it does for a cache that keeps no entries, of which no divergence can be had.
+    """
+    if not reader.manifest.layout.slots:
+        keeping = [name for name, method in METHODS.items() if method.has_entries]
+        raise ValueError(
+            f"{reader.url} keeps no entries (truncation.method {reader.manifest.truncation.method})"
+            f", and a divergence needs the teacher's: train from a cache of method "
+            f"{', '.join(keeping)}"
+        )
     stored = reader.manifest.temperatures
     for value in wanted:
         if value not in stored:

@@ -32,7 +32,7 @@ class Generation:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise ImportError(
-                "eval.generation needs rouge-score: pip install '.[rouge]'"
+                "eval.generation needs rouge-score: pip install 'decant[rouge]'"
             ) from error
         logging.getLogger("absl").setLevel(logging.WARNING)  # it says which tokenizer it takes
         if tokenizer is None:
@@ -43,7 +43,7 @@ class Generation:
         self.records = _records(Path(config.path), config.num_samples)
 
     @torch.no_grad()
-    def figures(
+    def metrics(
         self, student: Any, accelerator: Accelerator, output: Path | None = None
     ) -> dict[str, float]:
         """Mean ROUGE F-measures over the prompts, in [0, 1], the same on every process.

@@ -12,7 +12,7 @@ from decant.student_train.config.loss import LossTerms
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.answers import Generation
-from decant.student_train.evaluation.heldout_sums import Figures
+from decant.student_train.evaluation.heldout_sums import HeldoutSums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,16 +29,16 @@ class Evaluation:
     def __bool__(self) -> bool:
         return bool(self.streams) or self.generation is not None
 
-    def figures(
+    def metrics(
         self, model: torch.nn.Module, accelerator: Accelerator, output: Path | None = None
     ) -> dict[str, float]:
-        """All figures, the same on every process; answers go into `output` if given."""
+        """All metrics, the same on every process; answers go into `output` if given."""
         found: dict[str, float] = {}
         if self.streams:
             found |= evaluate(model, self.streams, accelerator, self.terms)
         if self.generation:
             student = accelerator.unwrap_model(model).student
-            found |= self.generation.figures(student, accelerator, output)
+            found |= self.generation.metrics(student, accelerator, output)
         return found
 
 
@@ -49,28 +49,28 @@ def evaluate(
     accelerator: Accelerator,
     terms: LossTerms,
 ) -> dict[str, float]:
-    """The means of `Figures` over all targets of the streams' parts, the same on every process.
+    """The means of `HeldoutSums` over all targets of the streams' parts, the same on every process.
 
-    With several streams also those of each, as `figure/name`. `terms` are the numbers of the loss
+    With several streams also those of each, as `metric/name`. `terms` are the numbers of the loss
     to compute divergences with: the same at every evaluation, so that they can be compared.
     """
     distiller: Any = accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
     found: dict[str, float] = {}
-    total = Figures.zero()
+    total = HeldoutSums.zero()
     for source, (name, stream) in enumerate(streams.items()):
-        figures = Figures.zero(accelerator.device)
+        sums = HeldoutSums.zero(accelerator.device)
         for batch, counts in heldout_batches(stream):
-            its = distiller.figures(batch.to(accelerator.device), _of_source(terms, source))
+            its = distiller.measure(batch.to(accelerator.device), _of_source(terms, source))
             if counts:
-                figures += its
-        figures = figures.map(lambda sums: accelerator.reduce(sums, reduction="sum").cpu())
-        total += figures
+                sums += its
+        sums = sums.map(lambda flat: accelerator.reduce(flat, reduction="sum").cpu())
+        total += sums
         if len(streams) > 1:
-            found |= {f"{key}/{name}": value for key, value in figures.values().items()}
+            found |= {f"{key}/{name}": value for key, value in sums.metrics().items()}
     model.train(was_training)
-    return total.values() | found
+    return total.metrics() | found
 
 
 def _of_source(terms: LossTerms, source: int) -> LossTerms:

@@ -1,6 +1,6 @@
 """What a student is worth on targets that it was not trained on, beside the teacher's word.
 
-Sums over targets, so that chunks, batches and processes add up; `values` turns them into means.
+Sums over targets, so that chunks, batches and processes add up; `metrics` turns them into means.
 Shape letters: N targets, R rows of a chunk, K slots, V vocabulary.
 """
 
@@ -22,7 +22,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Figures:
+class HeldoutSums:
     """Sums over targets, float64."""
 
     targets: Tensor
@@ -51,37 +51,37 @@ class Figures:
     """[NUM_BINS, 3] by confidence: targets, correct ones, Σ confidence."""
 
     @staticmethod
-    def zero(device: torch.device | str = "cpu") -> "Figures":
+    def zero(device: torch.device | str = "cpu") -> "HeldoutSums":
         """Of no targets."""
-        names = Figures.__dataclass_fields__
+        names = HeldoutSums.__dataclass_fields__
         zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=device)
-        return Figures(**{**zeros, "bins": bins})
+        return HeldoutSums(**{**zeros, "bins": bins})
 
-    def __add__(self, other: "Figures") -> "Figures":
-        names = Figures.__dataclass_fields__
-        return Figures(**{name: getattr(self, name) + getattr(other, name) for name in names})
+    def __add__(self, other: "HeldoutSums") -> "HeldoutSums":
+        names = HeldoutSums.__dataclass_fields__
+        return HeldoutSums(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Figures":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "HeldoutSums":
         """All sums through a function, as one flat tensor."""
-        tensors = [getattr(self, name) for name in Figures.__dataclass_fields__]
+        tensors = [getattr(self, name) for name in HeldoutSums.__dataclass_fields__]
         flat = function(torch.cat([tensor.flatten() for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
-        return Figures(
+        return HeldoutSums(
             **{
                 name: part.view(tensor.shape)
                 for name, part, tensor in zip(
-                    Figures.__dataclass_fields__, parts, tensors, strict=True
+                    HeldoutSums.__dataclass_fields__, parts, tensors, strict=True
                 )
             }
         )
 
-    def values(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The means; without what draws alone do not tell: acceptance and top-1 agreement."""
         count = max(float(self.targets), 1.0)
         ce = float(self.ce) / count
         gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
-        values = {
+        found = {
             "heldout_ce": ce,
             "heldout_perplexity": math.exp(min(ce, 700.0)),
             "heldout_divergence": float(self.divergence) / count,
@@ -93,10 +93,10 @@ class Figures:
         if self.with_probs:
             lower = float(self.overlap_kept / self.with_probs)
             upper = lower + float(self.overlap_rest / self.with_probs)
-            values |= {"acceptance_lower": lower, "acceptance_upper": upper}
+            found |= {"acceptance_lower": lower, "acceptance_upper": upper}
         if self.with_top1:
-            values["top1_agreement"] = float(self.agreeing / self.with_top1)
-        return values
+            found["top1_agreement"] = float(self.agreeing / self.with_top1)
+        return found
 
 
 def rows_at_once(vocab_size: int) -> int:
@@ -105,18 +105,18 @@ def rows_at_once(vocab_size: int) -> int:
 
 
 @torch.no_grad()
-def figures_of_chunks(
+def sums_of_chunks(
     logits_of: Callable[[slice], Tensor],
     batch: Batch,
     terms: LossTerms,
     vocab_size: int,
     chunk_rows: int | None = None,
-) -> Figures:
+) -> HeldoutSums:
     """The sums over a batch; `logits_of(rows)` gives float32 logits [R, V] of some of its targets.
 
     V is at least `vocab_size`; what is beyond is cut off.
     """
-    total = Figures.zero(batch.labels.device)
+    total = HeldoutSums.zero(batch.labels.device)
     size = chunk_rows or rows_at_once(vocab_size)
     at_1, at_t = batch.targets_at(1.0), batch.targets_at(terms.temperature)
     for start in range(0, batch.num_targets, size):
@@ -144,12 +144,12 @@ def figures_of_chunks(
         known_R, agreeing_R = _agreement(chosen_R, at_1[rows])
         has_probs = at_1.logprobs is not None
         kept_R, rest_R = _overlap(logits_RV, at_1[rows]) if has_probs else (0 * ce_R, 0 * ce_R)
-        total += Figures(
+        total += HeldoutSums(
             targets=_sum(torch.ones_like(ce_R)),
             ce=_sum(ce_R),
             divergence=_sum(kd_R),
             loss=_sum(weights[0] * kd_R + weights[1] * ce_R),
-            teacher_ce=-_sum(batch.teacher_logprob[rows]),
+            teacher_ce=-_sum(batch.label_logprob[rows]),
             correct=_sum(correct_R),
             agreeing=_sum(agreeing_R),
             with_top1=_sum(known_R),
@@ -179,13 +179,7 @@ def _agreement(chosen_R: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor
 
 
 def _overlap(logits_RV: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
-    """Σ min(p, q) over the kept ids at T=1, and min of the masses of all others.
-
-    Where the draws alone are known: 0 and 1, between which it lies.
-    """
-    if targets.logprobs is None:
-        zero_R = logits_RV.new_zeros(len(targets))
-        return zero_R, zero_R + 1
+    """Σ min(p, q) over the kept ids at T=1, and min of the masses of all others."""
     assert targets.logprobs is not None
     real_RK, ids_RK = targets.is_real(), targets.filled_ids()
     lse_R = logits_RV.logsumexp(1)

@@ -10,14 +10,13 @@ Shape letters: N targets, K slots per target, V vocabulary, C classes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from decant.student_train.losses.kinds import DIVERGENCES, TAIL_MODES, check_options
+from decant.student_train.losses.kinds import check
 from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
 from decant.student_train.losses.terms import divergence_of_classes
 
@@ -45,25 +44,13 @@ class Divergence:
         **options: float | str,
     ) -> Divergence:
         """Check the arguments of a loss; raise ValueError naming what would be valid."""
-        if kind not in DIVERGENCES:
-            raise ValueError(f"unknown divergence {kind!r}; one of {', '.join(DIVERGENCES)}")
-        if tail not in TAIL_MODES:
-            raise ValueError(f"unknown tail {tail!r}; one of {', '.join(TAIL_MODES)}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-        defaults = DIVERGENCES[kind]
-        unknown = sorted(set(options) - set(defaults))
-        if unknown:
-            valid = ", ".join([*defaults, "scale_by_t2"])
-            raise ValueError(f"{kind} has no option {', '.join(unknown)}; its options: {valid}")
-        merged: dict[str, Any] = {**defaults, **options}
-        check_options(kind, merged)
+        complete = check(kind, temperature, tail, options)
         return Divergence(
             kind=kind,
             temperature=float(temperature),
             tail=tail,
             scale_by_t2=scale_by_t2,
-            options=merged,
+            options=complete,
         )
 
     @property

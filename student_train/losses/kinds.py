@@ -30,7 +30,29 @@ HEAD_RULES = ("official", "nucleus")
 _MIN_EXPONENT = 0.01
 
 
-def check_options(kind: str, options: dict[str, Any]) -> None:
+def check(kind: str, temperature: float, tail: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a kind, defaults filled in.
+
+    Raises ValueError naming what would be valid: for an unknown kind, tail or option, and for a
+    temperature or an option outside its range.
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {kind!r}; one of {', '.join(DIVERGENCES)}")
+    if tail not in TAIL_MODES:
+        raise ValueError(f"unknown tail {tail!r}; one of {', '.join(TAIL_MODES)}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    defaults = DIVERGENCES[kind]
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        valid = ", ".join([*defaults, "scale_by_t2"])
+        raise ValueError(f"{kind} has no option {', '.join(unknown)}; its options: {valid}")
+    complete: dict[str, Any] = {**defaults, **options}
+    _check_ranges(kind, complete)
+    return complete
+
+
+def _check_ranges(kind: str, options: dict[str, Any]) -> None:
     """Raise ValueError if an option of this kind has a value outside its range."""
     for name, value in options.items():
         if name == "head_rule":

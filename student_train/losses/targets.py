@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,18 +67,11 @@ class SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        return dataclasses.replace(
-            self,
-            token_ids=function(self.token_ids),
-            log_z=function(self.log_z),
-            log_tail=function(self.log_tail),
-            logprobs=optional(self.logprobs),
-            draws=optional(self.draws),
-            entropy=optional(self.entropy),
-        )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            name: function(v) for name, v in values.items() if isinstance(v, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
     def validate(self, vocab_size: int, temperature: float = 1.0) -> SparseTargets:
         """Check every rule of the fields against a student vocabulary; return self, marked checked.

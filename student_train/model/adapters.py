@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from decant.student_train.config.student import AdapterConfig
+from decant.student_train.model.student import plain_name
 
 WEIGHTS = "adapter.safetensors"
 _PREFIX = "base_model.model."
@@ -32,7 +33,7 @@ def load_options(config: AdapterConfig, dtype: torch.dtype, device: torch.device
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "adapter.quantization needs bitsandbytes: pip install '.[quantised]'"
+            "adapter.quantization needs bitsandbytes: pip install 'decant[quantised]'"
         ) from error
     if config.quantization == "8bit":
         quantised = BitsAndBytesConfig(load_in_8bit=True)
@@ -55,12 +56,13 @@ def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("adapter needs peft: pip install '.[peft]'") from error
+        raise ImportError("adapter needs peft: pip install 'decant[peft]'") from error
+    named = [name for name in config.target_modules if name != "all-linear"]
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules or "all-linear",
+        target_modules=named or "all-linear",
         task_type="CAUSAL_LM",
     )
     for module in student.modules():
@@ -73,7 +75,7 @@ def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
     except ValueError as error:
         raise ValueError(f"adapter.target_modules {config.target_modules}: {error}") from error
     adapted = [f".{name}" for name in adapter.targeted_module_names]
-    for name in config.target_modules:
+    for name in named:
         if not any(path.endswith(f".{name}") for path in adapted):
             raise ValueError(f"adapter.target_modules: the student has no layer {name!r} to adapt")
     if config.merge and getattr(student.config.get_text_config(), "tie_word_embeddings", False):
@@ -115,7 +117,7 @@ def checkpoint_adapter_only(accelerator: Accelerator) -> None:
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are trained, by name, detached and contiguous."""
     return {
-        name: parameter.detach().contiguous()
+        plain_name(name): parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -124,7 +126,7 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_trainable(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Set the weights that are trained. Raises ValueError unless these are all of them."""
-    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     if differing := sorted(ours.keys() ^ weights.keys()):
         raise ValueError(
             f"{where} holds other weights than the adapter of this run, first {differing[:3]}"
@@ -140,6 +142,11 @@ def save_adapter(adapter: Any, weights: dict[str, Tensor], folder: Path) -> None
         state_dict={_PREFIX + name: value for name, value in weights.items()},
         save_embedding_layers=False,
     )
+
+
+def adapter_file_name(name: str) -> str:
+    """What a weight of an adapter is called in the file that peft writes."""
+    return _PREFIX + name.replace(".default", "")
 
 
 def merged(

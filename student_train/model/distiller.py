@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from decant.student_train.config.loss import LossConfig, LossTerms
 from decant.student_train.data.batch import Batch
-from decant.student_train.evaluation.heldout_sums import Figures, figures_of_chunks
+from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
 from decant.student_train.losses import (
     SparseTargets,
     fused_linear_divergence,
@@ -79,7 +79,7 @@ class Distiller(nn.Module):
         terms = terms or self.loss.at(0, 1)
         return opened(super().__call__(Sealed((batch, terms)), num_targets))
 
-    def figures(self, batch: Batch, terms: LossTerms) -> Figures:
+    def measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         """What the student is worth on a batch; logits are held for some targets at a time."""
         _, out = super().__call__(Sealed((batch, terms)), measure=True)
         return out.content
@@ -87,11 +87,11 @@ class Distiller(nn.Module):
     def forward(
         self, batch: "Sealed", num_targets: float | None = None, measure: bool = False
     ) -> "tuple[Tensor, Sealed]":
-        """What `__call__` or `figures` gives, sealed, and the loss for hooks to see."""
+        """What `__call__` or `measure` gives, sealed, and the loss for hooks to see."""
         content, terms = batch.content
         if measure:
-            figures = self._figures(content, terms)
-            return figures.loss, Sealed(figures)
+            sums = self._measure(content, terms)
+            return sums.loss, Sealed(sums)
         out = self._loss(content, terms, num_targets)
         return out.loss, Sealed(out)
 
@@ -139,24 +139,24 @@ class Distiller(nn.Module):
 
         return self._at_head(inputs, batch, loss_of)
 
-    def _figures(self, batch: Batch, terms: LossTerms) -> Figures:
+    def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         inputs, vocab_size = _inputs(batch), self.vocab_size
         if self.head is None:
             logits_NV = self.student(**inputs).logits.flatten(0, 1)
             logits_NV = logits_NV.index_select(0, batch.predictors)
-            return figures_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
+            return sums_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
         scale, softcap = self.head["logit_scale"], self.head["softcap"]
 
-        def figures_of(hidden_NH: Tensor, head: nn.Linear) -> Figures:
+        def sums_of(hidden_NH: Tensor, head: nn.Linear) -> HeldoutSums:
             product = wide_linear(hidden_NH, head.weight, head.bias)
 
             def logits_of(rows: slice) -> Tensor:
                 logits_RV = scale * product(rows)
                 return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
 
-            return figures_of_chunks(logits_of, batch, terms, vocab_size)
+            return sums_of_chunks(logits_of, batch, terms, vocab_size)
 
-        return self._at_head(inputs, batch, figures_of)
+        return self._at_head(inputs, batch, sums_of)
 
     def _at_head(
         self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]

@@ -1,6 +1,7 @@
 """Questions a model answers by running: does it see later tokens, does it mix packed sequences?"""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from decant.student_train.data.packing import log
 from decant.student_train.model.head import attention_of, probing
 
-PROBED_LENGTHS = (9, 7)
+log = logging.getLogger(__name__)
 
+PROBED_LENGTHS = (9, 7)
 
 POSITION_TOLERANCE = 0.1
 """Of the hidden states: 16-bit weights round, places that were not counted anew change far more."""

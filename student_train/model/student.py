@@ -1,6 +1,7 @@
 """Load or make the student and its tokenizer, and check that both fit the cache."""
 
 import difflib
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -25,9 +27,18 @@ OLDER_NAMES = (
     *("rotary_pct", "rotary_emb_base"),
 )
 """What transformers takes besides a configuration's fields: it makes rope_parameters of them."""
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""Generation settings that have an effect with do_sample alone."""
+BEAMS = ("early_stopping", "length_penalty")
+"""Generation settings that have an effect with several beams alone."""
+
+log = logging.getLogger(__name__)
 
 
-def load_tokenizer(reader: CacheReader) -> Any | None:
+def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> Any | None:
     """The teacher's tokenizer as kept in the cache; None if it was dumped from ready ids."""
     files = reader.manifest.tokenizer.files
     if not files:
@@ -38,7 +49,12 @@ def load_tokenizer(reader: CacheReader) -> Any | None:
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"the tokenizer in {reader.url}/{paths.TOKENIZER} cannot be loaded: {error}"
+            ) from error
         return as_fingerprinted(tokenizer, folder, reader.manifest.tokenizer.fingerprint)
 
 
@@ -48,26 +64,18 @@ def load_student(
     """The student and the tokenizer to save with it; `options` are for `from_pretrained`.
 
     Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
-    the cache's, ValueError if the student cannot be built.
+    the cache's, ValueError if the student cannot be built, or not all of its weights are there.
     """
-    tokenizer = load_tokenizer(reader)
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(reader, **trusted)
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
-        if Path(config.path, "adapter_config.json").exists():
-            raise ValueError(
-                f"student.path {config.path} holds an adapter alone: merge it into its base first"
-            )
-        try:
-            student = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=dtype, **attention, **options
-            )
-        except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-            raise ValueError(f"student.path {config.path} cannot be loaded: {error}") from error
+        student = _pretrained(config.path, dtype=dtype, **attention, **trusted, **options)
         if tokenizer is not None:
             try:
-                own = AutoTokenizer.from_pretrained(config.path)
+                own = AutoTokenizer.from_pretrained(config.path, **trusted)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"student.path {config.path} has no tokenizer to compare with the cache's: "
@@ -93,6 +101,94 @@ def load_student(
     ) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def _pretrained(path: str, **options: Any) -> PreTrainedModel:
+    """A student from a directory or the hub, with all of its weights."""
+    if Path(path, "adapter_config.json").exists():
+        raise ValueError(
+            f"student.path {path} holds an adapter alone: merge it into its base first"
+        )
+    try:
+        student, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one line
+            **options,
+        )
+    except Exception as error:  # whatever a device, a weight file or an architecture may raise
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = ". If you have read that code and trust it: student.trust_remote_code: true"
+        raise ValueError(f"student.path {path} cannot be loaded: {error}{hint}") from error
+    if absent := absent_weights(loading):
+        unused = sorted(loading["unexpected_keys"])
+        beside = f"; they hold {unused[0]} instead, perhaps renamed" if unused else ""
+        raise ValueError(
+            f"student.path {path}: {len(absent)} tensors that its config.json asks for are not in "
+            f"the weights, or have another shape there, first {absent[0]}{beside}. Copy the model "
+            "again, or save it with the transformers class that its config.json names"
+        )
+    _mend_generation(student, path)
+    return student
+
+
+def absent_weights(loading: dict[str, Any]) -> list[str]:
+    """Names of the weights of a model that was loaded that are not in its files as it needs them.
+
+    `loading` is what `from_pretrained` says with `output_loading_info`; these weights are random.
+    """
+    unlike = [name for name, *_ in loading["mismatched_keys"]]
+    return sorted({*loading["missing_keys"], *unlike})
+
+
+def _mend_generation(student: PreTrainedModel, path: str) -> None:
+    """Unset what has no effect in the generation settings: transformers would refuse to save them.
+
+    Many published models say do_sample false beside a temperature.
+    """
+    settings = student.generation_config
+    if settings is None:
+        return
+    unused = [*SAMPLING] if not settings.do_sample else []
+    unused += [*BEAMS] if (settings.num_beams or 1) == 1 else []
+    unused += [] if settings.return_dict_in_generate else settings.extra_output_flags
+    unused += ["cache_implementation"] if settings.use_cache is False else []
+    unused += ["pad_token_id"] if (settings.pad_token_id or 0) < 0 else []
+    plain = GenerationConfig()
+    removed = {}
+    for name in unused:
+        value, default = getattr(settings, name, None), getattr(plain, name, None)
+        if value is not None and value != default:
+            removed[name] = value
+            setattr(settings, name, default)
+    if removed:
+        said = ", ".join(f"{name} {value}" for name, value in removed.items())
+        log.info("generation settings of %s have no effect and are left out: %s", path, said)
+
+
+def check_savable(student: PreTrainedModel, tokenizer: Any | None) -> None:
+    """Write what is small of a student into a folder that is dropped.
+
+    Raises ValueError for what would fail at the end of a run: settings that transformers refuses.
+    """
+    parts = [student.config, student.generation_config, tokenizer]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            if part is None:
+                continue
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # whatever a class of the model's own may raise
+                raise ValueError(
+                    f"the trained student could not be saved: its {type(part).__name__} is refused "
+                    f"by transformers: {error}"
+                ) from error
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what torch.compile puts in between."""
+    return name.replace("_orig_mod.", "")
 
 
 def _refuse_unknown(fields: dict[str, Any], defaults: PreTrainedConfig) -> None:

@@ -41,7 +41,7 @@ class Best:
         *,
         resumed_at: int,
     ) -> None:
-        """`metric` is a name of an evaluation's figures; patience 0 = never stop early.
+        """`metric` is the one that counts; patience 0 = never stop early.
 
         At step 0 what another run, perhaps of another config, has left is removed.
         """
@@ -51,38 +51,38 @@ class Best:
         if not resumed_at:
             self.remove()
         # What the first process finds counts: it has dropped lines that others may still see.
-        self.step, self.figures, self.since = of_first_process(self._found(output))
-        """Step and figures of the best, and evaluations since."""
+        self.step, self.metrics, self.since = of_first_process(self._found(output))
+        """Step and metrics of the best, and evaluations since."""
 
     def _found(self, output: Path) -> tuple[int, dict[str, float], int]:
-        step, figures, since = 0, {self.metric: self.sign * math.inf}, 0
+        step, metrics, since = 0, {self.metric: self.sign * math.inf}, 0
         if (self.folder / RECORD).exists():
             record = json.loads((self.folder / RECORD).read_text())
-            step, figures = record["step"], record["figures"]
+            step, metrics = record["step"], record["figures"]
         if (output / METRICS).exists():
             lines = (json.loads(line) for line in (output / METRICS).read_text().splitlines())
             since = sum(1 for line in lines if self.metric in line and line["step"] > step)
-        return step, figures, since
+        return step, metrics, since
 
     @property
     def should_stop(self) -> bool:
         """Whether as many evaluations as patience allows were no better."""
         return 0 < self.patience <= self.since
 
-    def update(self, step: int, figures: dict[str, float], model: nn.Module) -> None:
+    def update(self, step: int, metrics: dict[str, float], model: nn.Module) -> None:
         """Keep the weights if they are better than any before; all processes call it.
 
-        Raises ValueError if the figures do not have the metric.
+        Raises ValueError if `metrics` lacks the one that counts.
         """
-        if self.metric not in figures:
+        if self.metric not in metrics:
             raise ValueError(
-                f"eval.keep_best {self.metric!r} is not among the figures: {', '.join(figures)}"
+                f"eval.keep_best {self.metric!r} is not among the metrics: {', '.join(metrics)}"
             )
         # A step that is repeated after a resume is the best again, not a further evaluation.
-        if not self.sign * (figures[self.metric] - self.figures[self.metric]) < 0:  # NaN is worse
+        if not self.sign * (metrics[self.metric] - self.metrics[self.metric]) < 0:  # NaN is worse
             self.since += step > self.step
             return
-        self.step, self.figures, self.since = step, figures, 0
+        self.step, self.metrics, self.since = step, metrics, 0
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
@@ -92,7 +92,7 @@ class Best:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             torch.save(weights, temporary / WEIGHTS)
-            record = {"step": step, "figures": figures}
+            record = {"step": step, "figures": metrics}
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             sync_tree(temporary)
             shutil.rmtree(self.folder, ignore_errors=True)

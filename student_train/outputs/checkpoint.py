@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from decant.storage.files.durable import sync, sync_tree
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
+from decant.student_train.outputs.written import reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ FREE_TO_CHANGE = (
     "plots",
     "push_to_hub",
     "hub_private",
+    "student.trust_remote_code",
+    "eval.batch_size",
+    "eval.generation.batch_size",
 )
 """Fields that do not change what is computed, so a resumed run may differ in them. Of the sizes of
 batches only the product counts: `refuse_other_batches`."""
@@ -39,18 +43,39 @@ batches only the product counts: `refuse_other_batches`."""
 
 def config_record(config: TrainConfig) -> dict[str, Any]:
     """The fields that a checkpoint is only good for, as plain JSON values."""
-    fields = dataclasses.asdict(config)
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in FREE_TO_CHANGE:
-        del fields[name]
-    return json.loads(json.dumps(fields))
+        *groups, last = name.split(".")
+        group = fields
+        for key in groups:
+            group = group[key]
+        del group[last]
+    return fields
+
+
+def leaves(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested record by their dotted names; what is no mapping is a value.
+
+    Members of a list of mappings are named by their place in it.
+    """
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(place): one for place, one in enumerate(value)}
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def refuse_other_config(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
-    """Raise ValueError, listing the differences, unless both configs compute the same."""
+    """Raise ValueError, listing the differing options, unless both configs compute the same."""
+    was, now = leaves(theirs), leaves(ours)
     differing = [
-        f"  {name}: was {theirs.get(name)!r}, this run gives {ours.get(name)!r}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
+        f"  {name}: was {was.get(name)!r}, this run gives {now.get(name)!r}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name) and name not in FREE_TO_CHANGE
     ]
     if differing:
         raise ValueError(
@@ -108,21 +133,40 @@ class Checkpoints:
         if not steps:
             return 0
         latest = steps[-1]
-        state = json.loads((latest / "decant.json").read_text())
-        refuse_other_config(state["config"], self.config, str(latest))
-        refuse_other_batches(state["batches"], self.batches, str(latest))
-        self.accelerator.load_state(str(latest))
-        stream.load_state_dict(state["stream"])
+        with reading(latest):
+            state = json.loads((latest / "decant.json").read_text())
+            theirs, batches, stream_state = (state[key] for key in ("config", "batches", "stream"))
+        refuse_other_config(theirs, self.config, str(latest))
+        refuse_other_batches(batches, self.batches, str(latest))
+        with reading(latest):
+            self.accelerator.load_state(str(latest))
+        stream.load_state_dict(stream_state)
         log.info("resumed from %s", latest)
         return int(state["step"])
 
+    def path(self, step: int) -> Path:
+        """Where the one of a step goes."""
+        return self.folder / f"step-{step:08d}"
+
     def remove(self, step: int) -> None:
         """Drop the one of a step, on the first process, once what it was kept for is done."""
-        shutil.rmtree(self.folder / f"step-{step:08d}", ignore_errors=True)
+        shutil.rmtree(self.path(step), ignore_errors=True)
 
     def save(self, step: int, stream_state: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`."""
-        temporary, target = self.folder / f".step-{step:08d}.tmp", self.folder / f"step-{step:08d}"
+        """Write a checkpoint under a temporary name, rename it, drop the oldest beyond `keep`.
+
+        Raises NotWritten if it cannot be; those that were written before stay.
+        """
+        target = self.path(step)
+        with writing(target, "Older checkpoints stay"):
+            self._save(step, stream_state, target)
+            if self.accelerator.is_main_process:
+                for old in sorted(self.folder.glob("step-*"))[:-keep]:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, step: int, stream_state: dict[str, Any], target: Path) -> None:
+        temporary = target.with_name(f".{target.name}.tmp")
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover)
@@ -142,6 +186,3 @@ class Checkpoints:
             sync_tree(temporary)
             os.replace(temporary, target)
             sync(self.folder)
-            for old in sorted(self.folder.glob("step-*"))[:-keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: throughput, the bar, lines of metrics.jsonl, trackers."""
+"""What a run measures while it runs: throughput, memory, lines of metrics.jsonl, trackers."""
 
 import dataclasses
 import json
@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass
-class Window:
+class Recent:
     """Throughput since the last logged line."""
 
     targets: float = 0.0
@@ -59,7 +58,7 @@ class Metrics:
     """The lines of `metrics.jsonl`, which the trackers get too."""
 
     def __init__(self, output: Path, accelerator: Accelerator, resumed_at: int) -> None:
-        """Drop the lines behind step `resumed_at`, which are to be written again."""
+        """Drop the lines after step `resumed_at`, which are to be written again; at 0 all."""
         self.path, self.accelerator = output / METRICS, accelerator
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
@@ -73,24 +72,14 @@ class Metrics:
         step = values["step"]
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
 
-
-def bar_text(loss: float, kd: float, ce: float, window: Window) -> str:
-    """What the bar says behind its steps, rate and time to go."""
-    return (
-        f"loss {loss:.3f} (kd {kd:.3f}, ce {ce:.3f}), {window.tokens_per_s:,.0f} tokens/s, "
-        f"{peak_memory_bytes() / 1e9:.1f} GB"
-    )
-
-
-def progress_bar(steps: int, first: int, accelerator: Accelerator) -> tqdm:
-    """A bar over the steps, on the main process of a terminal."""
-    return tqdm(
-        total=steps,
-        initial=first,
-        desc="train",
-        unit=" steps",
-        disable=not accelerator.is_main_process or None,
-    )
+    def of_step(self, step: int) -> dict[str, float]:
+        """What was measured at a step, by the first line of it; empty where there is none."""
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                values = json.loads(line)
+                if values.pop("step") == step:
+                    return values
+        return {}
 
 
 def peak_memory_bytes() -> int:
@@ -102,11 +91,11 @@ def peak_memory_bytes() -> int:
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop the lines behind a step and a torn last line."""
+    """Drop the lines after a step and a torn last line; all lines if nothing was trained yet."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if step else []:
         try:
             values = json.loads(line)
         except ValueError:

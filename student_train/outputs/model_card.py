@@ -1,4 +1,4 @@
-"""The model card beside a student: which teacher, which cache, which loss, and the figures."""
+"""The model card beside a student: which teacher, which cache, which loss, and the metrics."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ MEANINGS = {
 
 def model_card(config: TrainConfig, manifests: Sequence[Manifest], summary: dict[str, Any]) -> str:
     """The text of the student's README.md; `manifests` are those of the caches trained on."""
-    figures = {
+    metrics = {
         name: summary[name]
         for name in (*NAMES, *ROUGE)
         if isinstance(summary.get(name), int | float)
@@ -49,11 +49,11 @@ def model_card(config: TrainConfig, manifests: Sequence[Manifest], summary: dict
                 task_type="text-generation",
                 dataset_type="decant-cache",
                 dataset_name="held-out targets",
-                metric_type=figure,
-                metric_name=figure,
+                metric_type=metric,
+                metric_name=metric,
                 metric_value=round(value, 6),
             )
-            for figure, value in figures.items()
+            for metric, value in metrics.items()
         ]
         or None,
     )
@@ -67,11 +67,11 @@ def model_card(config: TrainConfig, manifests: Sequence[Manifest], summary: dict
         "## Training",
         _table(("", "value"), _training_rows(config, summary)),
     ]
-    if figures:
-        rows = [(f"`{f}`", f"{value:.4f}", MEANINGS[f]) for f, value in figures.items()]
+    if metrics:
+        rows = [(f"`{m}`", f"{value:.4f}", MEANINGS[m]) for m, value in metrics.items()]
         if "best_step" in summary:
             rows.append(("step", str(summary["best_step"]), f"the best {config.eval.keep_best}"))
-        parts += ["## Figures", _table(("figure", "value", "meaning"), rows)]
+        parts += ["## Metrics", _table(("metric", "value", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,16 +90,9 @@ def _cache_rows(manifests: Sequence[Manifest]) -> list[tuple[str, ...]]:
 
 
 def _truncation(manifest: Manifest) -> str:
-    fields = dataclasses.asdict(manifest.truncation)
-    method = fields.pop("method")
-    defaults = {f.name: f.default for f in dataclasses.fields(manifest.truncation)}
-    always = {"topk": ("k",), "topk+sample": ("k",), "topp": ("p",)}.get(method, ())
-    shown = [
-        f"{name}={value}"
-        for name, value in fields.items()
-        if name in always or value != defaults[name]
-    ]
-    return f"{method} {', '.join(shown)}".strip()
+    truncation = manifest.truncation
+    shown = [f"{name}={getattr(truncation, name)}" for name in truncation.rule.options]
+    return f"{truncation.method} {', '.join(shown)}".strip()
 
 
 def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -43,7 +43,7 @@ def draw(metrics: Path, target: Path) -> bool:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        log.info("no %s: matplotlib is not installed (pip install '.[plots]')", target.name)
+        log.info("no %s: matplotlib is not installed (pip install 'decant[plots]')", target.name)
         return False
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     named = {name for _, names in PANELS for name in names} | set(NO_PANEL)

@@ -5,8 +5,9 @@ wants to know the batch sizes. Everything else of the loop is the same for all.
 """
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,19 +18,21 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from decant.student_train.config.run import TrainConfig
 
+SPLITS_OF_A_MODEL = {
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor",
+    "PARALLELISM_CONFIG_CP_SIZE": "context",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence",
+}
+"""Variables of `accelerate launch` that split one sequence or one matrix over devices."""
+
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of this process.
+    """The accelerator of this process; the other processes than the first only speak of trouble.
 
     Raises ValueError for trackers that cannot be had, where accelerate's or DeepSpeed's own
     configuration says otherwise than ours, and for processes that know nothing of each other.
     """
-    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched_with not in ("no", config.mixed_precision):
-        raise ValueError(
-            f"accelerate was launched with mixed_precision {launched_with}, this config has "
-            f"{config.mixed_precision}: set mixed_precision here, and no (or the same) there"
-        )
+    refuse_launch(config, os.environ)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.trackers or None,
@@ -46,7 +49,45 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"trackers {absent} are unknown or not installed; pip install them")
     if is_deepspeed(accelerator):
         tell_deepspeed(accelerator, config)
+    else:
+        accelerator.gradient_accumulation_steps = 1  # the loop divides by the targets of a step
+    if not accelerator.is_main_process:
+        logging.getLogger("decant").setLevel(logging.WARNING)
     return accelerator
+
+
+def refuse_launch(config: TrainConfig, environment: Mapping[str, str]) -> None:
+    """Raise ValueError if what `accelerate launch` or its saved config asks for has no effect here.
+
+    It comes as variables of the environment, which accelerate heeds by itself.
+    """
+
+    def asked(name: str, default: str) -> str:
+        return environment.get(name, default).lower() or default
+
+    precision = asked("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.mixed_precision):
+        raise ValueError(
+            f"accelerate was launched with mixed_precision {precision}, this config has "
+            f"{config.mixed_precision}: set mixed_precision here, and no (or the same) there"
+        )
+    accumulation = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", str(config.gradient_accumulation)):
+        raise ValueError(
+            f"accelerate was launched with gradient_accumulation_steps {accumulation}, this config "
+            f"has {config.gradient_accumulation}: set gradient_accumulation here, and leave it out "
+            "there"
+        )
+    if asked("ACCELERATE_USE_MEGATRON_LM", "false") == "true":
+        raise ValueError("accelerate was launched for Megatron-LM: use DDP, FSDP2 or DeepSpeed")
+    if asked("ACCELERATE_USE_PARALLELISM_CONFIG", "false") == "true":
+        for name, meaning in SPLITS_OF_A_MODEL.items():
+            if asked(name, "1") != "1":
+                raise ValueError(
+                    f"accelerate was launched with {meaning} parallelism ({name}="
+                    f"{environment[name]}), which the loss is not made for: use DDP, FSDP2 or "
+                    "DeepSpeed alone"
+                )
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -80,6 +121,9 @@ def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
                 "there, or auto"
             )
         plugin.deepspeed_config[name] = value
+    if plugin.zero_stage == 3:  # without, there would be no student to save
+        zero = plugin.deepspeed_config.setdefault("zero_optimization", {})
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 @contextlib.contextmanager

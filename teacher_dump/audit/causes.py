@@ -8,32 +8,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence
-from decant.schemas.arrow import log_z_column
+from decant.schemas.arrow import temperature_column
 from decant.storage.cache.logprobs import logprob_bound
-from decant.teacher_dump.audit.compare import _apart, _deviation, _rows, _said
-from decant.teacher_dump.audit.judge import _median, _pooled, _quantities, _tolerances
-from decant.teacher_dump.audit.report import Finding, Quantity
-from decant.teacher_dump.audit.scoring import _score
+from decant.teacher_dump.audit.compare import (
+    control_deviations,
+    deviations_from,
+    live_values,
+    matching_rows,
+)
+from decant.teacher_dump.audit.judge import (
+    ROUNDING_NATS,
+    compare_quantities,
+    median,
+    pooled,
+    tolerances_from,
+)
+from decant.teacher_dump.audit.report import Compared, Finding
+from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.teacher import Teacher
 
 
-def _causes(
+def find_causes(
     config: TeacherConfig,
     teacher: Teacher,
     manifest: Manifest,
     cached: list[ScoredSequence],
     live: list[ScoredSequence],
-    quantities: list[Quantity],
+    quantities: list[Compared],
 ) -> list[Finding]:
     """The usual causes that explain the numbers."""
     tolerance = {q.name: q.tolerance for q in quantities}
     pairs = list(zip(cached, live, strict=True))
-    name = "logprob" if manifest.layout.has_logprobs else "entropy"
+    name = next(n for n in ("logprob", "entropy", "label_logprob") if n in tolerance)
     bad = [
         (old, new)
         for old, new in pairs
-        if _median(_deviation(old, new, manifest)[name]) > tolerance[name]
+        if median(deviations_from(old, new, manifest)[name]) > tolerance[name]
     ]
     findings = []
     for shift in (1, -1):
@@ -50,13 +61,13 @@ def _causes(
             findings.append(Finding(kind="shift", text=text))
             bad = [pair for pair in bad if pair not in shifted]
     if bad and name == "logprob":
-        findings += _scaled(bad, manifest, tolerance[name])
+        findings += _find_scale(bad, manifest, tolerance[name])
     off = [t for t in manifest.temperatures if t != 1]
     wrong = {q.name for q in quantities if not q.agrees}
     if not wrong & {"logprob", "ids"}:
         for t in off:
-            if log_z_column(t) in wrong:
-                findings += _mislabelled(config, teacher, manifest, cached, t)
+            if temperature_column("log_z", t) in wrong:
+                findings += _find_label(config, teacher, manifest, cached, t)
     return findings
 
 
@@ -68,11 +79,11 @@ def _is_shifted(
     name: str,
     tolerance: float,
 ) -> bool:
-    deviation = _deviation(cached, live, manifest, shift)[name]
-    return len(deviation) > 0 and _median(deviation) <= tolerance
+    deviation = deviations_from(cached, live, manifest, shift)[name]
+    return len(deviation) > 0 and median(deviation) <= tolerance
 
 
-def _scaled(
+def _find_scale(
     pairs: Sequence[tuple[ScoredSequence, ScoredSequence]], manifest: Manifest, tolerance: float
 ) -> list[Finding]:
     """Another temperature multiplies all gaps between log probs; another normaliser none."""
@@ -81,9 +92,9 @@ def _scaled(
     bounds: list[NDArray[np.float64]] = []
     offsets: list[NDArray[np.float64]] = []
     for cached, live in pairs:
-        ours, theirs = _rows(cached, live)
+        ours, theirs = matching_rows(cached, live)
         assert cached.logprobs is not None
-        values = _said(live, theirs, cached.token_ids[ours], manifest.temperatures).logprobs
+        values = live_values(live, theirs, cached.token_ids[ours], manifest.temperatures).logprobs
         bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
         known = np.isfinite(values) & np.isfinite(bound)
         known[:, 0] &= known[:, 1:].any(axis=1)
@@ -98,14 +109,14 @@ def _scaled(
     if not (square := np.nansum(x * x)) > 0:
         return []
     slope = float(np.nansum(x * y) / square)
-    left = _median(np.nanmax(np.abs(y - slope * x) - slack, axis=1))
-    if abs(slope - 1) > 0.02 and left <= tolerance + 0.01 * _median(np.nanmax(np.abs(y), axis=1)):
+    left = median(np.nanmax(np.abs(y - slope * x) - slack, axis=1))
+    if abs(slope - 1) > 0.02 and left <= tolerance + 0.01 * median(np.nanmax(np.abs(y), axis=1)):
         text = (
             f"wrong temperature: the log probs are the teacher's at T={1 / slope:.3g}, not at T=1"
         )
         return [Finding(kind="temperature", text=text)]
-    left = _median(np.nanmax(np.abs(y - x) - slack, axis=1))
-    offset = _median(np.concatenate(offsets))
+    left = median(np.nanmax(np.abs(y - x) - slack, axis=1))
+    offset = median(np.concatenate(offsets))
     if left <= 2 * tolerance and abs(offset) > 4 * tolerance:
         text = (
             "another normalisation: the log probs of a target are all off by the same "
@@ -116,7 +127,7 @@ def _scaled(
     return []
 
 
-def _mislabelled(
+def _find_label(
     config: TeacherConfig,
     teacher: Teacher,
     manifest: Manifest,
@@ -126,14 +137,14 @@ def _mislabelled(
     """Which temperature a stored log Z, which grows with it, belongs to."""
     some = cached[:8]
     ladder = tuple(float(t) for t in np.geomspace(temperature / 4, temperature * 4, 25) if t > 0.01)
-    some, live, _, _ = _score(config, teacher, manifest, some, temperatures=(1.0, *ladder))
+    scored = score_live(config, teacher, manifest, some, temperatures=(1.0, *ladder))
     column = manifest.temperatures.index(temperature)
     found = []
-    for old, new in zip(some, live, strict=True):
-        for row, at in zip(*_rows(old, new), strict=True):
+    for old, new in zip(scored.cached, scored.together, strict=True):
+        for row, at in zip(*matching_rows(old, new), strict=True):
             log_t = np.interp(old.log_z[row, column], new.log_z[at, 1:], np.log(ladder))
             found.append(math.exp(log_t))
-    name = log_z_column(temperature)
+    name = temperature_column("log_z", temperature)
     low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
     if high / low > 1.05 or abs(middle / temperature - 1) < 0.01:
         return []
@@ -141,13 +152,13 @@ def _mislabelled(
     return [Finding(kind="temperature", text=text)]
 
 
-def _precision(
+def find_precision(
     config: TeacherConfig,
     teacher: Teacher,
     manifest: Manifest,
     cached: list[ScoredSequence],
     live: list[ScoredSequence],
-    quantities: list[Quantity],
+    quantities: list[Compared],
 ) -> list[Finding]:
     """A note if log probs disagree by no more than what computing in 16 bits does."""
     if all(q.agrees for q in quantities if q.name == "logprob"):
@@ -158,19 +169,23 @@ def _precision(
     for dtype in ("float32", "bfloat16"):
         if dtype not in runs:
             other = dataclasses.replace(config, dtype=dtype)
-            scored, runs[dtype], *_ = _score(other, teacher, manifest, cached)
-            if len(scored) < len(cached):  # half precision overflows on some
+            scored = score_live(other, teacher, manifest, cached)
+            if scored.failed:  # half precision overflows on some
                 return []
+            runs[dtype] = scored.together
     one, other_run = runs["float32"], runs["bfloat16"]
-    control = [_apart(c, a, b, manifest) for c, a, b in zip(cached, one, other_run, strict=True)]
-    tolerances = _tolerances(control)
-    quantities = _quantities(manifest, cached, live, tolerances)
+    control = [
+        control_deviations(c, a, b, manifest)
+        for c, a, b in zip(cached, one, other_run, strict=True)
+    ]
+    tolerances = tolerances_from(control, ROUNDING_NATS["bfloat16"])
+    quantities = compare_quantities(manifest, cached, live, tolerances)
     if not all(q.agrees for q in quantities):
         return []
     medians = {
-        dtype: _median(
-            _pooled(
-                (_deviation(old, new, manifest) for old, new in zip(cached, run, strict=True)),
+        dtype: median(
+            pooled(
+                (deviations_from(old, new, manifest) for old, new in zip(cached, run, strict=True)),
                 "logprob",
             )
         )
@@ -186,7 +201,7 @@ def _precision(
     return [Finding(kind="precision", text=text)]
 
 
-def _plain(quantities: Iterable[Quantity]) -> list[Finding]:
+def disagreements(quantities: Iterable[Compared]) -> list[Finding]:
     """What disagrees, where no cause explains it."""
     return [
         Finding(

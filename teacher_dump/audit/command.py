@@ -1,94 +1,92 @@
-"""`audit`: its arguments and what it prints."""
+"""`audit`: what it takes and what it prints."""
 
-import argparse
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
 
-from jsonargparse import ArgumentParser
-from tqdm import tqdm
-
-from decant.schemas import to_json
-from decant.storage.cli import process as cli
-from decant.storage.cli.terminal import json_text
-from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.engines.config import DTYPES, ENGINES
-from decant.teacher_dump.engines.quiet import quiet_transformers
-
-AUDIT = """Score a random sample of a cache again with a live teacher and compare.
-
-  python -m teacher_dump audit caches/mine --teacher path/or/hub-id
-  python -m teacher_dump audit caches/mine --teacher path/or/hub-id --sample 200 --json
-
-The sample is scored twice, in common batches and one by one; what the teacher then differs from
-itself (control) sets the tolerance: 1e-4 nats plus 4 times its 99 % quantile, beyond what the
-stored precision explains. Compared are kept ids (ties may change places), log probs, log Z and log
-tail at every temperature, the actual token's log prob, and counts of draws. No sequence as a whole
-and at most 1 % of the targets may lie beyond.
-
-A disagreement is named: shifted by one token; wrong temperature; another normalisation, tokenizer,
-vocabulary or teacher. One that is no larger than what bfloat16 differs from float32 by is a note.
-Works while a dump is running. Exit code 0: the cache agrees; 1: it does not, one line per finding;
-2: nothing could be compared, one line of why not.
-"""
+from decant.storage.cli import process
+from decant.storage.cli.commands import Command
+from decant.storage.cli.options import Hidden, Shown, Word
+from decant.teacher_dump.engines.config import TeacherConfig
 
 
-def audit_parser() -> ArgumentParser:
-    """The command line of `audit`."""
-    command = ArgumentParser(
-        description=AUDIT, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
-    )
-    add = command.add_argument
-    add("url", metavar="DIR", help="the cache: a directory or an fsspec URL")
-    add(
-        "--teacher",
-        required=True,
-        metavar="PATH",
-        help="directory or hub id of the teacher; with engine http the URL of a service",
-    )
-    add("--api-key-env", default="", metavar="NAME", help="http: variable with the service's key")
-    add("--revision", default="", help="branch, tag or commit of a hub id")
-    add("--tokenizer", default="", metavar="PATH", help="unless the teacher's own")
-    add("--engine", default="transformers", choices=ENGINES, help="which runs it")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: that of the dump")
-    add("--device", default="auto", help="transformers: a torch device; auto: GPUs if any")
-    add("--max-batch-tokens", type=int, default=8192, metavar="N", help="tokens per forward")
-    add("--sample", type=int, default=32, metavar="N", help="sequences to score")
-    add("--seed", type=int, default=0, help="of the choice of sequences")
-    add("--json", action="store_true", help="print one JSON object")
-    return command
+@dataclass(frozen=True, kw_only=True)
+class AuditArguments(TeacherConfig):
+    """Which cache, which teacher, and how much of it; the teacher's options are its config's."""
+
+    url: Annotated[str, Word("DIR")]
+    """The cache: a directory or an fsspec URL."""
+    teacher: Annotated[str, Shown("PATH")]
+    """Directory or hub id of the teacher; with engine http the URL of a service."""
+    sample: int = 32
+    """Sequences to score."""
+    seed: int = 0
+    """Of the choice of sequences."""
+    json: bool = False
+    """Print one JSON object."""
+    path: Annotated[str, Hidden()] = ""
+    """Given as `teacher`."""
+    endpoints: Annotated[tuple[str, ...], Hidden()] = ()
+    """Given as `teacher`."""
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> TeacherConfig:
+        """The teacher. Raises ValueError where its options do not go together."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(TeacherConfig)}
+        is_http = self.engine == "http"
+        given["path"] = "" if is_http else self.teacher
+        given["endpoints"] = (self.teacher,) if is_http else ()
+        return TeacherConfig(**given)
 
 
-def run_audit(options: Any) -> int:
+def run_audit(arguments: AuditArguments) -> int:
     """Audit a cache and print the findings; returns the exit code."""
-    quiet_transformers()
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text, progress_bar
     from decant.teacher_dump.audit.report import report_text
     from decant.teacher_dump.audit.run import audit
+    from decant.teacher_dump.engines.quiet import quiet_transformers
 
-    config = TeacherConfig(
-        path="" if options["engine"] == "http" else options["teacher"],
-        endpoints=(options["teacher"],) if options["engine"] == "http" else (),
-        api_key_env=options["api_key_env"],
-        revision=options["revision"],
-        tokenizer=options["tokenizer"],
-        engine=options["engine"],
-        dtype=options["dtype"],
-        device=options["device"],
-        max_batch_tokens=options["max_batch_tokens"],
-    )
-    with tqdm(desc="audit", unit=" sequences", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    quiet_transformers()
+    with progress_bar("audit", "sequences") as progress:
         report = audit(
-            options["url"],
-            config,
-            sample=options["sample"],
-            seed=options["seed"],
+            arguments.url,
+            arguments.config(),
+            sample=arguments.sample,
+            seed=arguments.seed,
             progress=progress,
         )
-    if options["json"]:
+    if arguments.json:
         print(json_text({"ok": report.ok, **to_json(report)}))
     else:
         print(report_text(report))
-    return cli.DONE if report.ok else cli.BAD_DATA
+    return process.DONE if report.ok else process.BAD_DATA
+
+
+AUDIT = Command(
+    text="""
+  decant audit caches/mine --teacher path/or/hub-id
+  decant audit caches/mine --teacher path/or/hub-id --sample 200 --json
+
+A random sample is scored twice, in common batches and one by one; what the
+teacher then differs from itself (control) sets the tolerance: 1e-4 nats plus 4
+times its 99 % quantile, beyond what the stored precision explains. A control
+above what the teacher's dtype rounds (0.01 nats in float32, 0.1 in float16, 0.5
+in bfloat16 or with quantised weights) is a finding of its own. Compared are kept
+ids (ties may change places), log probs, log Z and log tail at every temperature,
+the actual token's log prob, and counts of draws. No sequence as a whole and at
+most 1 % of the targets may lie beyond.
+
+A disagreement is named: shifted by one token; wrong temperature; another
+normalisation, tokenizer, vocabulary or teacher. One that is no larger than what
+bfloat16 differs from float32 by is a note. Works while a dump is running. Exit
+code 0: the cache agrees; 1: it does not, one line per finding; 2: nothing could
+be compared, one line of why not.
+""",
+    arguments=AuditArguments,
+    common=("sample", "engine", "dtype", "device", "max_batch_tokens", "seed", "json"),
+    run=run_audit,
+    goes_on=False,
+)

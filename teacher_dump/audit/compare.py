@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
-from decant.schemas.arrow import log_tail_column, log_z_column
+from decant.schemas.arrow import temperature_column
 from decant.storage.cache.logprobs import logprob_bound
 
 NEGLIGIBLE_MASS = 1e-6
@@ -18,7 +18,7 @@ Deviations = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Values:
+class Values:
     """What one side says of n targets, about the ids that the cache keeps."""
 
     logprobs: NDArray[np.float64]
@@ -33,7 +33,7 @@ class _Values:
     """[n]."""
 
 
-def _rows(
+def matching_rows(
     cached: ScoredSequence, live: ScoredSequence, shift: int = 0
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Which targets of the cache are `shift` tokens before which live ones."""
@@ -43,10 +43,10 @@ def _rows(
     return np.flatnonzero(found), at[found]
 
 
-def _stored(cached: ScoredSequence, rows: NDArray[np.intp]) -> _Values:
+def _stored_values(cached: ScoredSequence, rows: NDArray[np.intp]) -> Values:
     """What the cache says."""
     assert cached.logprobs is not None and cached.log_tail is not None
-    return _Values(
+    return Values(
         cached.logprobs[rows].astype(np.float64),
         np.zeros(len(rows)),
         cached.log_z[rows].astype(np.float64),
@@ -55,16 +55,16 @@ def _stored(cached: ScoredSequence, rows: NDArray[np.intp]) -> _Values:
     )
 
 
-def _said(
+def live_values(
     live: ScoredSequence,
     rows: NDArray[np.intp],
     token_ids_NK: NDArray[np.int32],
     temperatures: tuple[float, ...],
-) -> _Values:
+) -> Values:
     """What the live teacher says of these ids."""
     assert live.logprobs is not None and live.log_tail is not None
     logprobs_NM = live.logprobs[rows].astype(np.float64)
-    slot_NK = _find(token_ids_NK, live.token_ids[rows])
+    slot_NK = find_slots(token_ids_NK, live.token_ids[rows])
     used, found = token_ids_NK >= 0, slot_NK >= 0
     kept = np.take_along_axis(logprobs_NM, slot_NK.clip(min=0), axis=1)
     rest_NM = logprobs_NM.copy()
@@ -76,7 +76,7 @@ def _said(
         for i, t in enumerate(temperatures)
     ]
     unknown = (used & ~found).any(axis=1, keepdims=True)
-    return _Values(
+    return Values(
         np.where(used, np.where(found, kept, np.nan), -np.inf),
         logprobs_NM[:, -1],
         log_z,
@@ -85,7 +85,7 @@ def _said(
     )
 
 
-def _find(ids_NK: NDArray[np.int32], entries_NM: NDArray[np.int32]) -> NDArray[np.intp]:
+def find_slots(ids_NK: NDArray[np.int32], entries_NM: NDArray[np.int32]) -> NDArray[np.intp]:
     """[n, K] in which slot of its row of entries each id stands; -1 = in none."""
     n, num_entries = entries_NM.shape
     offset = np.arange(n, dtype=np.int64)[:, None] << 32
@@ -100,8 +100,8 @@ def _log_sum_exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.logaddexp.reduce(x, axis=1, initial=-np.inf)
 
 
-def _between(
-    one: _Values, other: _Values, bound: NDArray | float, manifest: Manifest
+def _deviations_between(
+    one: Values, other: Values, bound: NDArray | float, manifest: Manifest
 ) -> Deviations:
     """How far two sides are apart beyond `bound`, [n, K] nats that the precision explains."""
     known = np.isfinite(one.logprobs) & np.isfinite(other.logprobs)
@@ -110,49 +110,54 @@ def _between(
         for this, that in ((one, other), (other, one)):
             above = np.where(np.isnan(that.logprobs), this.logprobs - that.ceiling[:, None], 0.0)
             apart = np.fmax(apart, above)
-        deviations = {"logprob": (apart - bound).clip(min=0).max(axis=1)}
+        deviations = {"logprob": (apart - bound).clip(min=0).max(axis=1, initial=0)}
     for i, temperature in enumerate(manifest.temperatures):
         if temperature != 1:
-            deviations[log_z_column(temperature)] = np.abs(one.log_z[:, i] - other.log_z[:, i])
+            deviations[temperature_column("log_z", temperature)] = np.abs(
+                one.log_z[:, i] - other.log_z[:, i]
+            )
         a, b = (np.log(np.exp(v.log_tail[:, i]) + NEGLIGIBLE_MASS) for v in (one, other))
-        deviations[log_tail_column(temperature)] = np.abs(a - b)
+        deviations[temperature_column("log_tail", temperature)] = np.abs(a - b)
     label = one.label_logprob - other.label_logprob
     if manifest.source.get("unknown_label") == "bound":  # of an import: may be too high
         label = label.clip(max=0)
     return {**deviations, "label_logprob": np.abs(label)}
 
 
-def _deviation(
+def deviations_from(
     cached: ScoredSequence, live: ScoredSequence, manifest: Manifest, shift: int = 0
 ) -> Deviations:
     """How far the cache is from what the live teacher says `shift` tokens later."""
-    ours, theirs = _rows(cached, live, shift)
+    ours, theirs = matching_rows(cached, live, shift)
     assert live.logprobs is not None
     if cached.logprobs is None:
-        assert cached.entropy is not None
-        low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
         label = cached.label_logprob[ours] - live.label_logprob[theirs]
+        deviations = {"label_logprob": np.abs(label.astype(np.float64))}
+        if (entropy := cached.entropy) is None:
+            return deviations
+        low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
         return {
-            "entropy": np.maximum(low - cached.entropy[ours], cached.entropy[ours] - high).clip(0),
-            "label_logprob": np.abs(label.astype(np.float64)),
-        }
-    said = _said(live, theirs, cached.token_ids[ours], manifest.temperatures)
+            "entropy": np.maximum(low - entropy[ours], entropy[ours] - high).clip(0)
+        } | deviations
+    said = live_values(live, theirs, cached.token_ids[ours], manifest.temperatures)
     bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
-    deviations = _between(_stored(cached, ours), said, bound, manifest)
-    if manifest.truncation.method != "sample":
-        deviations |= _selection(cached, ours, live.logprobs[theirs], said, manifest.truncation)
+    deviations = _deviations_between(_stored_values(cached, ours), said, bound, manifest)
+    if manifest.truncation.rule.has_head:
+        deviations |= _selection_deviations(
+            cached, ours, live.logprobs[theirs], said, manifest.truncation
+        )
     return deviations
 
 
-def _apart(
+def control_deviations(
     cached: ScoredSequence, one: ScoredSequence, other: ScoredSequence, manifest: Manifest
 ) -> Deviations:
     """How far two live scores are apart on the cache's ids."""
-    ours, rows = _rows(cached, one)
+    ours, rows = matching_rows(cached, one)
     ids = cached.token_ids[ours]
-    deviations = _between(
-        _said(one, rows, ids, manifest.temperatures),
-        _said(other, rows, ids, manifest.temperatures),
+    deviations = _deviations_between(
+        live_values(one, rows, ids, manifest.temperatures),
+        live_values(other, rows, ids, manifest.temperatures),
         0.0,
         manifest,
     )
@@ -178,11 +183,11 @@ def _entropy_bounds(
     return low, np.maximum(kept + tail * (np.log(max(others, 1)) - log_tail), low)
 
 
-def _selection(
+def _selection_deviations(
     cached: ScoredSequence,
     ours: NDArray[np.intp],
     logprobs_NM: NDArray[np.float32],
-    said: _Values,
+    said: Values,
     truncation: Truncation,
 ) -> Deviations:
     """By how many nats the kept ids miss the most probable ones; by which mass, top-p's p."""
@@ -194,7 +199,7 @@ def _selection(
     known = np.where(np.isnan(said.logprobs), said.ceiling[:, None], said.logprobs)
     last_kept = np.where(head, known, np.inf).min(axis=1)
     deviations = {"ids": (last_live - last_kept).clip(min=0)}
-    if truncation.method == "topp":
+    if "p" in truncation.rule.options:
         mass = np.exp(np.where(head, known, -np.inf)).sum(axis=1)
         short = np.where(kept < truncation.k, truncation.p - mass, 0)
         long = np.where(kept > truncation.min_k, mass - np.exp(last_kept) - truncation.p, 0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quantity:
+class Compared:
     """One thing that was compared, over all targets of the sample."""
 
     name: str
@@ -31,8 +31,9 @@ class Finding:
     """What a disagreement looks like, or a remark."""
 
     kind: str
-    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, unscored, or the name of a
-    quantity; of notes: precision, files, unknown, incomplete."""
+    """shift, temperature, normalisation, teacher, tokenizer, vocabulary, unscored, control (the
+    teacher disagrees with itself), or the name of a quantity; of notes: precision, files, unknown,
+    incomplete."""
     text: str
 
 
@@ -47,7 +48,7 @@ class AuditReport:
     sequences: int
     """Scored again."""
     targets: int
-    quantities: tuple[Quantity, ...]
+    quantities: tuple[Compared, ...]
     findings: tuple[Finding, ...]
     notes: tuple[Finding, ...]
 

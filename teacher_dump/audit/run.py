@@ -14,11 +14,16 @@ import numpy as np
 
 from decant.schemas import Manifest, tokenizer_fingerprint
 from decant.storage import CacheReader
-from decant.teacher_dump.audit.causes import _causes, _plain, _precision
-from decant.teacher_dump.audit.compare import _apart
-from decant.teacher_dump.audit.judge import _quantities, _tolerances
-from decant.teacher_dump.audit.report import AuditReport, Finding, Quantity
-from decant.teacher_dump.audit.scoring import _score
+from decant.teacher_dump.audit.causes import disagreements, find_causes, find_precision
+from decant.teacher_dump.audit.compare import control_deviations
+from decant.teacher_dump.audit.judge import (
+    compare_quantities,
+    find_unsteady,
+    rounding_nats,
+    tolerances_from,
+)
+from decant.teacher_dump.audit.report import AuditReport, Compared, Finding
+from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
@@ -65,24 +70,32 @@ def audit(
     cached = [s for s in (reader[int(i)] for i in np.sort(chosen)) if s.num_targets]
     if not cached:
         raise ValueError(f"{url}: none of {len(chosen)} sequences chosen at random has a target")
-    quantities: list[Quantity] = []
+    quantities: list[Compared] = []
     if teacher.info.vocab_size >= manifest.shared_vocab_size:
-        cached, live, alone, failed = _score(config, teacher, manifest, cached, progress)
-        findings += failed
-        control = [_apart(c, a, b, manifest) for c, a, b in zip(cached, live, alone, strict=True)]
-        tolerances = _tolerances(control)
-        quantities = _quantities(manifest, cached, live, tolerances)
+        scored = score_live(config, teacher, manifest, cached, progress)
+        cached, live = scored.cached, scored.together
+        findings += scored.failed
+        control = [
+            control_deviations(c, a, b, manifest)
+            for c, a, b in zip(cached, live, scored.alone, strict=True)
+        ]
+        saved = teacher.info.dtype.partition("+")[2]
+        dtype = "+".join(filter(None, (scored.dtype, saved)))
+        rounding = rounding_nats(dtype)
+        tolerances = tolerances_from(control, rounding)
+        findings += find_unsteady(tolerances, rounding, dtype)
+        quantities = compare_quantities(manifest, cached, live, tolerances)
         stored, given = manifest.teacher.fingerprint, teacher.info.fingerprint
         differs = f"(fingerprint {stored} in the manifest, {given} given)"
         causes: list[Finding] = []
         if not all(q.agrees for q in quantities):
-            causes = _causes(config, teacher, manifest, cached, live, quantities)
+            causes = find_causes(config, teacher, manifest, cached, live, quantities)
             if not causes and stored not in (given, UNKNOWN):
                 causes = [Finding(kind="teacher", text=f"another teacher {differs}")]
             elif not causes:
-                precision = _precision(config, teacher, manifest, cached, live, quantities)
+                precision = find_precision(config, teacher, manifest, cached, live, quantities)
                 notes += precision
-                causes = [] if precision else _plain(quantities)
+                causes = [] if precision else disagreements(quantities)
         if stored != given and not any(cause.kind == "teacher" for cause in causes):
             notes.append(Finding(kind="files", text=f"the teacher's files are others {differs}"))
         findings = causes + findings

@@ -1,6 +1,7 @@
 """The sampled sequences, scored by a teacher of today."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.teacher_dump.audit.report import Finding
@@ -13,19 +14,34 @@ LIVE_ENTRIES = 256
 """Live entries per target, at least; twice the cache's slots where that is more."""
 
 
-def _score(
+@dataclass(frozen=True, slots=True, eq=False)
+class Live:
+    """What of a sample the teacher could score."""
+
+    cached: list[ScoredSequence]
+    """As the cache has it."""
+    together: list[ScoredSequence]
+    """Scored in common batches."""
+    alone: list[ScoredSequence]
+    """Scored one by one, if that was asked for."""
+    failed: list[Finding]
+    """One for each of the others."""
+    dtype: str
+    """What the teacher computed in."""
+
+
+def score_live(
     config: TeacherConfig,
     teacher: Teacher,
     manifest: Manifest,
     cached: list[ScoredSequence],
     progress: Callable[[int, int], None] | None = None,
     temperatures: tuple[float, ...] = (),
-) -> tuple[list[ScoredSequence], list[ScoredSequence], list[ScoredSequence], list[Finding]]:
-    """What of the sample the teacher can score, its scores, and a finding for each of the others.
+) -> Live:
+    """The sample scored in common batches and, if there is `progress`, one by one too.
 
-    The live scores are in common batches and, if there is `progress`, one by one too. Neighbours
-    of the targets are scored as well, so that a shift can be recognised. Raises EngineError if
-    the teacher can score none.
+    Neighbours of the targets are scored as well, so that a shift can be recognised. Raises
+    EngineError if the teacher can score none.
     """
     engine = open_engine(
         config,
@@ -36,6 +52,7 @@ def _score(
         ),
         temperatures=temperatures or manifest.temperatures,
         max_length=max(len(s.input_ids) for s in cached),
+        fingerprint=teacher.info.fingerprint,
     )
     inputs = []
     for s in cached:
@@ -47,7 +64,7 @@ def _score(
     together: list[ScoredSequence] = []
     alone: list[ScoredSequence] = []
     failed: list[Finding] = []
-    cached = list(cached)
+    cached, dtype = list(cached), engine.dtype
     try:
         while (done := len(together)) < len(inputs):
             try:
@@ -67,4 +84,4 @@ def _score(
                 progress(len(inputs) + len(alone), 2 * len(inputs))
     finally:
         engine.close()
-    return cached, together, alone, failed
+    return Live(cached, together, alone, failed, dtype)

@@ -1,5 +1,6 @@
 """Which teacher is loaded and how, and which options have an effect with which engine."""
 
+import dataclasses
 import urllib.parse
 from dataclasses import dataclass, field
 
@@ -12,18 +13,42 @@ QUANTIZATIONS = ("", "bnb-4bit", "bnb-8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+EFFECT = {
+    "path": ("transformers", "vllm"),
+    "revision": ("transformers", "vllm"),
+    "trust_remote_code": ("transformers", "vllm"),
+    "adapter": ("transformers",),
+    "device": ("transformers",),
+    "attention": ("transformers",),
+    "quantization": ("transformers",),
+    "max_memory": ("transformers",),
+    "offload_folder": ("transformers",),
+    "tensor_parallel": ("vllm",),
+    "endpoints": ("http",),
+    "api_key_env": ("http",),
+    "requests": ("http",),
+    "wait_seconds": ("http",),
+}
+"""The engines with which an option has an effect; one that is not named here has it with all."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """The teacher and the engine that runs it."""
 
     path: str = ""
-    """Directory of a causal language model in transformers format, or a hub id; not with http."""
+    """Directory of a causal language model in transformers format, a hub id, or a .gguf file; not
+    with http."""
     revision: str = ""
     """Branch, tag or commit of a hub id."""
     tokenizer: str = ""
     """Path of the tokenizer; the teacher's own by default. "none": the source holds ready ids."""
+    adapter: str = ""
+    """transformers: directory or hub id of a PEFT adapter (LoRA) of the model at path."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's own files bring along; look at it before."""
     engine: str = "transformers"
-    """transformers | vllm | http (a teacher that `python -m teacher_dump serve` offers)."""
+    """transformers | vllm | http (a teacher that `decant serve` offers)."""
     dtype: str = "auto"
     """Computation dtype: auto (as saved) | float32 | bfloat16 | float16."""
     device: str = "auto"
@@ -51,50 +76,54 @@ class TeacherConfig:
     """http: how long no endpoint may answer before the job gives up."""
 
     def __post_init__(self) -> None:
-        if self.engine == "http":
-            self._check_http()
-        elif self.endpoints or self.api_key_env or self.requests != 4 or self.wait_seconds != 300:
-            raise ValueError(
-                "teacher.endpoints, api_key_env, requests and wait_seconds have no effect with "
-                f"engine {self.engine}"
-            )
-        elif not self.path:
-            raise ValueError("teacher.path is empty; it must name a model")
-        if self.tensor_parallel < 1:
-            raise ValueError(f"teacher.tensor_parallel is {self.tensor_parallel}, must be >= 1")
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(f"teacher.tensor_parallel has no effect with engine {self.engine}")
-        for name, allowed in (("engine", ENGINES), ("dtype", DTYPES)):
+        for name, allowed in (
+            ("engine", ENGINES),
+            ("dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"teacher.{name} {getattr(self, name)!r} is not one of {allowed}")
-        if self.max_batch_tokens < 1:
-            raise ValueError(f"teacher.max_batch_tokens is {self.max_batch_tokens}, must be >= 1")
-        if self.quantization not in QUANTIZATIONS:
-            raise ValueError(
-                f"teacher.quantization {self.quantization!r} is not one of {QUANTIZATIONS}"
-            )
-        placed = bool(self.max_memory or self.offload_folder)
-        if self.engine != "transformers" and (
-            self.attention or self.device != "auto" or self.quantization or placed
-        ):
-            raise ValueError(
-                "teacher.attention, device, quantization, max_memory and offload_folder have no "
-                f"effect with engine {self.engine}"
-            )
+        self._refuse_without_effect()
+        if self.engine == "http":
+            self._check_endpoints()
+        elif not self.path:
+            raise ValueError("teacher.path is empty; it must name a model")
+        for name in ("tensor_parallel", "max_batch_tokens", "requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"teacher.{name} is {getattr(self, name)}, must be >= 1")
+        if not self.wait_seconds >= 0:
+            raise ValueError(f"teacher.wait_seconds is {self.wait_seconds}, must be >= 0")
         if self.device.partition(":")[0] == "meta":
             raise ValueError("teacher.device meta holds no weights: use cpu, cuda, or auto")
-        if placed and self.device != "auto":
+        if (self.max_memory or self.offload_folder) and self.device != "auto":
             raise ValueError(
                 "teacher.max_memory and offload_folder have no effect with "
                 f"teacher.device {self.device}: leave it auto"
             )
 
-    def _check_http(self) -> None:
-        if self.path or self.revision:
-            raise ValueError(
-                "teacher.path and revision have no effect with engine http: the services at "
-                "teacher.endpoints say which teacher they offer"
+    def _refuse_without_effect(self) -> None:
+        """Raise ValueError for options that are set and that this engine would ignore."""
+        idle = []
+        for option in dataclasses.fields(self):
+            default = (
+                option.default
+                if option.default_factory is dataclasses.MISSING
+                else option.default_factory()
             )
+            is_set = getattr(self, option.name) != default
+            if is_set and self.engine not in EFFECT.get(option.name, ENGINES):
+                idle.append(option.name)
+        if not idle:
+            return
+        have = "have" if len(idle) > 1 else "has"
+        why = ""
+        if self.engine == "http" and {"path", "revision"} & {*idle}:
+            why = ": the services at teacher.endpoints say which teacher they offer"
+        raise ValueError(
+            f"teacher.{', '.join(idle)} {have} no effect with engine {self.engine}{why}"
+        )
+
+    def _check_endpoints(self) -> None:
         if not self.endpoints:
             raise ValueError("teacher.engine http needs teacher.endpoints: [http://host:port, ...]")
         for url in self.endpoints:
@@ -112,7 +141,3 @@ class TeacherConfig:
                 )
         if len({url.rstrip("/") for url in self.endpoints}) < len(self.endpoints):
             raise ValueError("teacher.endpoints names an endpoint twice")
-        if self.requests < 1:
-            raise ValueError(f"teacher.requests is {self.requests}, must be >= 1")
-        if self.wait_seconds < 0:
-            raise ValueError(f"teacher.wait_seconds is {self.wait_seconds}, must be >= 0")

@@ -5,6 +5,7 @@ its prompt, its seed and the settings; what else runs beside it may move it by r
 that equal calls give equal answers.
 """
 
+import functools
 from collections.abc import Callable
 
 from decant.schemas import Truncation
@@ -17,7 +18,7 @@ GENERATING_ENGINES = ("transformers", "vllm")
 def open_generator(
     config: TeacherConfig, model_path: str, *, sampling: Sampling, max_length: int
 ) -> Generator:
-    """Load the teacher at local directory `model_path` for sampling, behind `config.engine`.
+    """Load the teacher at local path `model_path` for sampling, behind `config.engine`.
 
     `max_length` is the longest prompt with its response, in tokens. Raises EngineError if the
     engine is not installed or cannot sample.
@@ -33,7 +34,7 @@ def open_generator(
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"source.generate with teacher.engine vllm needs {error.name}, which is not "
-                "installed here: use teacher.engine transformers, or see 'Engines' in the README"
+                "installed here: use teacher.engine transformers, or pip install 'decant[vllm]'"
             ) from error
         chosen = VllmGenerator
     else:
@@ -52,33 +53,31 @@ def open_engine(
     truncation: Truncation,
     temperatures: tuple[float, ...],
     max_length: int,
+    fingerprint: str = "",
 ) -> Engine:
-    """Load the teacher at local directory `model_path` behind the configured engine.
+    """Load the teacher at local path `model_path` behind the configured engine.
 
-    With engine http, `model_path` is the fingerprint that the teacher must have.
-
-    `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
+    With engine http there is no path; the services' teacher must have this `fingerprint`, if one is
+    given. `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
     `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
     not installed or cannot give this truncation or these temperatures.
     """
     if truncation.slots > vocab_size:
         raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
     chosen: Callable[..., Engine]
-    if config.engine == "vllm":
-        from decant.teacher_dump.engines.vllm.engine import VllmEngine
-
-        chosen = VllmEngine
-    elif config.engine == "http":
+    if config.engine == "http":
         from decant.teacher_dump.engines.http.engine import HttpEngine
 
-        chosen = HttpEngine
+        chosen = functools.partial(HttpEngine, config, fingerprint)
+    elif config.engine == "vllm":
+        from decant.teacher_dump.engines.vllm.engine import VllmEngine
+
+        chosen = functools.partial(VllmEngine, config, model_path)
     else:
         from decant.teacher_dump.engines.transformers.engine import TransformersEngine
 
-        chosen = TransformersEngine
+        chosen = functools.partial(TransformersEngine, config, model_path)
     return chosen(
-        config,
-        model_path,
         vocab_size=vocab_size,
         truncation=truncation,
         temperatures=temperatures,

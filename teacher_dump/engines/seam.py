@@ -50,6 +50,11 @@ def not_finite(sequence: TokenSequence, index: int) -> SequenceError:
 class Engine(Protocol):
     """A loaded teacher."""
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in: float32, bfloat16 or float16; auto where that is not known."""
+        ...
+
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int
     ) -> Iterator[ScoredSequence]:

@@ -6,14 +6,14 @@ Shapes: n targets, V vocabulary, K slots, T temperatures.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decant.schemas import Truncation
+from decant.schemas import Distributions, Truncation
 
 LOGPROB_FLOOR = -10_000.0
 """Log probs are floored here, so that a teacher's -inf logits stay finite numbers."""
@@ -34,24 +34,8 @@ class NotFinite(ValueError):
         self.row = row
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sparse:
-    """The sparse distributions of n targets, on the logits' device; see `ScoredSequence`."""
-
-    token_ids: Tensor
-    """[n, K] int32, -1 = unused slot."""
-    logprobs: Tensor
-    """[n, K] float32 descending, -inf = unused slot."""
-    draws: Tensor | None
-    """[n, K] int32."""
-    log_z: Tensor
-    """[n, T] float32."""
-    log_tail: Tensor
-    """[n, T] float32."""
-    label_logprob: Tensor
-    """[n] float32."""
-    entropy: Tensor | None = None
-    """[n] float32 nats of the whole distribution at T=1, with method `sample`."""
+Sparse = Distributions[Tensor]
+"""The sparse distributions of n targets, on the logits' device."""
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -124,11 +108,12 @@ def sparsify(
     """
     x = logits.float()
     token_ids, draws = _chosen(x, truncation, uniforms)
-    entropy = _entropy(x) if truncation.method == "sample" else None
-    if truncation.method == "topk":
+    entropy = _entropy(x) if "entropy" in truncation.given else None
+    if not truncation.rule.varies:
         used, kept_ids = None, token_ids
         kept = x.gather(1, kept_ids)
-        bound = kept[:, -1:]  # of the rest too: no pass for a maximum is needed
+        # The last kept one bounds the rest too: no pass for a maximum is needed.
+        bound = kept[:, -1:] if truncation.slots else x.amax(dim=1, keepdim=True)
     else:
         used, kept_ids = token_ids >= 0, token_ids.clamp(min=0)
         kept = x.gather(1, kept_ids).masked_fill(~used, -math.inf)
@@ -142,7 +127,7 @@ def sparsify(
     bound = bound.clamp(min=torch.finfo(torch.float32).min)
 
     # From here on relative to the first kept logit, so that an offset of all costs no digits.
-    first = kept[:, :1]
+    first = kept[:, :1] if truncation.slots else bound
     kept, label, rest_bound = kept - first, label - first[:, 0], (bound - first)[:, 0]
     log_sums, log_tails = [], []
     for temperature in temperatures:
@@ -160,15 +145,16 @@ def sparsify(
         for log_sum, temperature in zip(log_sums, temperatures, strict=True)
     ]
     logprobs = (kept - base[:, None]).clamp_(min=LOGPROB_FLOOR)
-    sparse = Sparse(
-        token_ids=token_ids.int(),
-        logprobs=logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
-        draws=draws,
-        log_z=torch.stack(log_z, dim=1),
-        log_tail=torch.stack(log_tails, dim=1),
-        label_logprob=(label - base).clamp(min=LOGPROB_FLOOR),
-        entropy=entropy,
-    )
+    known: dict[str, Any] = {
+        "token_ids": token_ids.int(),
+        "logprobs": logprobs if used is None else logprobs.masked_fill_(~used, -math.inf),
+        "draws": draws,
+        "log_z": torch.stack(log_z, dim=1),
+        "log_tail": torch.stack(log_tails, dim=1),
+        "label_logprob": (label - base).clamp(min=LOGPROB_FLOOR),
+        "entropy": entropy,
+    }
+    sparse: Sparse = Distributions(**{name: known[name] for name in truncation.given})
     if check and (row := first_not_finite(sparse)) is not None:
         raise NotFinite(row)
     return sparse
@@ -184,17 +170,19 @@ def _chosen(
     x: Tensor, truncation: Truncation, uniforms: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Kept ids [n, K] in descending logit, -1 = unused, and draw counts [n, K] if sampled."""
-    if truncation.method == "sample":
+    if not truncation.slots:
+        return torch.zeros(len(x), 0, dtype=torch.long, device=x.device), None
+    if not truncation.rule.has_head:
         assert uniforms is not None
         return _drawn(x, uniforms)
     head = _top(x, truncation.k)
-    if truncation.method == "topk" or (truncation.method == "topp" and truncation.p == 1):
-        return head, None
-    if truncation.method == "topp":
+    if truncation.p < 1:
         p = torch.softmax(x, dim=1).gather(1, head)
         before = p.cumsum(dim=1) - p
         rank = torch.arange(truncation.k, device=x.device)
-        return head.masked_fill((before >= truncation.p) & (rank >= truncation.min_k), -1), None
+        head = head.masked_fill((before >= truncation.p) & (rank >= truncation.min_k), -1)
+    if not truncation.sampled:
+        return head, None
     assert uniforms is not None
     tail = x.scatter(1, head, -math.inf)
     ids, draws = _drawn(tail, uniforms)

@@ -2,17 +2,17 @@
 
 Between the nodes of the parsed template it puts marks: where an iteration over the messages begins
 and ends, and where a {% generation %} block does. The marks are rendered along, read and taken out
-again. Whether they changed what the template does is for the caller to check, against the text that
-the template renders without them.
+again. A template that keeps what it renders (in a macro, in a variable) may look at marks in it, so
+then the caller compares with the text that it renders without them.
 """
 
 import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,6 +37,8 @@ class Marked:
     """Message and characters, in the order of the text; what comes from no message is in none."""
     blocks: list[tuple[int | None, Span]]
     """The generation blocks, with the message each belongs to if that is known."""
+    is_sure: bool
+    """No mark was where the template may have looked at it."""
 
     def runs_of(self, index: int) -> list[Span]:
         """The characters of one message that no other message inside it renders."""
@@ -46,13 +48,15 @@ class Marked:
 def render_marked(
     source: str, messages: list[dict[str, Any]], variables: dict[str, Any]
 ) -> Marked | None:
-    """What the template renders, with its origins; None if the messages hold marks themselves.
+    """What the template renders, with its origins; None if the messages themselves hold marks.
 
     Raises what the template raises. `variables` is all it gets besides the messages.
     """
     marker = _Marker(messages)
     rendered = _compiled(source).template.render(messages=messages, **{MARKER: marker}, **variables)
-    return _read(rendered)
+    if marker.is_sure and len(MARK.findall(rendered)) != marker.count:
+        return None
+    return _read(rendered, marker.is_sure)
 
 
 def has_blocks(source: str) -> bool:
@@ -66,59 +70,93 @@ class _Marker:
     def __init__(self, messages: list[dict[str, Any]]) -> None:
         self._indices = {id(message): index for index, message in enumerate(messages)}
         self._open: dict[int, int] = {}
+        self.is_sure = True
+        self.count = 0
 
-    def begin(self, loop: int, item: Any) -> str:
+    def begin(self, is_kept: bool, loop: int, item: Any) -> str:
         """Mark the start of an iteration over an item, if that is a message."""
-        ended = self.end(loop)
+        ended = self.end(is_kept, loop)
         index = self._indices.get(id(item))
         if index is None:
             return ended
         self._open[loop] = index
-        return f"{ended}{BEGIN}{loop}:{index}{END}"
+        return ended + self._mark(is_kept, f"{loop}:{index}")
 
-    def assign(self, loop: int, item: Any) -> str:
+    def assign(self, is_kept: bool, loop: int, item: Any) -> str:
         """Mark the same where an iteration over numbers looks its message up."""
-        return "" if loop in self._open else self.begin(loop, item)
+        return "" if loop in self._open else self.begin(is_kept, loop, item)
 
-    def end(self, loop: int) -> str:
+    def end(self, is_kept: bool, loop: int) -> str:
         """Mark the end of the iteration, if a message is open."""
-        return "" if self._open.pop(loop, None) is None else f"{BEGIN}/{loop}{END}"
+        return "" if self._open.pop(loop, None) is None else self._mark(is_kept, f"/{loop}")
+
+    def block(self, is_kept: bool, mark: str) -> str:
+        """Mark the edge of a generation block."""
+        return self._mark(is_kept, mark)
+
+    def _mark(self, is_kept: bool, mark: str) -> str:
+        self.is_sure &= not is_kept
+        self.count += 1
+        return f"{BEGIN}{mark}{END}"
 
 
 class _Marks(NodeTransformer):
+    """Puts the marks; knows whether what a node renders is kept first."""
+
     def __init__(self) -> None:
         self._loops: list[int] = []
         self._count = 0
+        self._is_kept = False
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
         self._count += 1
-        loop = self._count
-        self._loops.append(loop)
+        loop = nodes.Const(self._count)
+        self._loops.append(self._count)
         self.generic_visit(node)
         self._loops.pop()
-        name = node.target.name if isinstance(node.target, nodes.Name) else None
-        if name is not None:
-            node.body.insert(0, _call("begin", nodes.Const(loop), nodes.Name(name, "load")))
-        node.body.append(_call("end", nodes.Const(loop)))
-        return [node, _call("end", nodes.Const(loop))]  # after {% continue %} or {% break %}
+        if isinstance(node.target, nodes.Name):
+            node.body.insert(0, self._call("begin", loop, nodes.Name(node.target.name, "load")))
+        node.body.append(self._call("end", loop))
+        return [node, self._call("end", loop)]  # after {% continue %} or {% break %}
 
     def visit_Assign(self, node: nodes.Assign) -> Any:
         if not self._loops or not isinstance(node.target, nodes.Name):
             return node
         looked_up = nodes.Name(node.target.name, "load")
-        return [node, _call("assign", nodes.Const(self._loops[-1]), looked_up)]
+        return [node, self._call("assign", nodes.Const(self._loops[-1]), looked_up)]
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        edge = node.nodes[0] if len(node.nodes) == 1 else None
+        if isinstance(edge, nodes.TemplateData) and edge.data in (BLOCK_BEGIN, BLOCK_END):
+            return self._call("block", nodes.Const(edge.data[1:-1]))
+        return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
         loops, self._loops = self._loops, []
-        self.generic_visit(node)
+        self._visit_kept(node)
         self._loops = loops
         return node
+
+    def _visit_kept(self, node: nodes.Node) -> nodes.Node:
+        was_kept, self._is_kept = self._is_kept, True
+        self.generic_visit(node)
+        self._is_kept = was_kept
+        return node
+
+    visit_AssignBlock = visit_FilterBlock = visit_CallBlock = _visit_kept
+
+    def _call(self, method: str, *arguments: nodes.Expr) -> nodes.Output:
+        given = [nodes.Const(self._is_kept), *arguments]
+        marker = nodes.Name(MARKER, "load")  # as a filter: a call would pass the sandbox's checks
+        return nodes.Output([nodes.Filter(marker, f"{MARKER}_{method}", given, [], None, None)])
 
 
 class _Generation(Extension):
     """{% generation %}: what is inside, between marks."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -128,11 +166,6 @@ class _Generation(Extension):
             nodes.Scope(body, lineno=line),
             nodes.Output([nodes.TemplateData(BLOCK_END)], lineno=line),
         ]
-
-
-def _call(method: str, *arguments: nodes.Expr) -> nodes.Output:
-    marker = nodes.Getattr(nodes.Name(MARKER, "load"), method, "load")
-    return nodes.Output([nodes.Call(marker, list(arguments), [], None, None)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +182,8 @@ def _compiled(source: str) -> _Compiled:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
+    for method in (_Marker.begin, _Marker.assign, _Marker.end, _Marker.block):
+        environment.filters[f"{MARKER}_{method.__name__}"] = method
     parsed = environment.parse(source)
     blocks = any(data.data == BLOCK_BEGIN for data in parsed.find_all(nodes.TemplateData))
     marked = _Marks().visit(parsed).set_lineno(1).set_environment(environment)
@@ -163,7 +198,7 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _read(rendered: str) -> Marked | None:
+def _read(rendered: str, is_sure: bool) -> Marked | None:
     """Take the marks out. Each is a number of a loop with a message, or the end of either."""
     texts: list[str] = []
     runs: list[tuple[int, Span]] = []
@@ -197,4 +232,4 @@ def _read(rendered: str) -> Marked | None:
             loop, _, index = mark.partition(":")
             stack.append((loop, int(index)))
     text = "".join(texts)
-    return None if BEGIN in text or END in text else Marked(text, runs, blocks)
+    return None if BEGIN in text or END in text else Marked(text, runs, blocks, is_sure)

@@ -4,6 +4,7 @@ Owns the fields of messages and tools: parts joined, nulls of Arrow left out, JS
 tool calls alike, `weight: 0` read. Knows nothing of chat templates.
 """
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -134,14 +135,13 @@ def _tools(record: Record) -> list[Any] | None:
         raise SourceError(f"{record.where}: tools is {tools!r:.60}: expected a list of objects")
     decoded = []
     for tool in tools or []:
+        found = tool
         if isinstance(tool, str):
-            try:
-                tool = json.loads(tool)
-            except ValueError:
-                tool = None
-        if not isinstance(tool, dict):
+            with contextlib.suppress(ValueError):
+                found = json.loads(tool)
+        if not isinstance(found, dict):
             raise SourceError(f"{record.where}: tools holds {tool!r:.60}: expected objects")
-        decoded.append(_without_nulls(tool))
+        decoded.append(_without_nulls(found))
     return decoded or None
 
 
@@ -154,7 +154,8 @@ def _variables(record: Record) -> dict[str, Any]:
             f"{record.where}: chat_template_kwargs is {variables!r:.60}: expected an object"
         )
     check_variables(variables, record.where)
-    return {name: value for name, value in variables.items() if value is not None}
+    kept: dict[str, Any] = _without_nulls(variables)
+    return kept
 
 
 def _is_target(record: Record, index: int, message: Message) -> bool:
@@ -229,6 +230,8 @@ def _content(record: Record, index: int, message: Message) -> str:
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and text is None:
+            text = ""
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise Unrenderable(
                 f"{record.where}: message {index + 1} holds a part of type"
@@ -264,6 +267,11 @@ def _call(
         arguments = decoded if isinstance(decoded, dict) else arguments
     else:
         arguments = _without_nulls({} if arguments is None else arguments)
+        if not isinstance(arguments, dict):
+            raise Unrenderable(
+                f"{record.where}: a tool call of message {place[0] + 1} has the arguments"
+                f" {arguments!r:.60}: expected an object, or its JSON"
+            )
     others = {name: value for name, value in function.items() if value is not None}
     return {"type": "function", **call, "function": {**others, "arguments": arguments}}
 

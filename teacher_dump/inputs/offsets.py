@@ -33,6 +33,8 @@ def tokens_in_spans(offsets: Offsets, spans: Iterable[Span]) -> Mask:
     starts, ends = offsets.reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
+        if start == end:
+            continue
         mask |= (starts < end) & ((ends > start) | ((starts == ends) & (starts == start)))
     return mask
 
@@ -50,8 +52,8 @@ class OffsetTokenizer:
         """Raises ValueError for a tokenizer that gives no offsets."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                "the tokenizer gives no character offsets, which targets: response needs for"
-                " messages: use its fast version, give prompt + response, or set targets: all"
+                "the tokenizer gives no character offsets, which targets: response needs: use its"
+                " fast version, give input_ids with a loss_mask, or set targets: all"
             )
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.backend_tokenizer.post_processor = None

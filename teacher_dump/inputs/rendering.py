@@ -45,22 +45,19 @@ def render(
     template: ChatTemplate, conversation: Conversation, *, targets: str, accept: bool
 ) -> Rendered:
     """The whole conversation. Raises Unrenderable; `accept`: whatever is missing in the text."""
-    text = template.text(conversation)
     located: Answers = {}
-    if targets == "all":
-        kept = conversation.excluded
-        if others := [i + 1 for i in kept if not is_answer(conversation.messages[i])]:
-            raise Unrenderable(
-                f"{conversation.where}: targets: all scores every message, but messages {others}"
-                " say they are no targets and are no answers: drop that, or set targets: response"
-            )
-    else:
-        kept = frozenset(range(len(conversation.messages))) - conversation.excluded
     if targets != "all" and template.has_blocks(conversation):
-        spans = _blocks(template, conversation, text)
+        text, spans = _blocks(template, conversation)
     else:
-        located = _answers(template, conversation, text) if targets != "all" or kept else {}
-        spans = [span for index in sorted(kept) for span in located.get(index, [])]
+        text = template.text(conversation)
+        if targets != "all" or _excluded_answers(conversation):
+            located = _answers(template, conversation, text)
+        spans = [
+            span
+            for index, found in located.items()
+            if (index in conversation.excluded) == (targets == "all")
+            for span in found
+        ]
     if not accept:
         check_contents(conversation, text, located)
         _check_tools(template, conversation, text)
@@ -102,11 +99,14 @@ def check_contents(
             if found < 0:  # the prompt for it may hold its beginning, <think>
                 found = _find(message, content, text, place, end)
         if found < 0:
-            _refuse(conversation, index, message["content"])
-        beside = reasoning_of(message) if reasoning and is_answer(message) else []
-        for words in [*beside, *_called(message)]:
+            _refuse(conversation, index, "content", message["content"])
+        thoughts = reasoning_of(message) if reasoning and is_answer(message) else []
+        for what, words in (
+            *(("reasoning", thought) for thought in thoughts),
+            *(("tool calls", called) for called in _called(message)),
+        ):
             if _find(message, words, text, place, end) < 0:
-                _refuse(conversation, index, words)
+                _refuse(conversation, index, what, words)
         place = max(place, found)
 
 
@@ -122,12 +122,12 @@ def _check_tools(template: ChatTemplate, conversation: Conversation, text: str) 
             )
 
 
-def _refuse(conversation: Conversation, index: int, words: str) -> None:
+def _refuse(conversation: Conversation, index: int, what: str, words: str) -> None:
     role = conversation.messages[index]["role"]
     raise Unrenderable(
-        f"{conversation.where}: the chat template leaves out or changes words of message"
-        f" {index + 1} of {len(conversation.messages)} ({role}), {words.strip()!r:.60}, or renders"
-        f" them elsewhere; {CONTENT_WAYS_OUT}"
+        f"{conversation.where}: the chat template leaves out the {what} {words.strip()!r:.60} of"
+        f" message {index + 1} of {len(conversation.messages)} ({role}), changes it, or renders it"
+        f" out of order; {CONTENT_WAYS_OUT}"
     )
 
 
@@ -177,10 +177,21 @@ def _called(message: Message) -> list[str]:
     return found
 
 
-def _blocks(template: ChatTemplate, conversation: Conversation, text: str) -> list[Span]:
-    """What the generation blocks cover, without those of messages that are no targets."""
+def _excluded_answers(conversation: Conversation) -> bool:
+    """Whether some answers are no targets. Raises Unrenderable if other messages say so."""
+    if others := [i + 1 for i in conversation.excluded if not is_answer(conversation.messages[i])]:
+        raise Unrenderable(
+            f"{conversation.where}: targets: all scores every message, but messages {others}"
+            " say they are no targets and are no answers: drop that, or set targets: response"
+        )
+    return bool(conversation.excluded)
+
+
+def _blocks(template: ChatTemplate, conversation: Conversation) -> tuple[str, list[Span]]:
+    """The text, and what its generation blocks cover, but for messages that are no targets."""
     marked = template.marked(conversation, template.shaped(conversation))
-    if marked is None or marked.text != text:
+    if marked is None:
+        template.text(conversation)  # raises what the template raises
         raise Unrenderable(
             f"{conversation.where}: the {{% generation %}} blocks of the chat template cannot be"
             " followed into what it renders: put them around plain output, or set targets: all"
@@ -191,7 +202,7 @@ def _blocks(template: ChatTemplate, conversation: Conversation, text: str) -> li
             message = max((i for i, run in marked.runs if run[1] <= start), default=None)
         if message not in conversation.excluded:
             spans.append((start, end))
-    return spans
+    return marked.text, spans
 
 
 def _answers(template: ChatTemplate, conversation: Conversation, text: str) -> Answers:
@@ -241,7 +252,7 @@ class _Trace:
 
     def spans(self, index: int, start: int | None, end: int | None) -> list[Span]:
         """Where an answer stands of which at most one end is known."""
-        self._render()
+        self._render(index)
         assert self._whole is not None
         runs = self._whole.runs_of(index)
         if not runs:
@@ -254,7 +265,7 @@ class _Trace:
             runs = [(first, min(last, end)) for first, last in runs]
         return [(max(first, start), last) for first, last in runs if last > max(first, start)]
 
-    def _render(self) -> None:
+    def _render(self, index: int) -> None:
         """Render with origins, and once more with a private word in place of each content."""
         if self._whole is not None:
             return
@@ -273,7 +284,7 @@ class _Trace:
         self._replaced = self._template.marked(self._conversation, replaced)
         if self._whole is None or self._whole.text != self._text or self._replaced is None:
             self._whole = None
-            raise self._unknown(0, "what it renders cannot be traced to the messages")
+            raise self._unknown(index, "what it renders cannot be traced to the messages")
         for index, (first, last) in self._replaced.runs:
             strange = [
                 word

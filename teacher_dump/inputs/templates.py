@@ -8,7 +8,6 @@ rendering a conversation of private words and looking for them. Knows nothing of
 import copy
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -70,6 +69,11 @@ class ChatTemplate:
             **variables,
             "strftime_now": lambda layout: _strftime(chat_date, layout),
         }
+        self._forms: dict[tuple[str, str], Any] = {}
+        self._agreed: set[str] = set()
+        """Templates that render the same with marks: those that keep nothing always do."""
+        self._shaped: tuple[Conversation, list[Message]] | None = None
+        """The last conversation; its first messages are rendered many times."""
 
     def source(self, conversation: Conversation) -> str:
         """The text of the template for this conversation: tokenizers may have one for tools."""
@@ -100,6 +104,8 @@ class ChatTemplate:
             ) from error
         except NoDateError as error:
             raise SourceError(f"{conversation.where}: {error}") from error
+        except SourceError:
+            raise
         except Exception as error:  # templates raise what they like
             raise Unrenderable(
                 f"{conversation.where}: the chat template cannot render this conversation: {error}"
@@ -117,22 +123,34 @@ class ChatTemplate:
             **self._variables,
             **conversation.variables,
         }
+        source = self.source(conversation)
         try:
+            marked = render_marked(source, messages, variables)
+            if marked is None or (marked.is_sure and source in self._agreed):
+                return marked
             plain = self._render(messages, conversation, prompt)
-            marked = render_marked(self.source(conversation), messages, variables)
         except Exception:  # templates raise what they like
             return None
-        return marked if marked is not None and marked.text == plain else None
+        if marked.text != plain:
+            return None
+        self._agreed.add(source)
+        return marked
 
     def shaped(
         self, conversation: Conversation, contents: dict[int, str] | None = None
     ) -> list[Message]:
-        """The messages in the form the template wants, `contents` in place of their own."""
-        contents = contents or {}
-        return [
-            self._shape(conversation, index, message, contents.get(index, message["content"]))
+        """The messages in the form the template wants, `contents` (of all) in place of theirs."""
+        if contents is None and self._shaped is not None and self._shaped[0] is conversation:
+            return self._shaped[1]
+        shaped = [
+            self._shape(
+                conversation, index, message, contents[index] if contents else message["content"]
+            )
             for index, message in enumerate(conversation.messages)
         ]
+        if contents is None:
+            self._shaped = conversation, shaped
+        return shaped
 
     def shaped_user(self, conversation: Conversation) -> Message:
         """A user's message of a private word, in the same form."""
@@ -147,6 +165,8 @@ class ChatTemplate:
             shaped["content"] = [{"type": "text", "text": content}]
         if calls := message.get("tool_calls"):
             form = self._call_form(conversation)
+            if not form.arguments_as_json:
+                _require_objects(conversation, index, calls)
             if form.content_is_none and not content:
                 shaped["content"] = None
             if form.arguments_as_json:
@@ -165,10 +185,6 @@ class ChatTemplate:
 
     def _reasoning_names(self, conversation: Conversation) -> tuple[str, ...]:
         return self._probed(conversation, "reasoning", self._probe_reasoning)
-
-    @functools.cached_property
-    def _forms(self) -> dict[tuple[str, str], Any]:
-        return {}
 
     def _probed(self, conversation: Conversation, what: str, probe: Any) -> Any:
         key = (what, self.source(conversation))
@@ -239,8 +255,8 @@ class ChatTemplate:
         """What it renders to, "" if it does not."""
         try:
             return self._render(messages, conversation, False)
-        except NoDateError:
-            raise
+        except NoDateError as error:
+            raise SourceError(f"{conversation.where}: {error}") from error
         except Exception:  # templates raise what they like
             return ""
 
@@ -286,6 +302,17 @@ def _with_json(conversation: Conversation, index: int, calls: list[Any]) -> list
             arguments = json.dumps(arguments, ensure_ascii=False)
         call["function"]["arguments"] = conversation.spoken.get((index, number), arguments)
     return calls
+
+
+def _require_objects(conversation: Conversation, index: int, calls: list[Any]) -> None:
+    """Raise Unrenderable for arguments that a template would encode a second time."""
+    for call in calls:
+        if isinstance(call["function"]["arguments"], str):
+            raise Unrenderable(
+                f"{conversation.where}: a tool call of message {index + 1} has the arguments"
+                f" {call['function']['arguments']!r:.60}: expected a JSON object, which the chat"
+                " template writes down; repair or remove the record"
+            )
 
 
 def _strftime(chat_date: str, layout: str) -> str:

@@ -1,15 +1,47 @@
-"""`run`: its arguments and what it prints."""
+"""`dump`: what it takes and what it prints."""
 
-from typing import Any
+from decant.storage.cli import process
+from decant.storage.cli.commands import Command
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.job.config import ShareConfig
 
-from decant.teacher_dump.job.ray_pool import RayConfig
+TEXT = """
+  decant dump --config dump.yaml
+  decant dump --config dump.yaml --truncation.k 32 --output caches/k32
+  decant dump --config dump.yaml --worker-index 3 --num-workers 16
+  decant dump --config dump.yaml --executor ray --ray.num_gpus 1
+
+The same command again goes on where the last one stopped: shards that are
+committed stay. A changed config, source, tokenizer or teacher is refused.
+"""
+COMMON = (
+    "output",
+    "teacher.path",
+    "teacher.engine",
+    "source.path",
+    "sequences.max_length",
+    "truncation.method",
+    "truncation.k",
+    "temperatures",
+)
 
 
-def ray_config(values: Any) -> RayConfig | None:
-    """Ray's options where they were asked for, None for a local run. Raises ValueError for both."""
-    ray = values["ray"]
-    if values["executor"] == "local" and ray != RayConfig():
-        raise ValueError("ray.* have no effect with executor local: add --executor ray")
-    if values["executor"] == "ray" and values["num_workers"] != 1:
-        raise ValueError("num-workers has no effect with executor ray, which counts its actors")
-    return ray if values["executor"] == "ray" else None
+def run_dump(config: DumpConfig, arguments: ShareConfig) -> int:
+    """Fill the cache and say what it holds; returns the exit code."""
+    from decant.teacher_dump.engines.quiet import quiet_transformers
+    from decant.teacher_dump.job.run import Worker, dump
+
+    quiet_transformers()
+    worker = Worker(arguments.worker_index, arguments.num_workers)
+    ray = arguments.ray if arguments.executor == "ray" else None
+    manifest = dump(config, worker, ray, retry_rejected=arguments.retry_rejected)
+    targets, state = manifest.num_targets, ", not all of them committed yet"
+    if manifest.totals is not None:
+        targets, state = manifest.totals.targets, ""
+        if manifest.totals.rejected:
+            state = f", {manifest.totals.rejected} sequences rejected"
+    print(f"{config.output}: {targets} targets in {manifest.num_shards} shards{state}")
+    return process.DONE
+
+
+DUMP = Command(text=TEXT, config=DumpConfig, arguments=ShareConfig, common=COMMON, run=run_dump)

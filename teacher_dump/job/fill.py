@@ -48,6 +48,7 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
         truncation=config.truncation,
         temperatures=tuple(config.temperatures),
         max_length=config.sequences.max_length,
+        fingerprint=teacher.info.fingerprint,
     )
 
 
@@ -169,5 +170,4 @@ def _num_targets(result: Result) -> int:
 def _num_bytes(result: Result) -> int:
     if isinstance(result, Rejection):
         return 0
-    entries = (result.token_ids, result.logprobs, result.draws)
-    return sum(values.nbytes for values in entries if values is not None)
+    return sum(values.nbytes for values in result.known().values())

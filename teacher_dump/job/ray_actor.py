@@ -10,6 +10,7 @@ from decant.storage import CacheWriter
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
+from decant.teacher_dump.engines.quiet import quiet_transformers
 from decant.teacher_dump.job.fill import fill_shard, is_done, open_teacher
 from decant.teacher_dump.teacher import describe_teacher, hash_weights
 
@@ -81,10 +82,7 @@ class ShardActor:
         self._scored += num_targets
 
     def _load(self) -> tuple[CacheWriter, Engine]:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quiet_transformers()
         try:
             writer = CacheWriter(self._config.output)
         except ValueError as error:

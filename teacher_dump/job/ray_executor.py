@@ -23,8 +23,9 @@ from decant.schemas import ShardPlan
 from decant.storage import CacheWriter
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
+from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.ray_actor import CLEAN
-from decant.teacher_dump.job.ray_pool import RayConfig, _Pool
+from decant.teacher_dump.job.ray_pool import _Pool
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise EngineError(f"executor ray needs Ray ({error}): pip install '.[ray]'") from error
+        raise EngineError(f"executor ray needs Ray ({error}): pip install 'decant[ray]'") from error
     return ray
 
 
@@ -195,8 +196,10 @@ def _reach(address: str) -> None:
 def _shipped(config: DumpConfig, teacher: Teacher, writer: CacheWriter) -> DumpConfig:
     """The config as an actor in another folder, or on another node, must read it."""
     local = config.teacher
-    if local.path and Path(local.path).expanduser().is_dir():
+    if local.path and Path(local.path).expanduser().exists():
         local = dataclasses.replace(local, path=os.path.abspath(teacher.model_path))
+    if local.adapter and Path(local.adapter).expanduser().is_dir():
+        local = dataclasses.replace(local, adapter=os.path.abspath(teacher.adapter_path))
     if local.tokenizer and Path(local.tokenizer).expanduser().is_dir():
         tokenizer = os.path.abspath(os.path.expanduser(local.tokenizer))
         local = dataclasses.replace(local, tokenizer=tokenizer)

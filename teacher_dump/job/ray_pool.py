@@ -2,54 +2,15 @@
 
 import contextlib
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from decant.schemas import ShardPlan
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.ray_actor import ShardActor
 
 GROW_S = 5.0
 """How often the driver looks whether the cluster has room for more actors."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RayConfig:
-    """How the shards are spread over a Ray cluster."""
-
-    address: str = ""
-    """Of the cluster: auto (that of this machine) or HOST:PORT; "" is $RAY_ADDRESS or, without
-    it, a new cluster of this machine alone."""
-
-    num_actors: int = 0
-    """Engines at once; 0 = as many as the cluster fits, also as it grows. More than fit make Ray's
-    autoscaler, where there is one, add nodes."""
-
-    num_gpus: float = -1
-    """GPUs of each actor; -1 = one if the cluster has any, else none."""
-
-    num_cpus: float = 1
-    """CPUs of each actor, which are also its compute threads."""
-
-    max_restarts: int = -1
-    """How often Ray starts an actor again that died; -1 = always."""
-
-    max_task_retries: int = 3
-    """How often a shard is tried again after its actor died."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_actors", 0),
-            ("num_cpus", 0),
-            ("max_restarts", -1),
-            ("max_task_retries", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"ray.{name} is {getattr(self, name)}: expected at least {least}")
-        if self.num_gpus != -1 and self.num_gpus < 0:
-            raise ValueError(f"ray.num_gpus is {self.num_gpus}: expected -1 (auto), 0 or more")
-        if not (self.num_cpus or self.num_gpus):
-            raise ValueError("ray.num_cpus and ray.num_gpus are both 0: nothing bounds the actors")
 
 
 class _Actor:

@@ -34,17 +34,15 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
         )
     refuse_generation(config, teacher)
     store = Store(config.output)
-    draws_alone = config.truncation.method == "sample" and not store.exists(paths.MANIFEST)
-    if draws_alone and config.precision != DumpConfig.__dataclass_fields__["precision"].default:
+    # A cache that was begun in an older version may keep log probs all the same.
+    without = not config.truncation.rule.has_logprobs and not store.exists(paths.MANIFEST)
+    if without and config.precision != DumpConfig.__dataclass_fields__["precision"].default:
         raise ValueError(
-            f"precision: {config.precision} has no effect with truncation.method sample, which "
-            "stores no log probs: leave it out"
+            f"precision: {config.precision} has no effect with truncation.method "
+            f"{config.truncation.method}, which stores no log probs of kept entries: leave it out"
         )
-    if draws_alone and tuple(config.temperatures) != (1,):  # those of older versions have more
-        raise ValueError(
-            "truncation.method sample draws at temperature 1 and stores no log probs: temperatures "
-            f"must be [1.0], found {list(config.temperatures)}"
-        )
+    if without:
+        config.truncation.check_without_logprobs(config.temperatures)
     length, limit = config.sequences.max_length, teacher.max_positions
     if limit and length > limit:
         raise ValueError(

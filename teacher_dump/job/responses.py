@@ -27,6 +27,7 @@ from decant.schemas.strict import canonical
 from decant.schemas.tokenizer import OLDER_SCHEME, SCHEME
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.storage.files.sealed import publish_json, read_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
 from decant.teacher_dump.engines.opening import GENERATING_ENGINES, open_generator
@@ -132,7 +133,7 @@ def describe_generation(
     store = Store(config.output)
     known = None
     if store.exists(paths.GENERATION):
-        known = store.read_json(paths.GENERATION).get("fingerprint")
+        known = read_json(store, paths.GENERATION).get("fingerprint")
     fingerprint = ""
     for scheme in (OLDER_SCHEME, SCHEME):
         settings["tokenizer"] = tokenizer_fingerprint(teacher.tokenizer, like=scheme)
@@ -266,7 +267,7 @@ def _refuse_others(store: Store, fingerprint: str) -> None:
             f"{store.path(paths.GENERATION)} is missing, so nothing says what the responses beside "
             "it are of: delete the folder, or choose another output"
         )
-    found = store.read_json(paths.GENERATION).get("fingerprint")
+    found = read_json(store, paths.GENERATION).get("fingerprint")
     if found != fingerprint:
         raise GenerationChanged(
             f"{where} holds responses of other prompts, settings or another teacher (fingerprint "
@@ -301,7 +302,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
                 if part in missing:
                     rows = answer(config, teacher, generator, chunk)
                     if not there:  # a failure before leaves no trace
-                        store.publish_json(paths.GENERATION, {"fingerprint": fingerprint})
+                        publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
                         there.add(paths.generated(part))
                     _publish(store, part, rows)
                 bar.update(len(chunk))

@@ -13,9 +13,9 @@ from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
 from decant.teacher_dump.inputs.sequences import SequenceCounts
+from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
-from decant.teacher_dump.job.ray_pool import RayConfig
 from decant.teacher_dump.job.refusals import refuse_misfits
 from decant.teacher_dump.job.shard_inputs import restore_inputs
 from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create

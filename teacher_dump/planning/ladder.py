@@ -96,7 +96,7 @@ def cut_ladder(
 def _steps(truncation: Truncation, slots: int) -> list[int]:
     """Powers of two, the configured k, and the largest."""
     steps = {1 << i for i in range(slots.bit_length()) if SMALLEST_K <= 1 << i <= slots}
-    if truncation.method != "sample":
+    if truncation.rule.has_head:
         steps.add(truncation.k)
     return sorted({*steps, slots})
 

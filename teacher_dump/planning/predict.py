@@ -73,7 +73,7 @@ class Prediction:
     sample_sequences: int
     sample_targets: int
     mass: float | None
-    """Mean retained mass as configured; None for random entries."""
+    """Mean retained mass as configured; None unless the entries are the most probable ones."""
     reference_k: int
     """What `ladder` was cut from."""
     beyond_reference: float
@@ -130,7 +130,7 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     per_target, overhead = shard_bytes(config, teacher, own)
     num_bytes = round(per_target * counts.targets + overhead * shards)
     mass = None
-    if not config.truncation.sampled:
+    if config.truncation.rule.is_top:
         mass = _retained(own, weights)
     free = _disk_free(config.output)
     return Prediction(

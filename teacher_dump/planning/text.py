@@ -64,6 +64,6 @@ def _recommendation(p: Prediction, config: DumpConfig) -> str:
     text = f"recommended: k={p.recommended_k}, the smallest k of this table that {rule}"
     if p.beyond_reference > TOLERANCE / 10:
         text += f" (which may itself be up to {p.beyond_reference:.4f} from the teacher)"
-    if config.truncation.method != "sample" and config.truncation.k < p.recommended_k:
+    if config.truncation.rule.has_head and config.truncation.k < p.recommended_k:
         text += f"; configured is {config.truncation.k}"
     return text

@@ -1,11 +1,34 @@
-"""`serve`: its arguments."""
+"""`serve`: what it takes."""
 
-SERVE = """Offer a teacher to dump jobs on other machines, on the machine with the GPUs.
+from decant.storage.cli import process
+from decant.storage.cli.commands import Command
+from decant.teacher_dump.config import ServeConfig
 
-  python -m teacher_dump serve --teacher.path path/or/hub-id --teacher.engine vllm --port 8000
-  python -m teacher_dump serve --config serve.yaml --host 0.0.0.0 --api_key_env TEACHER_KEY
+TEXT = """
+  decant serve --teacher.path path/or/hub-id --teacher.engine vllm --port 8000
+  decant serve --config serve.yaml --host 0.0.0.0 --api_key_env TEACHER_KEY
 
-A job uses it with `teacher: {engine: http, endpoints: [http://host:8000]}`: it needs neither the
-model's files nor vLLM. Truncation and temperatures come with each job, so that one service is
-enough for several. GET /health answers 200 once the teacher is loaded.
+Runs on the machine with the GPUs. A dump elsewhere uses it with
+`teacher: {engine: http, endpoints: [http://host:8000]}`: it needs neither the
+model's files nor vLLM. Truncation and temperatures come with each dump, so that
+one service is enough for several. GET /health answers 200 once the teacher is
+loaded.
 """
+
+
+def run_serve(config: ServeConfig) -> int:
+    """Serve until told to end; returns the exit code."""
+    from decant.teacher_dump.engines.quiet import quiet_transformers
+    from decant.teacher_dump.service.serve import serve
+
+    quiet_transformers()
+    serve(config)
+    return process.DONE
+
+
+SERVE = Command(
+    text=TEXT,
+    config=ServeConfig,
+    common=("teacher.path", "teacher.engine", "host", "port", "api_key_env"),
+    run=run_serve,
+)

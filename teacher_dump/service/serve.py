@@ -1,4 +1,4 @@
-"""Offer a teacher to dump jobs on other machines: `python -m teacher_dump serve`.
+"""Offer a teacher to dump jobs on other machines: `decant serve`.
 
 With engine vllm this process becomes vLLM's own server, to which our routes are added
 (`engines/vllm_server.py`); with engine transformers it serves by itself. Either way the routes are
@@ -51,6 +51,7 @@ def serve(config: ServeConfig) -> None:
             host=config.host,
             port=config.port,
             key_variable=config.api_key_env,
+            max_length=config.max_length,
         )
     service, backend = make_service(config, teacher)
     try:

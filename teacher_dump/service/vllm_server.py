@@ -65,17 +65,21 @@ def become_server(
     host: str,
     port: int,
     key_variable: str,
+    max_length: int,
 ) -> NoReturn:
     """Replace this process by vLLM's server of the teacher. Raises EngineError.
+
+    It scores sequences of up to `max_length` tokens, with 0 of as many as vLLM reads.
 
     `tokenizer_path` is "" if the service offers no tokenizer.
     """
     on_cpu = torch_is_cpu_only()
     load = Load(
         model_path=model_path,
+        trust_remote_code=config.trust_remote_code,
         dtype=config.dtype,
         max_batch_tokens=config.max_batch_tokens,
-        max_length=card.max_length,
+        max_length=max_length,
         tensor_parallel=config.tensor_parallel,
         route="",
         on_cpu=on_cpu,
@@ -100,6 +104,7 @@ def become_server(
             "card": card.to_bytes().decode(),
             "why": ready.why,
             "tokenizer": tokenizer_path,
+            "trust_remote_code": config.trust_remote_code,
             "key_variable": key_variable,
             "address": f"{host}:{port}",
         }
@@ -168,7 +173,9 @@ class Endpoint:
         card = TeacherCard.from_bytes(given["card"].encode(), SERVICE_VARIABLE)
         tokenizer = None
         if given["tokenizer"]:
-            tokenizer = load_tokenizer(given["tokenizer"])
+            tokenizer = load_tokenizer(
+                given["tokenizer"], trust_remote_code=given["trust_remote_code"]
+            )
         backend = AsyncBackend(engine_client, card, given["why"])
         state.decant_service = Service(card, tokenizer_files(tokenizer), backend)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from decant.schemas import (
     ByteRange,
     CommitRecord,
+    Distributions,
     FormatError,
     Layout,
     Manifest,
     Rejected,
     RowGroup,
+    ScoredSequence,
     ShardPlan,
     Truncation,
     check_same_tokenizer,
@@ -23,9 +26,11 @@ from decant.schemas import (
     to_json,
     tokenizer_fingerprint,
 )
+from decant.schemas.distributions import ALWAYS, FIELDS
 from decant.schemas.strict import canonical
-from decant.storage import CacheReader
-from tests.support import caches
+from decant.schemas.truncation import METHODS
+from decant.storage import CacheReader, Rows
+from tests.support import ROOT, caches
 
 RECORD = CommitRecord(
     shard=3,
@@ -72,7 +77,7 @@ def stored(cls: type, manifest: Manifest) -> dict[str, Any]:
     return copy.deepcopy(manifest.to_json() if cls is Manifest else to_json(RECORD))
 
 
-FIELDS = [(cls, name) for cls in (Manifest, CommitRecord) for name in names_of(cls)]
+PARSED = [(cls, name) for cls in (Manifest, CommitRecord) for name in names_of(cls)]
 
 
 def test_what_is_stored_loads_as_it_was(manifest: Manifest) -> None:
@@ -81,7 +86,7 @@ def test_what_is_stored_loads_as_it_was(manifest: Manifest) -> None:
     assert load(CommitRecord, to_json(RECORD)) == RECORD
 
 
-@pytest.mark.parametrize(("cls", "name"), FIELDS)
+@pytest.mark.parametrize(("cls", "name"), PARSED)
 def test_a_missing_field_is_refused(cls: type, name: str, manifest: Manifest) -> None:
     """Every field is required; the message names it and the file."""
     data = stored(cls, manifest)
@@ -90,7 +95,7 @@ def test_a_missing_field_is_refused(cls: type, name: str, manifest: Manifest) ->
         load(cls, data)
 
 
-@pytest.mark.parametrize(("cls", "name"), FIELDS)
+@pytest.mark.parametrize(("cls", "name"), PARSED)
 def test_a_field_of_another_type_is_refused(cls: type, name: str, manifest: Manifest) -> None:
     """A string for a number, a number for anything else: the message names field and file."""
     data = stored(cls, manifest)
@@ -194,7 +199,7 @@ def test_the_columns_follow_from_the_layout() -> None:
         precision="compact",
         temperatures=(1.0,),
         has_num_kept=False,
-        has_draws=False,
+        fields=Truncation(k=4).stored(with_logprobs=True),
     )
     schema = shard_schema(small)
     assert "topk_hi" not in schema.names and schema.field("topk_logprob").type.byte_width == 4
@@ -205,7 +210,7 @@ def test_the_columns_follow_from_the_layout() -> None:
         precision="f32",
         temperatures=(1.0, 0.5),
         has_num_kept=True,
-        has_draws=True,
+        fields=Truncation(method="topk+sample", k=2, draws=2).stored(with_logprobs=True),
     )
     added = set(shard_schema(large).names) - set(schema.names)
     assert added == {"topk_hi", "num_kept", "draws", "log_z_t0.5", "log_tail_t0.5"}
@@ -251,3 +256,35 @@ def test_tokenizers_are_equal_when_ids_mean_the_same() -> None:
         assert tokenizer_fingerprint(other) != tokenizer_fingerprint(base)
         with pytest.raises(FormatError, match=f"CACHE .*{message}"):
             check_same_tokenizer(base, other, "CACHE")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_named_in_the_table_alone(method: str) -> None:
+    """What it keeps can be said of any; options without an effect are refused; the rest follows."""
+    rule = METHODS[method]
+    truncation = Truncation(method=method, draws=3 if rule.has_draws else 0)
+    assert "{" not in truncation.text() and truncation.rule is rule
+    assert truncation.slots == 64 * rule.has_head + 3 * rule.has_draws
+    assert set(truncation.stored(with_logprobs=False)) <= set(truncation.given)
+    for name, value in {"k": 5, "p": 0.5, "min_k": 2, "draws": 4, "seed": 1}.items():
+        if name not in (*rule.options, *rule.tolerated):
+            refused = f"{name}.* no effect with method '{re.escape(method)}'"
+            with pytest.raises(ValueError, match=refused):
+                dataclasses.replace(truncation, **{name: value})
+
+
+def test_no_other_file_names_a_method() -> None:
+    """A method that is added to the table is known everywhere: nothing else asks for names."""
+    named = re.compile(r"""\btruncation\.method\s*[!=]=|["'](?:topk\+sample|topp)["']""")
+    for package in ("schemas", "storage", "teacher_dump", "student_train"):
+        for file in (ROOT / package).rglob("*.py"):
+            if file != ROOT / "schemas/truncation.py":
+                assert not named.search(file.read_text()), file
+
+
+def test_the_fields_of_a_distribution_are_listed_once() -> None:
+    """Scored sequences, decoded rows and what an engine gives have the fields of the list."""
+    names = [field.name for field in dataclasses.fields(Distributions)]
+    assert list(FIELDS) == names and set(ALWAYS) <= set(names)
+    for cls in (ScoredSequence, Rows):
+        assert [field.name for field in dataclasses.fields(cls)][: len(names)] == names

@@ -26,7 +26,7 @@ KILLS = 5
 def start(run: TrainConfig) -> Any:
     """Train in a process of its own, forked from one that has the imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.student_train.test_train_crash"])
+    context.set_forkserver_preload(["tests.support.trainings"])
     process = context.Process(target=train, args=(run,))
     process.start()
     return process
@@ -60,9 +60,9 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(cache: Path, tmp_
     output, generator = tmp_path / "killed", np.random.default_rng(0)
     died_at = []
     for _ in range(KILLS):
-        before = len(lines(output))
+        before = len(losses_so_far(output))
         process = start(killed)
-        wait_for(process, lambda before=before: len(lines(output)) not in (0, before))
+        wait_for(process, lambda before=before: len(losses_so_far(output)) not in (0, before))
         time.sleep(generator.uniform(0, 0.12))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)

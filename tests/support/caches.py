@@ -21,6 +21,7 @@ from decant.schemas import (
     TokenizerInfo,
     Truncation,
 )
+from decant.schemas.distributions import FIELDS
 from decant.storage import CacheWriter
 from tests.support import FIXTURES
 
@@ -39,7 +40,7 @@ class Settings:
     """Whether draws are scored for a cache that keeps their log probs."""
 
     def __post_init__(self) -> None:
-        if self.truncation.method == "sample" and not self.before_version_3:  # at 1 alone
+        if not (self.truncation.rule.has_logprobs or self.before_version_3):  # at 1 alone
             object.__setattr__(self, "temperatures", (1.0,))
 
     def draft(self) -> Manifest:
@@ -129,19 +130,21 @@ def scored_sequence(
         log_tail[:, i] = log_sum_exp(rest / temperature) - log_z[:, i]
     kept = np.take_along_axis(dense, np.maximum(token_ids, 0), axis=1)
     labels = input_ids[is_target]
-    entropy = -(np.exp(dense) * dense).sum(axis=1)
+    known = {
+        "token_ids": token_ids,
+        "logprobs": np.where(token_ids >= 0, kept, -np.inf),
+        "draws": draws,
+        "log_z": log_z,
+        "log_tail": log_tail,
+        "label_logprob": dense[np.arange(n), labels],
+        "entropy": -(np.exp(dense) * dense).sum(axis=1),
+    }
     return ScoredSequence(
         sample_id=sample_id,
         input_ids=input_ids.astype(np.int32),
         is_target=is_target,
         positions=np.flatnonzero(is_target).astype(np.int32),
-        token_ids=token_ids,
-        logprobs=np.where(token_ids >= 0, kept, -np.inf).astype(np.float32),
-        draws=draws if truncation.sampled else None,
-        log_z=log_z.astype(np.float32),
-        log_tail=log_tail.astype(np.float32),
-        label_logprob=dense[np.arange(n), labels].astype(np.float32),
-        entropy=entropy.astype(np.float32) if truncation.method == "sample" else None,
+        **{name: known[name].astype(FIELDS[name].dtype) for name in truncation.given},
     )
 
 
@@ -152,6 +155,8 @@ def _kept(
     generator: np.random.Generator | None,
 ) -> tuple[NDArray[np.intp], NDArray[np.intp] | int]:
     """Ids of one target in descending probability and how often each was drawn."""
+    if not truncation.rule.has_entries:
+        return order[:0], 0
     if truncation.method == "topk":
         return order[: truncation.k], 0
     p = np.exp(log_p)
@@ -236,21 +241,18 @@ def assert_equal(found: ScoredSequence, expected: ScoredSequence, *, logprobs: b
     Where only draws were stored, expect them by ascending id, and no log probs.
     """
     assert found.sample_id == expected.sample_id
-    names = ["input_ids", "is_target", "positions", "token_ids", "log_z", "label_logprob"]
     if expected.entropy is not None and found.logprobs is None:
-        assert found.log_tail is None
         expected = by_id(expected)
-        names += ["entropy"]
-    else:
-        names += ["log_tail"] + ["logprobs"] * logprobs
-    for name in names:
-        one, other = getattr(found, name), getattr(expected, name)
-        assert one.dtype == other.dtype, name
-        np.testing.assert_array_equal(one, other, err_msg=name)
-    if expected.draws is None:
-        assert found.draws is None
-    else:
-        np.testing.assert_array_equal(found.draws, expected.draws)
+    elif expected.entropy is not None:
+        expected = dataclasses.replace(expected, entropy=None)  # stored without log probs alone
+    known, wanted = found.known(), expected.known()
+    assert known.keys() == wanted.keys()
+    for name in ("input_ids", "is_target", "positions"):
+        known[name], wanted[name] = getattr(found, name), getattr(expected, name)
+    for name, value in wanted.items():
+        if name != "logprobs" or logprobs:
+            assert known[name].dtype == value.dtype, name
+            np.testing.assert_array_equal(known[name], value, err_msg=name)
 
 
 def by_id(sequence: ScoredSequence) -> ScoredSequence:

@@ -170,3 +170,16 @@ def targets_of(
         log_tail=torch.stack(log_tail).to(dtype),
         draws=draws,
     )
+
+
+def random_logits(seed: int, num_rows: int, vocab_size: int, spread: float = 2.0) -> Tensor:
+    """Return [num_rows, vocab_size] float64 logits."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_rows, vocab_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * spread
+
+
+def value_and_gradient(loss_N: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses and the gradient of their sum, both float64."""
+    (gradient,) = torch.autograd.grad(loss_N.sum(), logits)
+    return loss_N.detach().double(), gradient.double()

@@ -137,9 +137,10 @@ class Unreliable:
 
 
 @contextlib.contextmanager
-def unreliable(path: Path) -> Iterator[Unreliable]:
-    """An unreliable service of the teacher at `path`."""
-    config = ServeConfig(teacher=TeacherConfig(path=str(path), dtype="float32"))
+def unreliable(path: Path, max_length: int = 0, tokenizer: str = "") -> Iterator[Unreliable]:
+    """An unreliable service of the teacher at `path`, for sequences of so many tokens."""
+    teacher_config = TeacherConfig(path=str(path), dtype="float32", tokenizer=tokenizer)
+    config = ServeConfig(teacher=teacher_config, max_length=max_length)
     teacher = hash_weights(describe_teacher(config.teacher))
     with contextlib.ExitStack() as stack:
         service, backend = make_service(config, teacher)

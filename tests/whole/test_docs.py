@@ -5,6 +5,7 @@ has what the pages speak of: a tiny teacher, a student, texts, the files of `# n
 A block is left out only by an HTML comment above it, `<!-- not run: reason -->`.
 """
 
+import ast
 import json
 import math
 import re
@@ -123,8 +124,8 @@ def run(line: str, folder: Path) -> None:
     if words[0] == "make":  # sets up environments: only that the target is there
         done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    elif words[:2] == ["python", "-m"]:
-        ended = command(*words[2:], folder=folder)
+    elif words[0] == "decant":
+        ended = command(*words, folder=folder)
         assert ended.code == 0, f"{line}\n{ended.stderr}"
     elif words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])  # refuses unknown options
@@ -175,3 +176,37 @@ def test_every_page_is_in_the_menu_and_every_link_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{name(page)} links to {target}"
+
+
+def test_every_error_that_is_explained_exists() -> None:
+    """Each heading of the FAQ that quotes an error quotes what the code says."""
+    said = [
+        node.value
+        for package in ("schemas", "storage", "teacher_dump", "student_train")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    quoted = re.findall(r"^### `([^`]+)`$", (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 5
+    for text in quoted:
+        assert any(text in message for message in said), text
+
+
+def test_the_tree_of_the_architecture_is_generated() -> None:
+    """`docs/architecture.md` is what `python docs/generate_architecture.py` writes."""
+    page = runpy.run_path(str(ROOT / "docs/generate_architecture.py"))["page"]()
+    assert page == (ROOT / "docs/architecture.md").read_text(), (
+        "run: python docs/generate_architecture.py"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    """Every path of a module or a test in the repository."""
+    named = re.findall(
+        r"\b(?:schemas|storage|teacher_dump|student_train|tests|benchmarks|examples)/[\w/.-]+\.\w+",
+        page.read_text(),
+    )
+    missing = sorted({path for path in named if not (ROOT / path).exists()})
+    assert not missing

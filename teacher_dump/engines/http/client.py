@@ -68,11 +68,15 @@ class _Endpoint:
 class TeacherClient:
     """The services of one teacher; made and used within a running event loop."""
 
-    def __init__(self, config: TeacherConfig, fingerprint: str = "") -> None:
-        """Nothing is asked yet; the teacher must have this fingerprint, if one is given."""
+    def __init__(self, config: TeacherConfig, fingerprint: str = "", max_length: int = 0) -> None:
+        """Nothing is asked yet; the teacher must have this fingerprint, if one is given.
+
+        Every service must score sequences of `max_length` tokens.
+        """
         self._endpoints = [_Endpoint(url.rstrip("/")) for url in config.endpoints]
         self._per_endpoint, self._wait_seconds = config.requests, config.wait_seconds
         self._dtype, self._fingerprint = config.dtype, fingerprint
+        self._max_length = max_length
         self._key_variable = config.api_key_env
         self._card: TeacherCard | None = None
         self._fatal: EngineError | None = None
@@ -155,6 +159,11 @@ class TeacherClient:
             raise Unavailable(
                 f"{endpoint.url} computes with dtype {dtype}, teacher.dtype is {self._dtype}: "
                 "leave it at auto, or serve the teacher with it"
+            )
+        if card.max_length < self._max_length:
+            raise Unavailable(
+                f"{endpoint.url} scores at most {card.max_length} tokens, sequences have up to "
+                f"{self._max_length}: lower sequences.max_length, or serve with a larger max_length"
             )
         if self._card is None:
             self._card = card

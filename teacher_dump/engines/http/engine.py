@@ -1,4 +1,4 @@
-"""The engine of a teacher elsewhere: asks services that `python -m teacher_dump serve` offers.
+"""The engine of a teacher elsewhere: asks services that `decant serve` offers.
 
 The machine needs neither weights nor GPU nor vLLM: tokenizer and description come from the service.
 Requests are in flight several at a time, their answers are taken in order, and no more are asked
@@ -40,14 +40,14 @@ class HttpEngine:
     def __init__(
         self,
         config: TeacherConfig,
-        model_path: str,
+        fingerprint: str,
         *,
         vocab_size: int,
         truncation: Truncation,
         temperatures: tuple[float, ...],
         max_length: int,
     ) -> None:
-        """Connect; `model_path` is the teacher's fingerprint. See `open_engine`."""
+        """Connect to services of the teacher of this fingerprint, any if ""; see `open_engine`."""
         self._reduction = Reduction(
             vocab_size=vocab_size, truncation=truncation, temperatures=temperatures
         )
@@ -55,13 +55,16 @@ class HttpEngine:
         self._num_ahead = config.requests * len(config.endpoints)
         self._loop = _Loop()
         try:
-            self._client: TeacherClient = self._loop.call(_open_client(config, model_path))
+            self._client: TeacherClient = self._loop.call(
+                _open_client(config, fingerprint, max_length)
+            )
             card = self._loop.call(self._client.connect())
         except BaseException:
             self.close()
             raise
         self._digest, self._max_length = card.digest(), card.max_length
         self.card = card
+        self.dtype = card.teacher.dtype.partition("+")[0]
 
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int
@@ -146,7 +149,7 @@ async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
         try:
             for name, content in unframe_files(data).items():
                 Path(folder, name).write_bytes(content)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever a damaged or unknown tokenizer may raise
             raise EngineError(f"the service's tokenizer cannot be loaded: {error}") from error
     refuse_other_tokenizer(card, tokenizer)
@@ -164,8 +167,10 @@ def refuse_other_tokenizer(card: TeacherCard, tokenizer: Any) -> None:
         )
 
 
-async def _open_client(config: TeacherConfig, fingerprint: str = "") -> TeacherClient:
-    return TeacherClient(config, fingerprint)
+async def _open_client(
+    config: TeacherConfig, fingerprint: str = "", max_length: int = 0
+) -> TeacherClient:
+    return TeacherClient(config, fingerprint, max_length)
 
 
 class _Loop:

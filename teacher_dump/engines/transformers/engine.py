@@ -6,29 +6,41 @@ Shapes: B sequences in a batch, L padded length, H hidden, N targets of a batch,
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device
+from numpy.typing import NDArray
 from torch import Tensor
 
-from decant.schemas import ScoredSequence, Truncation
+from decant.schemas import Distributions, ScoredSequence, Truncation
+from decant.schemas.distributions import joined
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.packed_rows import scored_sequence
-from decant.teacher_dump.engines.seam import EngineError, SequenceError, not_finite
+from decant.teacher_dump.engines.seam import SequenceError, not_finite
 from decant.teacher_dump.engines.sparsify import (
     Sparse,
     first_not_finite,
     sparsify_hidden,
     uniforms_for,
 )
+from decant.teacher_dump.engines.transformers.head import find_head
+from decant.teacher_dump.engines.transformers.lengths import LengthGroups
 from decant.teacher_dump.engines.transformers.model import (
     input_device,
     is_out_of_memory,
     load_model,
     placement,
+    refuse_too_few_rows,
+)
+from decant.teacher_dump.engines.transformers.probes import (
+    Sharing,
+    find_sharing,
+    refuse_sight_of_later_tokens,
+    rounding_of,
 )
 from decant.teacher_dump.inputs.records import TokenSequence
 
@@ -38,10 +50,6 @@ WINDOW_BATCHES = 16
 """Sequences are sorted by length within windows of this many batches, then put back in order."""
 WINDOW_BYTES = 128 << 20
 """Kept entries of a window, which wait for its end: it has fewer batches where K is large."""
-PROBE, JUNK = 8, 24
-"""Tokens of a sequence and of padding behind it that show whether the one sees the other."""
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""How far, relatively, hidden states may be apart that are the same; 0.05 in lower precision."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,19 +83,33 @@ class TransformersEngine:
         self._max_batch_tokens = max(config.max_batch_tokens, max_length)
         self._model = load_model(config, model_path)
         self._device = input_device(self._model)
-        self._head = self._find_head()
-        self._masks = not self._padding_is_unseen()
-        rows = self._model.get_output_embeddings().weight.shape[0]
-        if rows < vocab_size:
-            raise EngineError(f"the teacher has {rows} output rows, fewer than {vocab_size} ids")
+        name = type(self._model).__name__
+        refuse_too_few_rows(self._model, vocab_size)
+        self._head = find_head(self._model, self._device, vocab_size)
+        self._groups = LengthGroups(self._model)
+        probed = (self._states, self._groups, vocab_size, max_length)
+        tolerance = rounding_of(self._model)
+        refuse_sight_of_later_tokens(*probed, tolerance=tolerance, name=name)
+        self._sharing = find_sharing(
+            self._read,
+            *probed[1:],
+            batch_tokens=self._max_batch_tokens,
+            tolerance=tolerance,
+            what=f"what {name} says of a sequence",
+        )
         log.info(
             "teacher %s on %s, %s%s, head %s",
-            type(self._model).__name__,
+            name,
             placement(self._model),
             self._model.dtype,
             f", {config.quantization}" if config.quantization else "",
             "in chunks of targets" if self._head else "with the whole forward",
         )
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self._model.dtype).removeprefix("torch.")
 
     def score(
         self, sequences: Sequence[TokenSequence], first_sequence: int
@@ -128,7 +150,7 @@ class TransformersEngine:
         tokens = 0
         most = min(
             WINDOW_BATCHES * self._max_batch_tokens,
-            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * self._truncation.slots)),
+            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * max(self._truncation.slots, 1))),
         )
         for index, sequence in enumerate(sequences):
             window.append(index)
@@ -145,7 +167,7 @@ class TransformersEngine:
         """Score the first of those left, longest first: as many as fit `max_batch_tokens`."""
         length = len(sequences[left[0]].input_ids)
         while True:
-            batch = left[: max(1, self._max_batch_tokens // length)]
+            batch = self._alike(sequences, left[: max(1, self._max_batch_tokens // length)])
             try:
                 return self._forward(sequences, batch, first_sequence)
             except Exception as error:
@@ -170,30 +192,28 @@ class TransformersEngine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def _alike(self, sequences: Sequence[TokenSequence], batch: list[int]) -> list[int]:
+        """The first of a batch, longest first, that may be computed together."""
+        lengths = [len(sequences[i].input_ids) for i in batch]
+        if self._sharing < Sharing.EVERYTHING:
+            return batch[: lengths.count(lengths[0]) if self._sharing else 1]
+        group = self._groups.group(lengths[0])
+        return batch[: sum(self._groups.group(length) == group for length in lengths)]
+
     @torch.inference_mode()
     def _forward(
         self, sequences: Sequence[TokenSequence], batch: list[int], first_sequence: int
     ) -> Flight:
         lengths = [len(sequences[i].input_ids) for i in batch]
         ids_BL = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
         predicted_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
         for row, index in enumerate(batch):
             sequence = sequences[index]
             ids_BL[row, : lengths[row]] = torch.tensor(sequence.input_ids)
-            mask_BL[row, : lengths[row]] = 1
             # The distribution of token t is what the model says at t - 1.
             predicted_BL[row, : lengths[row] - 1] = torch.tensor(sequence.is_target[1:])
-        padded = self._masks and len(set(lengths)) > 1
-        inputs = {
-            "input_ids": self._sent(ids_BL),
-            "attention_mask": self._sent(mask_BL) if padded else None,
-            "use_cache": False,
-        }
-        if self._head is not None:
-            states_BLH = self._model.base_model(**inputs).last_hidden_state
-        else:
-            states_BLH = self._model(**inputs).logits
+        self._groups.forget()
+        states_BLH = self._states(ids_BL)  # no mask: padding comes after all that is looked at
         # Places found on the CPU: to look for them on the device would wait for it.
         rows = self._sent(predicted_BL.flatten().nonzero()[:, 0]).to(states_BLH.device)
         counts = [int(sequences[i].is_target.sum()) for i in batch]
@@ -204,7 +224,8 @@ class TransformersEngine:
                 for i, n in zip(batch, counts, strict=True)
             ]
             uniforms = self._sent(torch.from_numpy(np.concatenate(drawn)))
-        with align_module_device(self._model.get_output_embeddings()):  # once, where offloaded
+        linear = self._model.get_output_embeddings()
+        with align_module_device(linear) if linear else nullcontext():  # once, where offloaded
             parts = list(
                 sparsify_hidden(
                     states_BLH.flatten(0, 1)[rows],
@@ -230,65 +251,20 @@ class TransformersEngine:
             return tensor.to(self._device)
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    @torch.inference_mode()
-    def _padding_is_unseen(self) -> bool:
-        """Whether tokens behind a sequence change nothing in it, so that no mask is needed.
+    def _read(self, texts: Sequence[NDArray[np.int32]], _: NDArray[np.int32]) -> Tensor:
+        """[B, L, H] of the least of L tokens of each text, in one batch."""
+        ids_BL = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids_BL[row, : len(text)] = torch.from_numpy(text)
+        self._groups.forget()
+        return self._states(ids_BL)[:, : min(map(len, texts))]
 
-        Tried out, as not every causal LM is causal; without a mask attention has faster kernels.
-        """
-        tokens = torch.arange(1, 1 + PROBE + JUNK) % self._vocab_size
-        whole = torch.stack([tokens, tokens.flip(0)])
-        try:
-            alone, padded = (
-                self._model.base_model(input_ids=self._sent(ids), use_cache=False).last_hidden_state
-                for ids in (whole[:, :PROBE], whole)
-            )
-        except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-            log.info("padding is masked, as what it does cannot be tried out: %s", error)
-            return False
-        alone, padded = alone.float(), padded[:, :PROBE].float()
-        distance = torch.linalg.vector_norm(alone - padded) / torch.linalg.vector_norm(alone)
-        return bool(distance < ROUNDING.get(self._model.dtype, 0.05))
-
-    @torch.inference_mode()
-    def _find_head(self) -> Callable[[Tensor], Tensor] | None:
-        """The model's own head on hidden states, or None if it cannot be reproduced exactly.
-
-        Checked by comparing with the model's logits on a few tokens, so that an architecture with
-        another final step (scaling, capping) is caught rather than assumed away.
-        """
-        settings = self._model.config.get_text_config()
-        linear = self._model.get_output_embeddings()
-        cap = getattr(settings, "final_logit_softcapping", None)
-        scale = getattr(settings, "logit_scale", None) or 1 / (
-            getattr(settings, "logits_scaling", None) or 1
-        )
-
-        def head(hidden_NH: Tensor) -> Tensor:
-            if has_offloaded_params(linear):  # but in place now: its own hook would fetch it again
-                logits = torch.nn.functional.linear(hidden_NH, linear.weight, linear.bias)
-            else:
-                logits = linear(hidden_NH.to(linear.weight.device))
-            if scale != 1:
-                logits = logits * scale
-            return cap * torch.tanh(logits / cap) if cap else logits
-
-        probe = torch.arange(1, min(9, self._vocab_size), device=self._device).unsqueeze(0)
-        try:
-            hidden = self._model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-            with align_module_device(linear):
-                ours = head(hidden[0]).float()
-        except (AttributeError, TypeError, RuntimeError) as error:
-            log.info("the head cannot be applied apart: %s", error)
-            return None
-        theirs = self._model(input_ids=probe, use_cache=False).logits[0].float().to(ours.device)
-        same = ours.shape == theirs.shape and torch.allclose(
-            ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True
-        )
-        return head if same else None
-
-
-FIELDS = ("token_ids", "logprobs", "draws", "log_z", "log_tail", "label_logprob", "entropy")
+    def _states(self, ids_BL: Tensor) -> Tensor:
+        """What a batch without a mask is scored from: hidden states, or logits."""
+        inputs = {"input_ids": self._sent(ids_BL), "use_cache": False}
+        if self._head is not None:
+            return self._model.base_model(**inputs).last_hidden_state
+        return self._model(**inputs).logits
 
 
 def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, ScoredSequence]:
@@ -307,14 +283,16 @@ def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, Sco
 
 def _joined(parts: list[Sparse]) -> Sparse:
     """Concatenate chunks, on the CPU; from a GPU they may arrive later, in pinned memory."""
-    columns = [[getattr(part, name) for part in parts] for name in FIELDS]
-    return Sparse(
-        *(None if c[0] is None else torch.cat(c).to("cpu", non_blocking=True) for c in columns)  # type: ignore[arg-type]
+    return Distributions(
+        **joined(parts, lambda chunks: torch.cat(chunks).to("cpu", non_blocking=True))
     )
 
 
 def _split(sparse: Sparse, counts: list[int]) -> list[Sparse]:
     """Cut the targets of a batch into those of its sequences."""
-    columns = [getattr(sparse, name) for name in FIELDS]
-    cut = [[None] * len(counts) if c is None else c.split(counts) for c in columns]
-    return [Sparse(*row) for row in zip(*cut, strict=True)]
+    cut = {name: value.split(counts) for name, value in sparse.known().items()}
+    names = list(cut)
+    return [
+        Distributions(**dict(zip(names, row, strict=True)))
+        for row in zip(*cut.values(), strict=True)
+    ]

@@ -58,6 +58,7 @@ class VllmEngine:
         self._job = Job(
             load=Load(
                 model_path=model_path,
+                trust_remote_code=config.trust_remote_code,
                 dtype=config.dtype,
                 max_batch_tokens=config.max_batch_tokens,
                 max_length=max_length,
@@ -119,7 +120,7 @@ class VllmEngine:
             raise
         assert isinstance(ready, Ready)
         self._max_length = ready.max_length
-        self.route = ready.route
+        self.route, self.dtype = ready.route, ready.dtype
         log.info(
             "vLLM %s ready in %.0f s: %s, route %s%s",
             ready.version,

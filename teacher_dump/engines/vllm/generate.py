@@ -30,6 +30,7 @@ class VllmGenerator:
         self._job = SamplingJob(
             load=Load(
                 model_path=model_path,
+                trust_remote_code=config.trust_remote_code,
                 dtype=config.dtype,
                 max_batch_tokens=config.max_batch_tokens,
                 max_length=max_length,

@@ -25,6 +25,8 @@ class Load:
     """The teacher that is to be loaded, and how."""
 
     model_path: str
+    trust_remote_code: bool
+    """Whether the model's own Python files run."""
     dtype: str
     max_batch_tokens: int
     max_length: int

@@ -12,10 +12,9 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import decant
+from decant.search_path import FOLDER
 from decant.teacher_dump.engines.seam import EngineError
 from decant.teacher_dump.engines.vllm.messages import Failed
 
@@ -98,8 +97,8 @@ def require_vllm() -> None:
     """Raise EngineError unless vLLM is installed; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
-            "teacher.engine vllm is not installed here; see 'Engines' in the README, or use "
-            "teacher.engine: transformers"
+            "teacher.engine vllm is not installed here: pip install 'decant[vllm]', best in an "
+            "environment of its own, or use teacher.engine: transformers"
         )
 
 
@@ -115,8 +114,7 @@ def worker_environment(on_cpu: bool, engine_in_worker: bool = True) -> dict[str,
 
     `engine_in_worker` keeps vLLM's engine core in that process, which saves a copy of all numbers.
     """
-    root = str(Path(decant.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -128,5 +126,9 @@ def worker_environment(on_cpu: bool, engine_in_worker: bool = True) -> dict[str,
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
             "TORCH_COMPILE_DISABLE": "1",  # it needs a C++ compiler at run time
         }
-    ours = {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not engine_in_worker))}
+    ours = {
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",  # the working directory may hold a `datasets.py` of the user's
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not engine_in_worker)),
+    }
     return defaults | dict(os.environ) | ours

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from decant.schemas import Distributions
 from decant.teacher_dump.engines.packed_rows import Reduction, pack
-from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR, Sparse
+from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR
 from decant.teacher_dump.engines.vllm.messages import Refused, Window
 
 TAIL_RESOLUTION = 2.0**-23
@@ -23,7 +24,8 @@ STEP_BYTES = 1 << 30
 def check(reduction: Reduction, num_rows: int, why: str) -> None:
     """Raise Refused unless prompt_logprobs can give what is asked."""
     problem = ""
-    if reduction.truncation.method != "topk":
+    rule = reduction.truncation.rule
+    if rule.varies or rule.has_draws:
         problem = f"truncation.method {reduction.truncation.method}"
     elif reduction.temperatures != (1.0,):
         problem = f"temperatures {list(reduction.temperatures)}"
@@ -62,7 +64,7 @@ def request_params(reduction: Reduction) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        prompt_logprobs=reduction.truncation.k,
+        prompt_logprobs=reduction.truncation.slots,
         max_tokens=1,
         temperature=0,
         detokenize=False,
@@ -80,7 +82,7 @@ def rows_from_flat(
     float32 log probs allow, at least what is known to be missing (an actual token outside the top
     k) and at most V - k times the last kept.
     """
-    k, vocab_size = reduction.truncation.k, reduction.vocab_size
+    k = reduction.truncation.slots
     entries = (len(ids) - 1, k + 1)
     token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(entries)[positions - 1]
     logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(entries)[positions - 1]
@@ -89,21 +91,27 @@ def rows_from_flat(
         return None
     label_logprob, kept = logprobs[:, 0], logprobs[:, 1:]
     outside = ~(token_ids[:, 1:] == token_ids[:, :1]).any(axis=1)
-    p = np.exp(kept.astype(np.float64))
-    missing = np.where(outside, np.exp(label_logprob.astype(np.float64)), 0.0)
-    tail = np.maximum(1 - p.sum(axis=1), np.maximum(missing, TAIL_RESOLUTION))
-    tail = np.minimum(tail, (vocab_size - k) * p[:, -1])
-    with np.errstate(divide="ignore"):
-        log_tail = np.log(tail).astype(np.float32)
-    packed = pack(
-        Sparse(
-            token_ids=torch.from_numpy(token_ids[:, 1:]),
-            logprobs=torch.from_numpy(np.maximum(kept, LOGPROB_FLOOR)),
-            draws=None,
-            log_z=torch.zeros(len(positions), 1),
-            log_tail=torch.from_numpy(log_tail[:, None]),
-            label_logprob=torch.from_numpy(np.maximum(label_logprob, LOGPROB_FLOOR)),
-        )
-    )
-    rows: NDArray[np.int32] = packed.numpy()
+    known = {
+        "token_ids": token_ids[:, 1:],
+        "logprobs": np.maximum(kept, LOGPROB_FLOOR),
+        "log_z": np.zeros((len(positions), 1), np.float32),
+        "log_tail": _log_tail(kept, np.where(outside, label_logprob, -np.inf), reduction),
+        "label_logprob": np.maximum(label_logprob, LOGPROB_FLOOR),
+    }
+    given = {name: torch.from_numpy(known[name]) for name in reduction.truncation.given}
+    rows: NDArray[np.int32] = pack(Distributions(**given)).numpy()
     return rows
+
+
+def _log_tail(
+    kept: NDArray[np.float32], missing: NDArray[np.float32], reduction: Reduction
+) -> NDArray[np.float32]:
+    """[n, 1] log of the mass that the kept log probs [n, K] leave, `missing` [n] known to be."""
+    p = np.exp(kept.astype(np.float64))
+    least = np.maximum(np.exp(missing.astype(np.float64)), TAIL_RESOLUTION)
+    tail = np.maximum(1 - p.sum(axis=1), least)
+    if p.shape[1]:
+        tail = np.minimum(tail, (reduction.vocab_size - p.shape[1]) * p[:, -1])
+    with np.errstate(divide="ignore"):
+        log_tail: NDArray[np.float32] = np.log(tail[:, None]).astype(np.float32)
+    return log_tail

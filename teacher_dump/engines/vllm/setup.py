@@ -40,7 +40,7 @@ def choose(load: Load) -> Setup:
     from transformers import AutoConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    settings = AutoConfig.from_pretrained(load.model_path)
+    settings = AutoConfig.from_pretrained(load.model_path, trust_remote_code=load.trust_remote_code)
     architecture = (settings.architectures or ["unknown"])[0]
     num_rows = int(settings.get_text_config().vocab_size)
     asked = load.route == "prompt_logprobs"
@@ -52,9 +52,16 @@ def choose(load: Load) -> Setup:
         "dtype": load.dtype if load.dtype != "auto" else saved_dtype(settings, load.model_path),
         "runner": "generate" if no_head else "pooling",
         "skip_tokenizer_init": True,
+        "trust_remote_code": load.trust_remote_code,
     }
+    refuse_changing_lengths(settings.get_text_config())
     model = EngineArgs(**options).create_model_config()
-    max_length = min(load.max_length or model.max_model_len, model.max_model_len)
+    max_length = load.max_length or model.max_model_len
+    if max_length > model.max_model_len:
+        raise Refused(
+            f"vLLM reads at most {model.max_model_len} tokens with this model, sequences have up "
+            f"to {max_length}: lower sequences.max_length, or use teacher.engine: transformers"
+        )
     step_tokens = load.max_batch_tokens
     if no_head:
         step_tokens = min(step_tokens, prompt_logprobs.max_step_tokens(num_rows))
@@ -106,6 +113,20 @@ def choose(load: Load) -> Setup:
     )
 
 
+def refuse_changing_lengths(settings: Any) -> None:
+    """Raise Refused if the model rotates positions by factors that follow from each text's length.
+
+    vLLM has one set of factors for all texts: with dynamic scaling those of the longest possible.
+    """
+    parameters = getattr(settings, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+            raise Refused(
+                "this model scales its positions by the length of each text (rope_type: dynamic), "
+                "which vLLM does not: use teacher.engine: transformers"
+            )
+
+
 def saved_dtype(settings: Any, model_path: str) -> str:
     """The dtype a model was saved in; vLLM's own "auto" would halve float32."""
     for config in (settings, settings.get_text_config()):
@@ -144,7 +165,7 @@ def require_plugin() -> None:
     if not found:
         raise Refused(
             "vLLM's processes cannot find the scoring head: this project's entry points are not "
-            "installed beside vLLM; run `pip install --no-deps --editable .` in its environment"
+            "installed beside vLLM; run `pip install --no-deps decant` in its environment"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):

@@ -195,7 +195,7 @@ def test_other_commands_show_draws(tmp_path: Path) -> None:
     same = diff(tmp_path / "cache", tmp_path / "cache")
     assert same.same_ids == 1 and same.top1_agreement is None and same.temperatures == ()
     assert same.label_difference is not None and same.label_difference.max == 0
-    assert "no KL: one of them holds draws" in diff_text(same)
+    assert "no KL: one of them stores no log probs" in diff_text(same)
 
 
 def test_log_probs_of_older_draws_are_kept(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from decant.schemas import FORMAT_VERSION, FormatError
 from decant.storage import CacheReader, CacheWriter, Store, migrate, verify
+from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.inspect.collect import inspect
 from decant.student_train import CacheStream
 from decant.student_train.losses import sparse_divergence
@@ -134,8 +135,8 @@ def test_the_command_migrates(tmp_path: Path) -> None:
     newer = tmp_path / "newer"
     shutil.copytree(fixture(1, "compact"), newer)
     store = Store(newer)
-    fields = store.read_json("manifest.json")
-    store.publish_json("manifest.json", {**fields, "format_version": 4, "colour": "red"})
+    fields = read_json(store, "manifest.json")
+    publish_json(store, "manifest.json", {**fields, "format_version": 4, "colour": "red"})
     refused = command("storage", "verify", str(newer))
     assert refused.code == 1
     assert "format_version 4 cannot be read; this release reads versions 1 to 3" in refused.stdout

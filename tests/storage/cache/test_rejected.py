@@ -19,6 +19,7 @@ from decant.schemas.shards import REASON_LENGTH
 from decant.storage import CacheReader, CacheWriter, Store, verify
 from decant.storage.cache.writer import one_line
 from decant.storage.exchange.export import export
+from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.inspect.collect import inspect, report_text
 from decant.storage.inspect.diff import diff
 from decant.storage.inspect.head import head
@@ -186,7 +187,7 @@ def test_older_dumps_have_no_place_for_them(version: int, tmp_path: Path) -> Non
 
 def reseal(path: Path, name: str, **changes: object) -> None:
     store = Store(path)
-    store.publish_json(name, {**store.read_json(name), **changes})
+    publish_json(store, name, {**read_json(store, name), **changes})
 
 
 def test_verify_finds_records_that_do_not_agree(cache: Path, tmp_path: Path) -> None:

@@ -32,12 +32,12 @@ from decant.schemas import (
     shard_schema,
     to_json,
 )
+from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, VerifyReport, verify
 from decant.storage.__main__ import main
 from decant.storage.cache import paths
 from decant.storage.cli import process as cli
 from decant.storage.cli.terminal import width
-from decant.storage.inspect import statistics
 from decant.storage.inspect.collect import (
     RANKS,
     AtTemperature,
@@ -303,11 +303,10 @@ def test_worst_targets_do_not_repeat_a_context(tmp_path: Path) -> None:
     assert len(set(contexts)) == len(contexts) == 20
 
 
-def test_duplicates_beyond_the_limit_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_beyond_the_limit_are_estimated() -> None:
     """In bounded memory, close to the count, merged or not."""
-    monkeypatch.setattr(statistics, "HASH_LIMIT", 2000)
     hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    whole, one, other = SequenceHashes(), SequenceHashes(), SequenceHashes()
+    whole, one, other = (SequenceHashes(limit=2000) for _ in range(3))
     repeated = np.concatenate([hashes, hashes[:5000]])
     whole.add(repeated)
     one.add(repeated[:100])
@@ -604,14 +603,15 @@ def test_a_closed_pipe_is_no_error(known: Known) -> None:
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     """Each page shows a command to copy."""
     for arguments in ([], ["inspect"], ["head"], ["diff"], ["verify"]):
-        with pytest.raises(SystemExit) as end:
-            main([*arguments, "--help"])
-        out = capsys.readouterr().out
-        assert end.value.code == 0 and "python -m storage" in out.split("\n\n", 1)[1]
-    for arguments in (["inspect", "--html", "x"], ["inspect", "x", "--sample", "1.5"]):
-        with pytest.raises(SystemExit) as end:
+        code, out = run(capsys, *arguments, "--help")
+        assert code == 0 and "  decant " in out.split("\n\n", 1)[1]
+    for arguments, said in (
+        (["inspect", "--html", "x"], "DIR"),
+        (["inspect", "x", "--sample", "1.5"], "neither a share between 0 and 1"),
+        (["head", "x", "--sequence", "1", "--sample", "a"], "exclude each other"),
+    ):
+        with pytest.raises(ValueError, match=said):
             main(arguments)
-        assert end.value.code == cli.USER_ERROR
 
 
 # docs/format.md
@@ -619,11 +619,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_format_text_names_every_field_column_and_key() -> None:
     """Nothing is stored or printed that the document does not explain."""
-    layout = dataclasses.replace(SETTINGS.draft().layout, vocab_size=100_000)
-    layout = dataclasses.replace(layout, has_num_kept=True, has_draws=True)
-    drawn = dataclasses.replace(layout, precision="none", temperatures=(1.0,))
-    columns = [*shard_schema(layout).names, *shard_schema(drawn).names]
-    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in columns]
+    names = []
+    for method, rule in METHODS.items():
+        draws = 4 if rule.has_draws else 0
+        settings = caches.Settings(
+            truncation=Truncation(method=method, draws=draws), vocab_size=100_000
+        )
+        names += [method, *shard_schema(settings.draft().layout).names]
+    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in names]
     for cls in (
         *(Manifest, TeacherInfo, TokenizerInfo, Truncation, Segment, Totals, ShardPlan),
         *(CommitRecord, Rejected, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from decant.student_train import (
     StudentConfig,
     train,
 )
-from decant.student_train.data.packing import arrange, first_fit, lengths_of, pack
+from decant.student_train.data.packing import first_fit
 from decant.student_train.model.probes import packing_refused
 from tests.support import models
 from tests.support.trainings import STUDENT, config, losses
@@ -33,19 +35,10 @@ STUDENTS: dict[str, dict[str, Any]] = {
 """Rotary positions, learned positions, and a window shorter than the sequences."""
 
 
-def batches_of(cache: Path, sizes: list[int]) -> list[Batch]:
-    """Consecutive padded batches of a cache."""
-    stream = iter(CacheStream(cache, batch_size=1))
-    singles = [next(stream) for _ in range(sum(sizes))]
-    whole = next(iter(CacheStream(cache, batch_size=sum(sizes))))
-    assert [s for batch in singles for s in batch.sample_ids] == whole.sample_ids
-    found, consumed = [], 0
-    for size in sizes:
-        part = CacheStream(cache, batch_size=size)
-        part.consumed = consumed
-        found.append(next(iter(part)))
-        consumed += size
-    return found
+def batch_of(cache: Path, size: int, packing: str = "none") -> Batch:
+    """The first sequences of a cache in one batch."""
+    (batch,) = next(CacheStream(cache, batch_size=size).steps(packing=packing))
+    return batch
 
 
 def sequences_in(batch: Batch) -> dict[str, list[Any]]:
@@ -53,7 +46,7 @@ def sequences_in(batch: Batch) -> dict[str, list[Any]]:
     ids = batch.input_ids.flatten()
     if batch.position_ids is None:
         positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids).flatten()
-        lengths = lengths_of(batch).repeat_interleave(batch.input_ids.shape[1])
+        lengths = batch.attention_mask.sum(1).repeat_interleave(batch.input_ids.shape[1])
     else:
         positions = batch.position_ids.flatten()
         begins = [*torch.where(positions == 0)[0].tolist(), len(ids)]
@@ -69,7 +62,7 @@ def sequences_in(batch: Batch) -> dict[str, list[Any]]:
             batch.labels[mine].tolist(),
             batch.targets.token_ids[mine].tolist(),
             batch.targets.logprobs[mine].tolist(),
-            batch.teacher_logprob[mine].tolist(),
+            batch.label_logprob[mine].tolist(),
         ]
     return found
 
@@ -89,10 +82,11 @@ def test_first_fit_places_every_sequence_once_within_its_row(lengths: list[int],
 def test_a_step_has_the_same_sequences_and_targets_however_it_is_laid_out(
     cache: Path, packing: str
 ) -> None:
-    """Microbatches keep their sizes; every token, place, label and distribution is where it was."""
-    before = batches_of(cache, [4, 4, 3])
-    after = arrange(before, packing)
-    assert [len(batch.sample_ids) for batch in after] == [4, 4, 3]
+    """Microbatches have one size; every token, place, label and distribution is where it was."""
+    before = [batch_of(cache, 12)]
+    after = next(CacheStream(cache, batch_size=4).steps(3, packing))
+    assert [len(batch.sample_ids) for batch in after] == [4, 4, 4]
+    assert sum(batch.num_tokens for batch in after) == before[0].attention_mask.sum()
     expected = {k: v for batch in before for k, v in sequences_in(batch).items()}
     assert {k: v for batch in after for k, v in sequences_in(batch).items()} == expected
     assert sum(batch.num_targets for batch in after) == sum(batch.num_targets for batch in before)
@@ -100,15 +94,18 @@ def test_a_step_has_the_same_sequences_and_targets_however_it_is_laid_out(
 
 def test_alike_lengths_come_together_and_little_is_padded(cache: Path) -> None:
     """Over a step of several microbatches, sorting and packing each need fewer places."""
-    before = batches_of(cache, [8, 8, 8])
 
-    def places(batches: list[Batch]) -> int:
+    def places(batches: Iterable[Batch]) -> int:
         return sum(batch.input_ids.numel() for batch in batches)
 
-    tokens = sum(int(lengths_of(batch).sum()) for batch in before)
-    assert places(arrange(before, "none")) < places(before)
-    assert places(arrange(before, "rows")) < places(arrange(before, "none"))
-    assert places(arrange(before, "padding_free")) == tokens
+    laid_out = {
+        packing: next(CacheStream(cache, batch_size=8).steps(3, packing))
+        for packing in ("none", "rows", "padding_free")
+    }
+    one_by_one = itertools.islice(CacheStream(cache, batch_size=8), 3)
+    assert places(laid_out["none"]) < places(one_by_one)
+    assert places(laid_out["rows"]) < places(laid_out["none"])
+    assert places(laid_out["padding_free"]) == sum(b.num_tokens for b in laid_out["none"])
 
 
 @pytest.mark.parametrize("packing", ["rows", "padding_free"])
@@ -118,7 +115,7 @@ def test_packed_logits_and_gradients_are_those_of_sequences_alone(
 ) -> None:
     """Logits in float64 to 1e-9; gradients in training mode with activation checkpointing."""
     student = models.build_model(architecture, **STUDENTS[architecture]).double()
-    packed = pack(batches_of(cache, [7])[0], packing)
+    packed = batch_of(cache, 7, packing)
     assert len(packed.input_ids) < 7
     logits = student(
         input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False

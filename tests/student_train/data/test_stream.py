@@ -2,9 +2,7 @@
 
 import dataclasses
 import itertools
-import unittest.mock
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,11 +67,10 @@ def global_order(cache: Path, consumed: int, count: int, setup: dict[str, int]) 
             stream.consumed = consumed
             steps = -(-count // stream.sequences_per_step)
             mine = range(worker, steps, workers)
-            info = SimpleNamespace(num_workers=workers, id=worker) if workers > 1 else None
-            with unittest.mock.patch(
-                "decant.student_train.data.stream.get_worker_info", return_value=info
-            ):
-                ids = iter(ids_of(stream, len(mine)))
+            share = stream.steps(share=(worker, workers))
+            batches = [batch for (batch,) in itertools.islice(share, len(mine))]
+            share.close()
+            ids = iter([sample for batch in batches for sample in batch.sample_ids])
             taken += [
                 (step, slot, rank, sample)
                 for step in mine
@@ -149,7 +146,7 @@ def test_a_rank_reads_its_own_lanes_alone(many_groups: Path) -> None:
     for rank in range(3):
         stream = CacheStream(many_groups, batch_size=1, rank=rank, world_size=3, lanes=3)
         shortest = min(int(t) for t in lane_totals(stream))
-        mine = itertools.islice(stream._mine(0, 1, 0), shortest)
+        mine = itertools.islice(stream._mine(0, 1, 1, 0), shortest)
         groups_of.append({visit for _, visit, _, _ in mine})
     assert not set.intersection(*groups_of) and all(groups_of)
     assert len(set.union(*groups_of)) == sum(map(len, groups_of))
@@ -184,10 +181,10 @@ def test_batches_are_decoded_as_the_reader_decodes(
             values = np.concatenate([getattr(s, name) for s in expected])
             np.testing.assert_array_equal(getattr(batch.targets, name).numpy(), values)
     if precision == "compact":
-        packed = batch.packed
+        stored = batch.stored
         unused = batch.targets.token_ids < 0
         decoded = decode_compact(
-            packed.topk_logprob, unused, packed.log_tail_t1, packed.code
+            stored.topk_logprob, unused, stored.log_tail_t1, stored.code
         ).masked_fill(unused, -torch.inf)
         torch.testing.assert_close(decoded, batch.targets.logprobs, rtol=0, atol=3e-6)
 

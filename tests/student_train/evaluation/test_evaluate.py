@@ -14,7 +14,7 @@ from decant.storage import CacheReader
 from decant.student_train import CacheStream, Distiller, LossConfig
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.evaluation.evaluate import evaluate
-from decant.student_train.evaluation.heldout_sums import NUM_BINS, Figures, figures_of_chunks
+from decant.student_train.evaluation.heldout_sums import NUM_BINS, HeldoutSums, sums_of_chunks
 from tests.support import caches, models
 
 LOSS = LossConfig(kind="rkl", kd_weight=0.7, ce_weight=0.3, temperature=2.0)
@@ -96,11 +96,11 @@ def test_figures_do_not_depend_on_the_chunks(cache: Path) -> None:
         batch.num_targets, models.VOCAB_SIZE + 9, generator=torch.Generator().manual_seed(0)
     )
     one, other = (
-        figures_of_chunks(logits.__getitem__, batch, LOSS.at(0, 1), models.VOCAB_SIZE, rows)
+        sums_of_chunks(logits.__getitem__, batch, LOSS.at(0, 1), models.VOCAB_SIZE, rows)
         for rows in (1, None)
     )
-    assert one.values() == pytest.approx(other.values(), rel=1e-6)
-    assert (one + other).values() == pytest.approx(one.values(), rel=1e-6)
+    assert one.metrics() == pytest.approx(other.metrics(), rel=1e-6)
+    assert (one + other).metrics() == pytest.approx(one.metrics(), rel=1e-6)
 
 
 def test_the_bounds_of_the_acceptance_rate_meet_where_everything_is_kept(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_bounds_of_the_acceptance_rate_meet_where_everything_is_kept(tmp_pat
         stream = CacheStream(tmp_path / name, batch_size=4)
         (batch, _), *_ = heldout_batches(stream)
         terms = LossConfig().at(0, 1)
-        figures[name] = figures_of_chunks(logits.__getitem__, batch, terms, 50).values()
+        figures[name] = sums_of_chunks(logits.__getitem__, batch, terms, 50).metrics()
     assert figures["full"]["acceptance_lower"] == pytest.approx(truth, rel=1e-5)
     assert figures["full"]["acceptance_upper"] == pytest.approx(truth, rel=1e-5)
     lower, upper = (figures["cut"][f"acceptance_{end}"] for end in ("lower", "upper"))
@@ -141,7 +141,7 @@ def test_drawn_targets_have_no_top_token_of_the_teacher(tmp_path: Path) -> None:
         caches.write_cache(tmp_path / name, form, caches.random_shards(form, num_shards=1))
         batch = next(iter(CacheStream(tmp_path / name, batch_size=4)))
         logits = torch.zeros(batch.num_targets, 30).scatter(1, batch.labels[:, None], 9.0)
-        values = figures_of_chunks(logits.__getitem__, batch, LossConfig().at(0, 1), 30).values()
+        values = sums_of_chunks(logits.__getitem__, batch, LossConfig().at(0, 1), 30).metrics()
         assert ("top1_agreement" in values) == (name == "head")
         assert ("acceptance_upper" in values) == (name == "head")
         assert values["top1_accuracy"] == 1
@@ -171,4 +171,4 @@ def test_several_caches_are_told_apart_and_together(cache: Path) -> None:
 
 def test_no_targets_are_no_error() -> None:
     """A part whose sequences were all rejected has figures of 0, not NaN."""
-    assert json.loads(json.dumps(Figures.zero().values()))["heldout_ce"] == 0
+    assert json.loads(json.dumps(HeldoutSums.zero().metrics()))["heldout_ce"] == 0

@@ -52,7 +52,7 @@ def test_answers_and_scores_are_those_of_one_prompt_at_a_time(
     tokenizer, student = models.build_tokenizer(), models.build_model(seed=2)
     settings = GenerationConfig(path=str(prompts), max_new_tokens=9, batch_size=2)
     generation = Generation(settings, tokenizer, add_bos=False, seed=0)
-    found = generation.figures(student.train(), Accelerator(cpu=True), tmp_path)
+    found = generation.metrics(student.train(), Accelerator(cpu=True), tmp_path)
     assert student.training
     texts = one_by_one(student.eval(), tokenizer, 9)
     answers = [json.loads(line) for line in (tmp_path / "generations.jsonl").open()]
@@ -80,7 +80,7 @@ def test_a_student_that_copies_the_references_scores_one(prompts: Path) -> None:
             optimizer.zero_grad()
     settings = GenerationConfig(path=str(prompts), max_new_tokens=40)
     generation = Generation(settings, tokenizer, add_bos=False, seed=0)
-    found = generation.figures(student, Accelerator(cpu=True))
+    found = generation.metrics(student, Accelerator(cpu=True))
     assert found["rouge1"] == found["rouge2"] == found["rougeL"] == 1.0
 
 
@@ -92,7 +92,7 @@ def test_drawn_answers_repeat_and_leave_the_random_state(prompts: Path, tmp_path
         settings = GenerationConfig(path=str(prompts), max_new_tokens=9, do_sample=drawn)
         generation = Generation(settings, tokenizer, add_bos=True, seed=0)
         before = torch.random.get_rng_state()
-        generation.figures(student, Accelerator(cpu=True), tmp_path)
+        generation.metrics(student, Accelerator(cpu=True), tmp_path)
         assert torch.equal(torch.random.get_rng_state(), before)
         texts.append((tmp_path / "generations.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
@@ -108,7 +108,7 @@ def test_a_run_reports_them_beside_the_heldout_figures(
     )
     summary = train(config(cache, tmp_path / "run", steps=4, eval=evaluation))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert [line["step"] for line in lines if "rouge2" in line] == [2, 4]
+    assert [line["step"] for line in lines if "rouge2" in line] == [0, 2, 4]
     assert {"rouge1", "rougeL", "heldout_ce", "best_step"} <= summary.keys()
     assert len((tmp_path / "run/generations.jsonl").read_text().splitlines()) == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from decant.student_train.losses import (
     sparse_divergence,
 )
 from decant.student_train.losses.targets import LOG_FLOOR
-from decant.student_train.losses.terms import akl_weights
 from tests.support import dense_reference as reference
+from tests.support.dense_reference import random_logits, value_and_gradient
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in DIVERGENCES),
@@ -36,19 +35,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("alpha_beta", {"alpha": 1.3, "beta": -0.4}),
 ]
 NAMES = [f"{kind}{options or ''}" for kind, options in VARIANTS]
-
-
-def random_logits(seed: int, num_rows: int, vocab_size: int, spread: float = 2.0) -> Tensor:
-    """Return [num_rows, vocab_size] float64 logits."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_rows, vocab_size)
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * spread
-
-
-def value_and_gradient(loss_N: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses and the gradient of their sum, both float64."""
-    (gradient,) = torch.autograd.grad(loss_N.sum(), logits)
-    return loss_N.detach().double(), gradient.double()
 
 
 def assert_matches_reference(
@@ -410,245 +396,6 @@ def test_t_squared_multiplies_value_and_gradient(kind: str) -> None:
     )
     torch.testing.assert_close(loss, 9 * plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, 9 * plain_gradient, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("head_rule", ["official", "nucleus"])
-def test_akl_is_its_definition_with_detached_weights(head_rule: str) -> None:
-    """Akl = w_head FKL + w_tail RKL over sorted classes, gaps |p - q|, no gradient through w."""
-    teacher, student = random_logits(13, 8, 12), random_logits(14, 8, 12)
-    targets = reference.targets_of(teacher, reference.top_kept(teacher, [12] * 8))
-    ours = student.float().requires_grad_()
-    loss, gradient = value_and_gradient(
-        sparse_divergence(ours, targets, "akl", head_rule=head_rule), ours
-    )
-
-    theirs = student.clone().requires_grad_()
-    p, q = torch.softmax(teacher, 1), torch.softmax(theirs, 1)
-    p_sorted, order = p.sort(1, descending=True)
-    errors = (p_sorted - q.detach().gather(1, order)).abs()
-    cumulative = p_sorted.cumsum(1)
-    if head_rule == "official":
-        is_tail = cumulative > 0.5
-        is_tail[:, 0] = False
-    else:
-        is_tail = torch.cat([torch.zeros(8, 1), cumulative[:, :-1]], 1) >= 0.5
-    head, tail = (errors * ~is_tail).sum(1), (errors * is_tail).sum(1)
-    fkl, rkl = (p * (p / q).log()).sum(1), (q * (q / p).log()).sum(1)
-    true_loss, true_gradient = value_and_gradient(
-        head / (head + tail) * fkl + tail / (head + tail) * rkl, theirs
-    )
-    torch.testing.assert_close(loss, true_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, true_gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_akl_head_rules() -> None:
-    """The rules differ on who crosses mu; rank 1 is head, the bucket tail, p = q halves."""
-    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    q = torch.tensor([[0.3, 0.1, 0.5, 0.1]])
-    official, _ = akl_weights(p, q, has_bucket=True, head_rule="official")
-    nucleus, _ = akl_weights(p, q, has_bucket=True, head_rule="nucleus")
-    assert official.item() == pytest.approx(0.1 / 0.6)
-    assert nucleus.item() == pytest.approx(0.3 / 0.6)
-    exactly_mu, _ = akl_weights(
-        torch.tensor([[0.5, 0.25, 0.25]]),
-        torch.tensor([[0.25, 0.5, 0.25]]),
-        has_bucket=True,
-        mu=0.75,
-    )
-    assert exactly_mu.item() == 1.0
-    big_first, _ = akl_weights(p, q, has_bucket=True, mu=0.05)
-    assert big_first.item() == pytest.approx(0.1 / 0.6)
-    p, q = torch.tensor([[0.1, 0.9]]), torch.tensor([[0.3, 0.7]])
-    assert akl_weights(p, q, has_bucket=True)[0].item() == pytest.approx(0.5)
-    assert akl_weights(p, q, has_bucket=False)[0].item() == pytest.approx(0.5)
-    assert akl_weights(p, p, has_bucket=True)[0].item() == 0.5
-
-
-def test_jsd_ends_and_jeffreys_sides() -> None:
-    """Jsd at beta 0 and 1 is fkl and rkl; jeffreys' lam weighs the reverse KL."""
-    teacher, student = random_logits(15, 4, 9), random_logits(16, 4, 9)
-    targets = reference.targets_of(teacher, reference.top_kept(teacher, [4] * 4))
-    fkl, rkl = (sparse_divergence(student, targets, kind) for kind in ("fkl", "rkl"))
-    assert torch.equal(sparse_divergence(student, targets, "jsd", beta=0.0), fkl)
-    assert torch.equal(sparse_divergence(student, targets, "jsd", beta=1.0), rkl)
-    torch.testing.assert_close(
-        sparse_divergence(student, targets, "jeffreys", lam=0.25), 0.75 * fkl + 0.25 * rkl
-    )
-
-
-def test_alpha_beta_branches_are_limits_and_special_cases() -> None:
-    """(1, 0) is fkl, (0, 1) is rkl, (1/2, 1/2) is 2 Σ(√p - √q)², and limits are approached."""
-    teacher, student = random_logits(17, 4, 9, 1.0), random_logits(18, 4, 9, 1.0)
-    kept = reference.top_kept(teacher, [4] * 4)
-    targets = reference.targets_of(teacher, kept, dtype=torch.float64)
-
-    def alpha_beta(alpha: float, beta: float) -> Tensor:
-        return sparse_divergence(student, targets, "alpha_beta", alpha=alpha, beta=beta)
-
-    torch.testing.assert_close(alpha_beta(1, 0), sparse_divergence(student, targets, "fkl"))
-    torch.testing.assert_close(alpha_beta(0, 1), sparse_divergence(student, targets, "rkl"))
-    classes = [
-        reference.build_classes(p, q, ids, "bucket")
-        for p, q, ids in zip(
-            torch.softmax(teacher, 1), torch.softmax(student, 1), kept, strict=True
-        )
-    ]
-    hellinger = torch.stack([2 * ((p.sqrt() - q.sqrt()) ** 2).sum() for p, q in classes])
-    torch.testing.assert_close(alpha_beta(0.5, 0.5), hellinger)
-    for near, limit in [
-        ((0.01, 0.7), (0.0, 0.7)),
-        ((0.6, 0.01), (0.6, 0.0)),
-        ((0.5, -0.49), (0.5, -0.5)),
-        ((0.01, 0.01), (0.0, 0.0)),
-    ]:
-        torch.testing.assert_close(alpha_beta(*near), alpha_beta(*limit), rtol=0.1, atol=0.05)
-
-
-def sampled_targets(
-    teacher: Tensor, head: list[int], num_draws: int, generator: torch.Generator
-) -> SparseTargets:
-    """Return one row: `head` exact, `num_draws` drawn with replacement from all the rest."""
-    p = torch.softmax(teacher, 0)
-    rest = p.clone()
-    rest[head] = 0
-    drawn = torch.multinomial(rest, num_draws, replacement=True, generator=generator)
-    ids, counts = drawn.unique(return_counts=True)
-    kept = [head + ids.tolist()]
-    draws = torch.cat([torch.zeros(len(head), dtype=torch.int64), counts])[None]
-    return reference.targets_of(teacher[None], kept, draws=draws)
-
-
-@pytest.mark.parametrize("head_size", [0, 2])
-def test_sampled_targets_are_unbiased_for_fkl(head_size: int) -> None:
-    """Value and gradient average to the full forward KL, with and without an exact head."""
-    teacher, student = random_logits(19, 1, 12, 1.5)[0], random_logits(20, 1, 12, 1.5)
-    head = teacher.argsort(descending=True)[:head_size].tolist()
-    generator = torch.Generator().manual_seed(0)
-    values, gradients = [], []
-    for _ in range(600):
-        targets = sampled_targets(teacher, head, 4, generator)
-        x = student.clone().requires_grad_()
-        value, gradient = value_and_gradient(sparse_divergence(x, targets, "fkl"), x)
-        values.append(value)
-        gradients.append(gradient)
-    x = student.clone().requires_grad_()
-    p, log_q = torch.softmax(teacher, 0), x.log_softmax(1)
-    truth, true_gradient = value_and_gradient((p * (p.log() - log_q)).sum(1), x)
-    for estimates, true in ((torch.stack(values), truth), (torch.stack(gradients), true_gradient)):
-        error = estimates.mean(0) - true
-        allowed = 4.5 * estimates.std(0) / math.sqrt(len(estimates)) + 1e-6
-        assert (error.abs() <= allowed).all()
-
-
-def test_an_exact_head_lowers_the_variance() -> None:
-    """With as many draws, exact head entries leave less to chance than drawing everything."""
-    teacher, student = random_logits(21, 1, 12)[0], random_logits(22, 1, 12)
-    generator = torch.Generator().manual_seed(0)
-    spread = [
-        torch.stack(
-            [
-                sparse_divergence(student, sampled_targets(teacher, head, 4, generator), "fkl")
-                for _ in range(100)
-            ]
-        ).std()
-        for head in ([], teacher.argsort(descending=True)[:2].tolist())
-    ]
-    assert spread[1] < spread[0]
-
-
-def test_sampled_targets_refuse_what_would_be_biased() -> None:
-    """Losses not linear in p, tail modes and temperatures are refused for sampled targets."""
-    generator = torch.Generator().manual_seed(0)
-    targets = sampled_targets(random_logits(23, 1, 12)[0], [], 4, generator)
-    student = random_logits(24, 1, 12)
-    with pytest.raises(ValueError, match="linear in the teacher's probabilities: use kind='fkl'"):
-        sparse_divergence(student, targets, "rkl")
-    with pytest.raises(ValueError, match="leave tail='bucket'"):
-        sparse_divergence(student, targets, "fkl", tail="renormalize")
-    with pytest.raises(ValueError, match="drawn at temperature 1"):
-        sparse_divergence(student, targets, "fkl", temperature=2.0)
-
-
-def broken(**changes: Any) -> SparseTargets:
-    """Return two good targets with some fields replaced."""
-    good = SparseTargets(
-        token_ids=torch.tensor([[0, 1, -1], [2, 3, 4]]),
-        logprobs=torch.tensor([[0.5, 0.25, 0.0], [0.5, 0.25, 0.125]]).log(),
-        log_z=torch.zeros(2),
-        log_tail=torch.tensor([0.25, 0.125]).log(),
-    )
-    return dataclasses.replace(good, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"token_ids": torch.tensor([[0, 1, -1], [2, 3, 2]])}, r"target 1 of 2: token id 2 stands"),
-        ({"token_ids": torch.tensor([[0, 1, -1], [2, 3, 7]])}, r"id 7 is beyond .* of 6"),
-        ({"token_ids": torch.tensor([[0, 1, -2], [2, 3, 4]])}, r"token id -2: unused .* -1"),
-        ({"token_ids": torch.tensor([[-1, -1, -1], [2, 3, 4]])}, r"target 0 of 2: no kept id"),
-        ({"token_ids": torch.tensor([[0, 1, 2], [2, 3, 4]]).int()}, r"int64, got torch.int32"),
-        ({"token_ids": torch.tensor([0, 1])}, r"\[N, K\] with K >= 1, got shape \(2,\)"),
-        ({"logprobs": torch.zeros(2, 2)}, r"logprobs must have shape \(2, 3\) .* got \(2, 2\)"),
-        ({"logprobs": torch.zeros(2, 3).half()}, r"float32 \(or float64\), got torch.float16"),
-        ({"logprobs": torch.full((2, 3), torch.nan)}, r"log probs must be <= 0, got \[nan, nan\]"),
-        ({"log_z": torch.tensor([0.0, torch.inf])}, r"target 1 of 2: log_z .* log_z=inf"),
-        ({"log_tail": torch.tensor([0.25, 0.125])}, r"log_tail=0.25"),
-        ({"log_tail": torch.tensor([0.9, 0.1]).log()}, r"add up to 1.65.* of temperature 1.0"),
-        ({"draws": torch.tensor([[0, 1, 0], [0, 1, -3]])}, r"draws must be >= 0, got -3"),
-        ({"draws": torch.zeros(2, 3)}, r"integer counts, got torch.float32"),
-    ],
-)
-def test_broken_targets_are_refused(changes: dict[str, Any], message: str) -> None:
-    """Every broken rule is refused by name, row and number, before any arithmetic."""
-    with pytest.raises(ValueError, match=message):
-        sparse_divergence(torch.zeros(2, 6), broken(**changes), "fkl")
-
-
-def test_targets_of_another_temperature_are_refused() -> None:
-    """log_z and log_tail of T=1 do not pass for those of T=2."""
-    with pytest.raises(ValueError, match=r"must be those of temperature 2\.0"):
-        sparse_divergence(torch.zeros(2, 6), broken(), "fkl", temperature=2.0)
-
-
-def test_targets_are_checked_once() -> None:
-    """Validated targets stay validated through slices and moves, for one vocabulary and T."""
-    checked = broken().validate(6, 1.0)
-    assert checked.validate(6, 1.0) is checked
-    assert checked[:1].to("cpu").checked_for == (6, 1.0)
-    assert len(checked[1:]) == 1
-    assert torch.equal(checked[1:].token_ids, checked.token_ids[1:])
-    with pytest.raises(ValueError, match="beyond the student's vocabulary of 4"):
-        checked.validate(4, 1.0)
-
-
-def test_targets_with_little_kept_mass_are_counted() -> None:
-    """num_below counts the targets whose kept ids hold less than mu."""
-    assert broken().kept_mass().tolist() == pytest.approx([0.75, 0.875])
-    assert [broken().num_below(mu) for mu in (0.5, 0.8, 0.9)] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "kl"}, "unknown divergence 'kl'; one of fkl, rkl, akl"),
-        ({"tail": "drop"}, "unknown tail 'drop'; one of bucket, renormalize"),
-        ({"kind": "fkl", "mu": 0.5}, "fkl has no option mu; its options: scale_by_t2"),
-        ({"kind": "akl", "lam": 0.5}, "its options: head_rule, mu, scale_by_t2"),
-        ({"kind": "akl", "head_rule": "p > mu"}, "one of official, nucleus"),
-        ({"kind": "akl", "mu": 1.0}, "mu must lie between 0 and 1, got 1.0"),
-        ({"kind": "jsd", "beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
-        ({"kind": "skew_fkl", "lam": 1.0}, "at 1 the loss is 0"),
-        ({"kind": "jeffreys", "lam": "half"}, "lam must be a finite number, got 'half'"),
-        ({"kind": "alpha_beta", "beta": 1e-4}, "beta = 0.0001 is lost to float32 rounding"),
-        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0.0"),
-        ({"vocab_size": 7}, "vocab_size 7 does not fit a head of 6 rows"),
-    ],
-)
-def test_wrong_arguments_name_the_right_ones(arguments: dict[str, Any], message: str) -> None:
-    """An unknown or impossible argument is refused with what would be valid."""
-    with pytest.raises(ValueError, match=message):
-        sparse_divergence(torch.zeros(2, 6), broken(), **arguments)
 
 
 def test_low_precision_logits_are_computed_in_float32() -> None:

@@ -30,8 +30,9 @@ EVERY_2 = EvalConfig(heldout_fraction=0.3, every_steps=2, keep_best="heldout_ce"
 
 
 def lines_of(run: TrainConfig) -> list[dict]:
+    """The evaluations after training has begun."""
     lines = [json.loads(x) for x in (Path(run.output) / "metrics.jsonl").open()]
-    return [line for line in lines if "heldout_ce" in line]
+    return [line for line in lines if "heldout_ce" in line and line["step"]]
 
 
 def heldout_ce(run: TrainConfig) -> float:
@@ -122,7 +123,7 @@ def test_a_resumed_run_keeps_the_best_so_far(cache: Path, tmp_path: Path) -> Non
 
 def test_a_best_of_nothing_is_refused() -> None:
     """A figure that is not measured, patience without a figure, a best of one evaluation."""
-    with pytest.raises(ValueError, match="not among the figures"):
+    with pytest.raises(ValueError, match="not among the metrics"):
         EvalConfig(heldout_fraction=0.1, every_steps=1, keep_best="accuracy")
     with pytest.raises(ValueError, match="there are none"):
         EvalConfig(keep_best="heldout_ce")

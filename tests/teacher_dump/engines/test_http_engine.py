@@ -82,7 +82,7 @@ def opened(config: TeacherConfig, model_path: str, **changes: Any) -> Any:
 def http_engine(*urls: str, **options: Any) -> HttpEngine:
     """An engine of these services."""
     config = http_config(*urls, **options)
-    engine = opened(config, describe_teacher(config).model_path)
+    engine = opened(config, "", fingerprint=describe_teacher(config).info.fingerprint)
     assert isinstance(engine, HttpEngine)
     return engine
 
@@ -126,6 +126,7 @@ def assert_same_caches(found: str | Path, expected: str | Path) -> None:
         Truncation(method="topp", k=16, p=0.8, min_k=2),
         Truncation(method="sample", draws=12, seed=5),
         Truncation(method="topk+sample", k=4, draws=6, seed=5),
+        Truncation(method="label"),
     ],
     ids=lambda truncation: truncation.method,
 )
@@ -457,6 +458,19 @@ def test_an_overlong_sequence_is_refused_here(served: ServedTeacher) -> None:
     engine.close()
 
 
+def test_services_that_score_too_little_are_refused_at_once(tmp_path: Path) -> None:
+    """A service that takes shorter sequences than there are would reject them one by one."""
+    models.save_teacher(tmp_path / "teacher")
+    with (
+        unreliable(tmp_path / "teacher") as long,
+        unreliable(tmp_path / "teacher", max_length=64) as short,
+    ):
+        config = http_config(long.url, short.url)
+        with pytest.raises(Unavailable, match=r"scores at most 64 tokens.*up to 128"):
+            opened(config, "")
+        opened(config, "", max_length=64).close()
+
+
 # Configurations.
 
 
@@ -470,12 +484,22 @@ def test_an_overlong_sequence_is_refused_here(served: ServedTeacher) -> None:
         ({"path": "x", "device": "meta"}, "device meta holds no weights"),
         ({"engine": "http", "endpoints": ("http://a:b@h",)}, "holds a password"),
         ({"engine": "http", "endpoints": ("http://h", "http://h/")}, "an endpoint twice"),
-        ({"engine": "http", "endpoints": ("http://h",), "path": "x"}, "path and revision have no"),
+        (
+            {"engine": "http", "endpoints": ("http://h",), "path": "x"},
+            "path has no effect with engine http: the services",
+        ),
         ({"engine": "http", "endpoints": ("http://h",), "requests": 0}, "requests is 0"),
         ({"engine": "http", "endpoints": ("http://h",), "wait_seconds": -1.0}, "wait_seconds is"),
         ({"path": "x", "endpoints": ("http://h",)}, "no effect with engine transformers"),
         ({"path": "x", "wait_seconds": 1.0}, "no effect with engine transformers"),
         ({"path": "x", "tensor_parallel": 2}, "tensor_parallel has no effect"),
+        ({"path": "x", "engine": "vllm", "tensor_parallel": 0}, "tensor_parallel is 0"),
+        (
+            {"path": "x", "engine": "vllm", "device": "cpu", "attention": "e"},
+            "device, attention have",
+        ),
+        ({"path": "x", "engine": "vllm", "max_memory": {"cpu": "1GB"}}, "max_memory has no effect"),
+        ({"engine": "http", "endpoints": ("http://h",), "adapter": "a"}, "adapter has no effect"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -31,6 +31,7 @@ METHODS = [
     Truncation(method="sample", draws=40, seed=3),
     Truncation(method="topk+sample", k=5, draws=20, seed=3),
 ]
+LABEL = Truncation(method="label")
 each_method = pytest.mark.parametrize("truncation", METHODS, ids=lambda t: t.method)
 
 
@@ -102,6 +103,23 @@ def test_log_probs_masses_and_labels_are_those_of_the_dense_distribution(truncat
     """Whatever is kept: log p, log Z, log tail and the label's log prob agree with float64."""
     logits = random_logits(40, 1003)
     assert_exact(reduce(logits, truncation), logits)
+
+
+def test_the_label_alone_is_that_of_the_dense_distribution():
+    """Its log prob and log Z, of no entries; ids that are ruled out do no harm, NaN is found."""
+    logits = random_logits(40, 1003)
+    logits[:, 50:60] = -np.inf
+    sparse = reduce(logits, LABEL)
+    assert sparse.known().keys() == {"token_ids", "log_z", "label_logprob"}
+    assert sparse.token_ids.shape == (40, 0)
+    dense = reduce(logits, Truncation(k=16))
+    np.testing.assert_allclose(sparse.label_logprob, dense.label_logprob, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(sparse.log_z, dense.log_z, rtol=1e-6, atol=1e-5)
+    for bad in (np.nan, np.inf):
+        logits[7, 3] = bad
+        with pytest.raises(NotFinite) as caught:
+            reduce(logits, LABEL)
+        assert caught.value.row == 7
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])

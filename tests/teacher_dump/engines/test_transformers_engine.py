@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BertConfig,
     BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
@@ -31,6 +30,7 @@ from decant.schemas import ScoredSequence, Truncation
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
 from decant.teacher_dump.engines.seam import SequenceError
 from decant.teacher_dump.engines.transformers.engine import WINDOW_BATCHES, TransformersEngine
+from decant.teacher_dump.engines.transformers.probes import Sharing
 from decant.teacher_dump.inputs.records import TokenSequence
 from tests.support import models
 
@@ -40,12 +40,6 @@ LENGTHS = [5, 64, 33, 2, 64, 17, 40, 3, 9]
 TOLERANCE = 2e-4
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 """Multiples of the 64 weights that bitsandbytes quantises together."""
-BERT = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": models.MAX_POSITIONS,
-}
 MORE: dict[str, Any] = {
     "cohere": (CohereConfig, {**models.DECODER, "logit_scale": 0.25}),
     "granite": (GraniteConfig, {**models.DECODER, "logits_scaling": 4.0}),
@@ -54,9 +48,8 @@ MORE: dict[str, Any] = {
         Gemma2Config,
         {**models.DECODER, "head_dim": 16, "final_logit_softcapping": 10.0, "sliding_window": 8},
     ),
-    "both ways": (BertConfig, {**models.SIZES, "hidden_size": 32, **BERT, "is_decoder": False}),
 }
-"""Beyond `models.CONFIGS`: other final steps, sliding windows, and one that is not causal."""
+"""Beyond `models.CONFIGS`: other final steps and sliding windows."""
 
 
 class OddConfig(LlamaConfig):
@@ -166,9 +159,8 @@ def test_scores_are_those_of_a_plain_forward(architecture, tmp_path):
     """In a ragged batch, whatever comes behind the head (caps, scales, an unknown step)."""
     model = save(tmp_path, architecture)
     engine = open_teacher(tmp_path)
-    own_head = architecture in ("odd", "both ways")
-    assert (engine._head is None) == own_head  # else: never the whole [B, L, V]
-    assert engine._masks == (architecture == "both ways")
+    assert (engine._head is None) == (architecture == "odd")  # else: never the whole [B, L, V]
+    assert engine._sharing == Sharing.EVERYTHING
     sequences = sequences_of(LENGTHS)
     scored = list(engine.score(sequences, 0))
     assert [s.sample_id for s in scored] == [s.sample_id for s in sequences]
@@ -189,7 +181,7 @@ def test_an_off_by_one_would_show(llama):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2, window 8", "both ways"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2, window 8"])
 def test_a_sequence_scores_the_same_alone_and_in_a_batch(architecture, attention, tmp_path):
     """Padding and neighbours change nothing beyond rounding, whatever computes the attention."""
     save(tmp_path, architecture)

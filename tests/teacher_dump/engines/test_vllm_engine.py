@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from decant.schemas import Layout, ScoredSequence, Truncation
+from decant.schemas.distributions import in_order
 from decant.storage.cache.checks import check_sequence
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
 from decant.teacher_dump.engines.opening import open_generator
@@ -110,7 +111,7 @@ def layout(slots: int, temperatures: tuple[float, ...], sampled: bool, vocab_siz
         precision="f32",
         temperatures=temperatures,
         has_num_kept=sampled,
-        has_draws=sampled,
+        fields=in_order(("logprobs", "log_tail", *["draws"] * sampled)),
     )
 
 
@@ -515,6 +516,16 @@ def test_the_tail_of_prompt_logprobs_is_bounded_by_what_is_known() -> None:
     certain = [np.log(1e-5), np.log(2e-5), -100.0, 0.0]
     assert tail_of(certain, 0) == pytest.approx(np.log(1e-5), abs=1e-5)
     assert tail_of([-90.0, -80.0, -95.0, 0.0], 3) == pytest.approx(-80 + np.log(2))
+
+
+def test_prompt_logprobs_give_the_label_alone() -> None:
+    """What vLLM says of the token itself, when it is asked for no others."""
+    alone = reduction(vocab_size=4, truncation=Truncation(method="label"))
+    check(alone, 4, "no head")
+    flat = SimpleNamespace(token_ids=[2, 3], logprobs=[-0.5, -0.25])
+    rows = rows_from_flat(flat, alone, np.array([0, 2, 3], dtype=np.int32), np.array([1, 2]))
+    assert rows is not None and rows.shape == (2, alone.row_words)
+    np.testing.assert_array_equal(rows.view(np.float32), [[0, -0.5], [0, -0.25]])
 
 
 # Sampling responses.

@@ -304,7 +304,7 @@ def judged(name: str, conversation: str) -> tuple[str, str]:
     try:
         own = rendered(name, source, conversation)
     except Exception as error:  # templates raise what they like
-        return ("refused", str(error)) if isinstance(found, Unrenderable) else ("wrong", str(error))
+        return ("refused" if isinstance(found, Unrenderable) else "wrong"), f"{found}: {error}"
     missing = lost(CONVERSATIONS[conversation], own)
     if "tools" in fields and "adds" not in own:
         missing.append("the tools")

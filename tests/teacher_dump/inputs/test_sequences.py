@@ -16,6 +16,7 @@ from tests.support.records import (
     BOS,
     CHAT,
     EOS,
+    HEADER,
     MARKED_TEMPLATE,
     MARKED_TOKENIZER,
     PLAIN_TEMPLATE,
@@ -101,6 +102,16 @@ def test_nothing_is_added_to_what_the_template_renders():
     assert EOS not in ids
 
 
+def test_answers_are_found_in_an_inconsistent_template():
+    """A template that renders earlier answers otherwise than the last one is masked right."""
+    template = PLAIN_TEMPLATE.replace("{{ m.content", "{{ mark + m.content").replace(
+        HEADER, HEADER + "{% set mark = '!' if loop.last and m.role == 'assistant' else '' %}"
+    )
+    tokenizer = build_tokenizer(template=template)
+    assert chat_targets(tokenizer, CHAT) == " world<|end|>!the answers<|end|>"
+    assert chat_targets(tokenizer, CHAT[:2]) == "! world<|end|>"
+
+
 def test_null_fields_of_arrow_change_nothing():
     """Messages that went through Arrow, which fills in nulls, give the same tokens."""
     template = PLAIN_TEMPLATE.replace("{{ m.content", "{{ ('?' if 'name' in m else '') + m.content")
@@ -180,6 +191,11 @@ def test_a_file_may_hold_the_chat_template(tmp_path):
         assert chat_targets(tokenizer, CHAT, chat_template=str(file)) == ANSWERS
     with pytest.raises(ValueError, match=r"chat_template .* cannot be read"):
         run(record(messages=CHAT), chat_template=str(tmp_path / "none"))
+
+
+def test_the_assistant_may_speak_first():
+    """Its words are targets, what the template puts before them is not."""
+    assert chat_targets(TOKENIZER, CHAT[1:]) == ANSWERS
 
 
 # Ready ids

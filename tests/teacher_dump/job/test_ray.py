@@ -14,7 +14,7 @@ import pytest
 
 from decant.storage import CacheReader
 from decant.teacher_dump import DumpConfig, dump
-from decant.teacher_dump.job.ray_pool import RayConfig
+from decant.teacher_dump.job.config import RayConfig
 from tests.support import models
 from tests.support.commands import Command, command, setting
 from tests.support.dumps import (
@@ -214,11 +214,11 @@ def test_ray_options_need_ray(settings: DumpConfig, tmp_path: Path):
     result = command(*run, "--ray.num_actors", "2")
     assert result.code == 2 and "add --executor ray" in result.stderr
     result = command(*run, "--executor", "ray", "--num-workers", "2")
-    assert result.code == 2 and "num-workers has no effect with executor ray" in result.stderr
+    assert result.code == 2 and "num_workers has no effect with executor ray" in result.stderr
     result = command(*run, "--executor", "ray", "--ray.num_cpus", "0", "--ray.num_gpus", "0")
     assert result.code == 2 and "both 0" in result.stderr
     result = command(*run, "--executor", "ray", first=without_ray)
-    assert result.code == 2 and "pip install '.[ray]'" in result.stderr
+    assert result.code == 2 and "pip install 'decant[ray]'" in result.stderr
     assert not (tmp_path / "cache").exists()
     result = command(*run, "--executor", "ray", "--ray.address", "127.0.0.1:1")
     assert result.code == 2 and "no Ray cluster at 127.0.0.1:1" in result.stderr

@@ -1,0 +1,59 @@
+"""`plan`: what it takes and what it prints."""
+
+from dataclasses import dataclass, field
+
+from decant.storage.cli import process
+from decant.storage.cli.commands import Command
+from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines.config import ENGINES
+from decant.teacher_dump.job.command import COMMON
+from decant.teacher_dump.job.config import ShareConfig
+
+TEXT = """
+  decant plan --config dump.yaml
+  decant plan --config dump.yaml --sample 200 --json
+  decant plan --config dump.yaml --engines vllm     time another engine as well
+
+Takes every configuration that `decant dump` takes, and writes nothing.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments(ShareConfig):
+    """What a plan takes beside its configuration."""
+
+    sample: int = 64
+    """Sequences to score for the prediction."""
+    engines: list[str] = field(default_factory=list)
+    """Further engines to time on the sample: transformers, vllm, http."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        ShareConfig.__post_init__(self)
+        if unknown := set(self.engines) - set(ENGINES):
+            raise ValueError(f"engines: {sorted(unknown)} are not among {ENGINES}")
+
+
+def run_plan(config: DumpConfig, arguments: PlanArguments) -> int:
+    """Predict and print; returns the exit code."""
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text
+    from decant.teacher_dump.engines.quiet import quiet_transformers
+    from decant.teacher_dump.planning.predict import predict
+    from decant.teacher_dump.planning.text import plan_text
+
+    quiet_transformers()
+    prediction = predict(config, arguments.sample, arguments.engines)
+    print(json_text(to_json(prediction)) if arguments.json else plan_text(prediction, config))
+    return process.DONE
+
+
+PLAN = Command(
+    text=TEXT,
+    config=DumpConfig,
+    arguments=PlanArguments,
+    common=COMMON,
+    run=run_plan,
+    goes_on=False,
+)
