@@ -130,7 +130,7 @@ def difference(
     """What the tokens lack of the record's own strings, or have as a target besides; or ""."""
     parts = stretches(ids, is_target, lambda some: decode(tokenizer, some))
     said = strings_of(found, everything=everything)
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    tokens = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
     check = _answer_difference if found.form == ANSWERED else _difference
     problem = ""
     for transform in _transforms(tokenizer, tokens):
@@ -257,7 +257,7 @@ def _answer_difference(
     return ""
 
 
-def _without(tokens: list[str]) -> Transform:
+def _without(tokens: set[str]) -> Transform:
     """Take the added tokens out of a text."""
     if not tokens:
         return str
@@ -266,7 +266,7 @@ def _without(tokens: list[str]) -> Transform:
     return lambda text: pattern.sub("", text)
 
 
-def _transforms(tokenizer: Any, tokens: list[str]) -> list[Transform]:
+def _transforms(tokenizer: Any, tokens: set[str]) -> list[Transform]:
     """Ways to look at texts that do not count as differences, the strictest first."""
     escaped = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     beside = re.compile(rf"\s*({escaped})\s*")

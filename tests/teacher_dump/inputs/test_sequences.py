@@ -66,41 +66,6 @@ def test_a_missing_special_token_is_an_error(name):
         run(record(text="a"), tokenizer=tokenizer, add_bos=True)
 
 
-# Prompt and response
-
-
-def test_prompt_and_response_are_read_as_one_text():
-    """They are tokenised together; a token across their border is a target."""
-    whole = bare("hello you")
-    assert bare("hel") + bare("lo you") != whole
-    fields = record(prompt="hel", response="lo you")
-    assert one(fields) == ([BOS, *whole, EOS], [*whole, EOS])
-    prompt, response = bare("hello"), bare(" you")
-    assert prompt + response == whole
-    fields = record(prompt="hello", response=" you")
-    assert one(fields) == ([BOS, *whole, EOS], [*response, EOS])
-    assert one(fields, targets="all")[1] == [*whole, EOS]
-    assert one(fields, add_eos=False)[1] == response
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_no_letter_of_a_response_is_left_out(prompt, response):
-    """Whatever the letters, the targets hold the response, and at most a token's rest besides."""
-    prompt, response = (text.replace("<", "") for text in (prompt, response))
-    ids, targets = one(record(prompt=prompt, response=response))
-    assert ids == [BOS, *bare(prompt + response), EOS]
-    learnt = TOKENIZER.decode(targets)
-    assert learnt.endswith(response + "</s>")
-    besides = learnt.removesuffix(response + "</s>").strip("\ufffd")  # bytes of a letter
-    assert prompt.endswith(besides) and len(besides) < 12
-
-
-def test_an_empty_prompt_leaves_the_response_whole():
-    """Without a prompt, all but the very first token is a target."""
-    assert one(record(prompt="", response="hello you"))[1] == [*bare("hello you"), EOS]
-
-
 # Messages
 
 

@@ -106,9 +106,9 @@ def test_directories_and_globs_are_read_in_sorted_order(tmp_path):
 
 def test_an_explicit_format_reads_other_suffixes(tmp_path):
     """With format: jsonl a file is read as JSON lines whatever its name."""
-    path = write(tmp_path / "a.ndjson", ROWS)
+    path = write(tmp_path / "a.data", ROWS)
     assert len(read(path, format="jsonl")) == 5
-    with pytest.raises(SourceError, match=r"a\.ndjson has no known suffix.*\.jsonl"):
+    with pytest.raises(SourceError, match=r"a\.data has no known suffix.*\.jsonl"):
         read(path)
 
 

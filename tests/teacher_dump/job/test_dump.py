@@ -183,13 +183,13 @@ def test_ready_ids_need_no_tokenizer(config: DumpConfig, tmp_path: Path):
 
 def test_of_prompt_and_response_only_the_response_is_scored(config: DumpConfig, tmp_path: Path):
     """Its tokens and the eos have distributions; the prompt's rows are there, without one."""
-    source = save_records(tmp_path / "sft.jsonl", {"prompt": "the fox ", "response": "runs away"})
+    source = save_records(tmp_path / "sft.jsonl", {"prompt": "the fox", "response": " runs away"})
     dump(change(config, "source.path", str(source)))
     (sequence,) = CacheReader(config.output)
     tokenizer = models.build_tokenizer()
-    prompt = len(tokenizer("the fox ")["input_ids"])
+    prompt = len(tokenizer("the fox")["input_ids"])
     assert sequence.is_target.tolist() == [False] * prompt + [True] * sequence.num_targets
-    assert tokenizer.decode(sequence.labels) == "runs away</s>"
+    assert tokenizer.decode(sequence.labels) == " runs away</s>"
 
 
 def test_the_order_in_which_files_are_found_does_not_matter(config: DumpConfig, tmp_path: Path):
