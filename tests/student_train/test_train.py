@@ -354,3 +354,21 @@ def test_an_output_that_is_somebody_elses_is_refused(cache: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"would replace student\.path"):
         train(config(cache, tmp_path / "mine", student=pretrained))
     assert (tmp_path / "mine/student/notes").read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["", "student-of-it", "shards/deeper"])
+def test_an_output_in_a_cache_is_refused(cache: Path, tmp_path: Path, place: str) -> None:
+    """Any cache, also one that is not trained on: it holds nothing but itself."""
+    (tmp_path / "other/shards").mkdir(parents=True)
+    (tmp_path / "other/manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is in the cache .*other, which holds nothing but"):
+        train(config(cache, tmp_path / "other" / place))
+    assert sorted(p.name for p in (tmp_path / "other").rglob("*")) == ["manifest.json", "shards"]
+
+
+def test_a_warmup_that_epochs_do_not_reach_is_refused(cache: Path, tmp_path: Path) -> None:
+    """As soon as the number of steps is known, before the first."""
+    run = dataclasses.replace(config(cache, tmp_path / "run"), steps=0, epochs=1.0)
+    with pytest.raises(ValueError, match=r"warmup_steps 1000 is more than the run's \d+ steps"):
+        train(dataclasses.replace(run, optimizer=OptimizerConfig(warmup_steps=1000)))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
