@@ -14,7 +14,7 @@ TEXT = """
   decant train --config train.yaml --loss.kind akl --output runs/akl
   decant train --config train.yaml --dry-run    what it needs; writes nothing
   decant train --config train.yaml --follow     while the cache is being dumped
-  accelerate launch --num_processes 8 -m decant.student_train --config train.yaml
+  accelerate launch -m decant.student_train --config train.yaml
 
 The same command again goes on from the last checkpoint, to the sample.
 """
@@ -30,6 +30,15 @@ class TrainArguments:
 
 def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     """Train and print the summary; returns the exit code."""
+    with process.libraries_on_stderr():
+        result = _result(config, arguments)
+    if not arguments.dry_run or int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+    return process.DONE
+
+
+def _result(config: TrainConfig, arguments: TrainArguments) -> str:
+    """The summary of the training as JSON, or the report of a dry run."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -39,14 +48,10 @@ def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     if arguments.dry_run:
         from decant.student_train.dry_run import dry_run
 
-        report = dry_run(config)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(report)
-        return process.DONE
+        return dry_run(config)
     from decant.student_train.loop import train
 
-    print(json.dumps(train(config)))
-    return process.DONE
+    return json.dumps(train(config))
 
 
 TRAIN = Command(
