@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], int]) -> None:
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
-    """While this is held what libraries print goes to stderr: stdout is for the command's result."""
+    """While this is held, what is printed goes to stderr: stdout is for a command's result."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
