@@ -30,15 +30,6 @@ class TrainArguments:
 
 def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     """Train and print the summary; returns the exit code."""
-    with process.libraries_on_stderr():
-        result = _result(config, arguments)
-    if not arguments.dry_run or int(os.environ.get("RANK", "0")) == 0:
-        print(result)
-    return process.DONE
-
-
-def _result(config: TrainConfig, arguments: TrainArguments) -> str:
-    """The summary of the training as JSON, or the report of a dry run."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -48,10 +39,14 @@ def _result(config: TrainConfig, arguments: TrainArguments) -> str:
     if arguments.dry_run:
         from decant.student_train.dry_run import dry_run
 
-        return dry_run(config)
+        report = dry_run(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(report)
+        return process.DONE
     from decant.student_train.loop import train
 
-    return json.dumps(train(config))
+    print(json.dumps(train(config)))
+    return process.DONE
 
 
 TRAIN = Command(

@@ -123,9 +123,6 @@ def run(line: str, folder: Path) -> None:
     if words[0] == "make":  # sets up environments: only that the target is there
         done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    elif words[0] == "decant":
-        ended = command(*words, folder=folder)
-        assert ended.code == 0, f"{line}\n{ended.stderr}"
     elif words[:2] == ["python", "-m"]:
         ended = command(*words[2:], folder=folder)
         assert ended.code == 0, f"{line}\n{ended.stderr}"
