@@ -17,7 +17,7 @@ TEXT = """
   decant train --config train.yaml --loss.kind akl --output runs/akl
   decant train --config train.yaml --dry-run    what it needs; writes nothing
   decant train --config train.yaml --follow     while the cache is being dumped
-  accelerate launch --num_processes 8 -m decant.student_train --config train.yaml
+  accelerate launch -m decant.student_train --config train.yaml
 
 The same command again goes on from the last checkpoint, to the sample.
 """

@@ -132,10 +132,10 @@ def run_diff(arguments: DiffArguments) -> int:
 INSPECT = Command(
     text="""
   decant inspect caches/demo
-  decant inspect caches/demo --html demo.html        one page that opens from disk
+  decant inspect caches/demo --html demo.html     one page that opens from disk
   decant inspect caches/demo --json > demo.json
-  decant inspect caches/large --sample 0.05          a twentieth of it: estimates
-  decant inspect caches/large --sample 20 --seed 1   20 row groups
+  decant inspect caches/large --sample 0.05       a twentieth of it: estimates
+  decant inspect caches/large --sample 20         20 row groups
 
 Reads the cache once. While a dump is still running it reports the shards
 committed so far and says so. The figures of a complete cache in a directory are

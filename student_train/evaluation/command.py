@@ -43,6 +43,15 @@ class EvaluateArguments:
 
 def run_evaluate(arguments: EvaluateArguments) -> int:
     """Evaluate a student and print what was found; returns the exit code."""
+    with process.libraries_on_stderr():
+        result = _result(arguments)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+    return process.DONE
+
+
+def _result(arguments: EvaluateArguments) -> str:
+    """The verdict as text, or as JSON."""
     from transformers.utils import logging as transformers_logging
 
     from decant.schemas import to_json
@@ -58,26 +67,26 @@ def run_evaluate(arguments: EvaluateArguments) -> int:
 
     transformers_logging.disable_progress_bar()
     refuse_missing(arguments.cache)
+    student = StudentConfig(
+        path=student_folder(arguments.student),
+        dtype=arguments.dtype,
+        attention=arguments.attention,
+    )
+    loss = LossConfig(
+        kind=arguments.kind,
+        temperature=arguments.temperature,
+        tail=arguments.tail,
+        options=arguments.options,
+    )
     verdict = evaluate_student(
-        StudentConfig(
-            path=student_folder(arguments.student),
-            dtype=arguments.dtype,
-            attention=arguments.attention,
-        ),
+        student,
         arguments.cache,
-        LossConfig(
-            kind=arguments.kind,
-            temperature=arguments.temperature,
-            tail=arguments.tail,
-            options=arguments.options,
-        ),
+        loss,
         batch_size=arguments.batch_size,
         heldout_fraction=arguments.heldout_fraction,
         mixed_precision=arguments.mixed_precision,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json_text(to_json(verdict)) if arguments.json else verdict_text(verdict))
-    return process.DONE
+    return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
 
 
 EVALUATE = Command(
@@ -86,7 +95,7 @@ EVALUATE = Command(
   decant evaluate --student runs/first --cache caches/mine \\
       --heldout-fraction 0.01
   decant evaluate --student path/or/hub-id --cache caches/heldout --json
-  accelerate launch -m decant evaluate --student runs/first --cache caches/heldout
+  accelerate launch -m decant evaluate --student runs/first --cache caches/a
 
 No teacher is loaded: what it said is in the cache. Printed are the student's
 cross-entropy and perplexity on the actual tokens, its divergence from the
