@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from decant.storage.files.durable import publish_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -113,6 +114,4 @@ def _truncate(path: Path, step: int) -> None:
             break
         if values["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    publish_bytes(path, "".join(kept).encode())

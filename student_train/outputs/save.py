@@ -1,7 +1,6 @@
 """What a finished run leaves: the student's directory and the summary, each complete or absent."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from decant.storage.files.durable import sync, sync_tree
+from decant.storage.files.durable import publish, publish_bytes
 from decant.student_train.model.adapters import merged, save_adapter
 
 STUDENT = "student"
@@ -50,16 +49,10 @@ def save_student(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
-        sync_tree(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        publish(temporary, target)
     accelerator.wait_for_everyone()
 
 
 def save_summary(record: dict[str, Any], output: Path) -> None:
     """Publish `summary.json`, whose presence says that the run is complete."""
-    temporary = output / f".{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    sync(temporary)
-    os.replace(temporary, output / SUMMARY)
-    sync(output)
+    publish_bytes(output / SUMMARY, (json.dumps(record, indent=2) + "\n").encode())
