@@ -1,6 +1,7 @@
-"""A file or a directory is finished or absent: the product's only fsync and rename. Local only.
+"""A file or a directory is finished or absent: the only fsync and rename of the product.
 
-What is to be published is filled under a temporary name beside its place, and moved there last.
+Local only. What is to be published is filled under a temporary name beside its place, and moved
+there last.
 """
 
 import contextlib

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from decant.storage.files.durable import sync, sync_tree
+from decant.storage.files.durable import publish
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.outputs.written import reading, writing
@@ -182,7 +181,4 @@ class Checkpoints:
                 "stream": stream_state,
             }
             (temporary / "decant.json").write_text(json.dumps(state, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            sync_tree(temporary)
-            os.replace(temporary, target)
-            sync(self.folder)
+            publish(temporary, target)
