@@ -59,7 +59,7 @@ def _result(arguments: EvaluateArguments) -> str:
     from decant.storage.cli.terminal import json_text
     from decant.student_train.config.loss import LossConfig
     from decant.student_train.config.student import StudentConfig
-    from decant.student_train.evaluation.alone import (
+    from decant.student_train.evaluate_student import (
         evaluate_student,
         student_folder,
         verdict_text,
