@@ -22,7 +22,7 @@ from decant.copy_examples import SHIPPED
 from decant.storage import CacheReader
 from decant.storage.cli.options import groups
 from decant.student_train.config.loss import LossConfig
-from decant.student_train.evaluate_command import EvaluateArguments
+from decant.student_train.config.verdict import EvaluateArguments
 from decant.student_train.losses.kinds import DIVERGENCES, TAIL_MODES
 from tests.support import ROOT
 from tests.support.trainings import STUDENT
