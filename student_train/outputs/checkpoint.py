@@ -39,6 +39,9 @@ FREE_TO_CHANGE = (
 """Fields that do not change what is computed, so a resumed run may differ in them. Of the sizes of
 batches only the product counts: `refuse_other_batches`."""
 
+ADDED: dict[str, Any] = {"optimizer.warmup_ratio": 0.0}
+"""Options that a checkpoint may be too old to know, and what they were before they existed."""
+
 
 def config_record(config: TrainConfig) -> dict[str, Any]:
     """The fields that a checkpoint is only good for, as plain JSON values."""
@@ -69,8 +72,11 @@ def leaves(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_other_config(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
-    """Raise ValueError, listing the differing options, unless both configs compute the same."""
-    was, now = leaves(theirs), leaves(ours)
+    """Raise ValueError, listing the differing options, unless both configs compute the same.
+
+    An option that the checkpoint is too old to know is taken as in `ADDED`.
+    """
+    was, now = ADDED | leaves(theirs), leaves(ours)
     differing = [
         f"  {name}: was {was.get(name)!r}, this run gives {now.get(name)!r}"
         for name in sorted(was.keys() | now.keys())

@@ -27,6 +27,7 @@ from decant.student_train import (
 )
 from decant.student_train.loop import NotFinite
 from decant.student_train.model.student import load_student
+from decant.student_train.outputs.checkpoint import config_record, refuse_other_config
 from decant.student_train.runtime.optimizer import learning_rate
 from tests.support.trainings import STUDENT, config, losses, weights
 
@@ -46,6 +47,30 @@ def test_learning_rates(schedule: str) -> None:
     middle, end = {"cosine": (0.55, 0.1), "linear": (0.55, 0.1), "constant": (1, 1)}[schedule]
     assert rates[54] == pytest.approx(middle)
     assert rates[104] == pytest.approx(end)
+
+
+def test_a_warmup_may_be_a_share_of_the_run() -> None:
+    """It is the warmup of as many steps, at least one; both together are refused."""
+    share, steps = OptimizerConfig(warmup_ratio=0.03), OptimizerConfig(warmup_steps=4)
+    rates = [learning_rate(share, step, 104) for step in range(104)]
+    assert rates == [learning_rate(steps, step, 104) for step in range(104)]
+    short = OptimizerConfig(warmup_ratio=0.03, schedule="constant")
+    assert [learning_rate(short, step, 5) for step in range(5)] == [short.lr] * 5
+    with pytest.raises(ValueError, match=r"warmup_steps or warmup_ratio: found 4 and 0\.03"):
+        OptimizerConfig(warmup_steps=4, warmup_ratio=0.03)
+
+
+def test_a_checkpoint_may_be_older_than_an_option() -> None:
+    """An option it does not know counts as what it was before, and only that."""
+    ours = config_record(
+        TrainConfig(cache="c", output="o", student=StudentConfig(path="s"), steps=1)
+    )
+    theirs = json.loads(json.dumps(ours))
+    del theirs["optimizer"]["warmup_ratio"]
+    refuse_other_config(theirs, ours, "step-1")
+    ours["optimizer"]["warmup_ratio"] = 0.5
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_ratio: was 0\.0, this run gives 0\.5"):
+        refuse_other_config(theirs, ours, "step-1")
 
 
 def test_microbatches_count_by_targets(cache: Path, tmp_path: Path) -> None:
