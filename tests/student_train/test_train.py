@@ -23,6 +23,7 @@ from decant.student_train import (
     LossConfig,
     OptimizerConfig,
     StudentConfig,
+    TrainConfig,
     train,
 )
 from decant.student_train.loop import NotFinite
