@@ -139,12 +139,6 @@ def shared_vocab_size(tokenizer: Any | None, rows: int, teacher: str) -> int:
     return min(rows, max(vocab.values()) + 1)
 
 
-def puts_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer by itself starts a text with its bos token."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos is not None and bos in tokenizer("a", verbose=False)["input_ids"][:1]
-
-
 def _tokenizer_json(source: str, revision: str) -> Path | None:
     """The file in a directory or in the hub's cache; None if there is none."""
     from transformers.utils import cached_file

@@ -74,9 +74,9 @@ class Generation:
             self._head + tokenizer(self.records[i]["prompt"], add_special_tokens=False).input_ids
             for i in picks
         ]
-        longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
-        pad = tokenizer.eos_token_id if pad is None else pad
-        pad = 0 if pad is None else pad
+        longest, rows = max(map(len, prompts)), student.config.get_text_config().vocab_size
+        paddings = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # may be beyond the rows
+        pad = next(token for token in paddings if token is not None and token < rows)
         ids = torch.full((len(picks), longest), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # on the left, so that answers follow their prompts

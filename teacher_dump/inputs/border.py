@@ -92,6 +92,13 @@ class BorderCheck:
                 "the first record of kind %s (%s), targets between %s and %s:\n%s",
                 *(found.kind, found.record.where, BEGIN, END, text),
             )
+            if self._lacks_bos(found, ids):
+                log.warning(
+                    "warning: records of kind %s begin without %s, the bos token that the tokenizer"
+                    " has: if the teacher was trained with it, set sequences.add_bos: true"
+                    " (or put it into the chat template)",
+                    *(found.kind, self._tokenizer.bos_token),
+                )
         if not problem:
             return
         message = (
@@ -110,6 +117,12 @@ class BorderCheck:
         self._warnings += 1
         if self._warnings <= MOST_SAID:
             log.warning("%s", text)
+
+    def _lacks_bos(self, found: Formed, ids: Ids) -> bool:
+        t = self._tokenizer
+        if found.form == READY or t.bos_token_id in (None, t.eos_token_id):
+            return False
+        return bool(ids[0] != t.bos_token_id)
 
     def _has_unknown(self, found: Formed, ids: Ids) -> bool:
         t = self._tokenizer

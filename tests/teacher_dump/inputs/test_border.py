@@ -154,6 +154,18 @@ def test_an_example_of_each_kind_is_in_the_log(caplog):
     assert caplog.text.count("targets between") == 2
 
 
+def test_a_bos_that_is_not_put_is_said(caplog):
+    """Once for each kind, where the tokenizer has one that is not the eos as well."""
+    tokenizer = build_tokenizer(adds_bos=False)
+    run(record("a", text="hello"), record("b", text="b"), tokenizer=tokenizer)
+    assert caplog.text.count("records of kind text begin without <s>") == 1
+    caplog.clear()
+    run(record(text="hello"), tokenizer=tokenizer, add_bos=True)
+    run(record(text="hello"), tokenizer=build_tokenizer(adds_bos=False, bos_token="</s>"))
+    run(record(input_ids=[5, 6]), tokenizer=tokenizer)
+    assert "begin without" not in caplog.text
+
+
 def test_stretches_join_to_the_text():
     """Bytes of one letter, and spaces that decoders drop at a start, stay in the whole."""
     text = "日本 hello  you é"
