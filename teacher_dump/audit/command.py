@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
 from decant.schemas import to_json
 from decant.storage.cli import process as cli
@@ -12,6 +11,7 @@ from decant.storage.cli.terminal import json_text
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.engines.config import DTYPES, ENGINES
 from decant.teacher_dump.engines.quiet import quiet_transformers
+from decant.teacher_dump.progress import progress
 
 AUDIT = """Score a random sample of a cache again with a live teacher and compare.
 
@@ -76,18 +76,13 @@ def run_audit(options: Any) -> int:
         device=options["device"],
         max_batch_tokens=options["max_batch_tokens"],
     )
-    with tqdm(desc="audit", unit=" sequences", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress("audit", "sequences", keep=False) as bar:
         report = audit(
             options["url"],
             config,
             sample=options["sample"],
             seed=options["seed"],
-            progress=progress,
+            progress=bar.to,
         )
     if options["json"]:
         print(json_text({"ok": report.ok, **to_json(report)}))

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from decant.schemas import FormatError, tokenizer_fingerprint
 from decant.schemas.strict import canonical
@@ -33,6 +32,7 @@ from decant.teacher_dump.engines.seam import Generator, Prompt, Response, Sampli
 from decant.teacher_dump.inputs.encoding import Encoder
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sources import iter_records
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
     log.info("%d prompts, %d of %d parts to sample", total, len(missing), num_parts)
     generator = open_sampler(config, teacher)
     try:
-        with tqdm(desc="generate", total=total, unit=" prompts", disable=None) as bar:
+        with progress("generate", "prompts", total=total) as bar:
             asked = (q for q in questions(config, teacher) if q.room)
             for part in range(num_parts):
                 chunk = list(itertools.islice(asked, size))
@@ -284,7 +284,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
                         store.publish_json(paths.GENERATION, {"fingerprint": fingerprint})
                         there.add(paths.generated(part))
                     _publish(store, part, rows)
-                bar.update(len(chunk))
+                bar.add(len(chunk))
     finally:
         generator.close()
 

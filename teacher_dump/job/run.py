@@ -5,8 +5,6 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from decant.schemas import Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
@@ -19,6 +17,7 @@ from decant.teacher_dump.job.ray_pool import RayConfig
 from decant.teacher_dump.job.refusals import refuse_misfits
 from decant.teacher_dump.job.shard_inputs import restore_inputs
 from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
@@ -141,10 +140,10 @@ def _set_up(
     config: DumpConfig, store: Store, teacher: Teacher, worker: Worker, retry_rejected: bool
 ) -> tuple[CacheWriter, list[ShardPlan]]:
     """The started cache and the shards that this worker must score, with their inputs in place."""
-    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+    with progress("tokenise", "sequences") as bar:
 
         def tokenised(counts: SequenceCounts) -> None:
-            bar.update(counts.sequences - bar.n)
+            bar.to(counts.sequences)
 
         writer = open_or_create(config, store, teacher, tokenised)
         for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
@@ -168,23 +167,14 @@ def _fill(
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
     start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
-    with tqdm(
-        desc="score",
-        total=mine,
-        initial=committed,
-        unit=" targets",
-        unit_scale=True,
-        disable=None,
-    ) as bar:
+    with progress("score", "targets", total=mine, initial=committed) as bar:
 
         def done(num_targets: int) -> None:
             nonlocal targets, sequences
             sequences += 1
             targets += num_targets
-            bar.update(num_targets)
-            bar.set_postfix_str(
-                f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
-            )
+            bar.note(f"{sequences} sequences, {written_bytes / 1e6:.1f} MB")
+            bar.add(num_targets)
 
         for filled in fill_shards(
             writer,

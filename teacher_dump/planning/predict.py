@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from decant.schemas import ScoredSequence
 from decant.storage import Store
@@ -34,6 +33,7 @@ from decant.teacher_dump.planning.ladder import (
     shard_bytes,
 )
 from decant.teacher_dump.planning.sample import draw_responses, draw_sequences
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, engine_label
 
 INPUT_BYTES = 3
@@ -218,9 +218,12 @@ def _score(
 
 def _isolated(engine: Engine, sequences: list[TokenSequence]) -> list[ScoredSequence | None]:
     """Each sequence scored, or None if the teacher cannot."""
-    results = Isolator(engine, 1.0).score(sequences, 0)
-    bar = tqdm(results, desc="score", total=len(sequences), disable=None, leave=False)
-    return [None if isinstance(result, Rejection) else result for result in bar]
+    scored: list[ScoredSequence | None] = []
+    with progress("score", "sequences", total=len(sequences), keep=False) as bar:
+        for result in Isolator(engine, 1.0).score(sequences, 0):
+            scored.append(None if isinstance(result, Rejection) else result)
+            bar.add(1)
+    return scored
 
 
 def _retained(scored: list[ScoredSequence], weights: list[float]) -> float:
