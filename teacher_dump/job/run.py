@@ -10,6 +10,7 @@ from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
+from decant.teacher_dump.engines.opening import check_engine
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
@@ -66,6 +67,9 @@ def dump(
     store = Store(config.output)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
+    if ray is None and not store.exists(paths.MANIFEST):  # with Ray, what runs it is elsewhere
+        for warning in check_engine(config.teacher, teacher.model_path):
+            log.warning("%s", warning)
     with store.lock(shared=worker.count > 1):
         teacher = hash_weights(teacher, progress=log.info)
         _await_start(store, worker)
@@ -145,7 +149,8 @@ def _set_up(
         def tokenised(counts: SequenceCounts) -> None:
             bar.to(counts.sequences)
 
-        writer = open_or_create(config, store, teacher, tokenised)
+        alone = worker.count == 1
+        writer = open_or_create(config, store, teacher, tokenised, alone=alone)
         for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
             store.remove_temporaries(folder)
         if worker.count == 1:

@@ -17,7 +17,7 @@ from decant.schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokeni
 from decant.schemas.strict import canonical
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
-from decant.storage.cache.records import read_records
+from decant.storage.cache.records import committed_shards, read_records
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.records import SourceError
 from decant.teacher_dump.inputs.sequences import SequenceCounts
@@ -41,12 +41,18 @@ class ConfigChanged(ValueError):
 
 
 def open_or_create(
-    config: DumpConfig, store: Store, teacher: Teacher, progress: Callable[[SequenceCounts], None]
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    progress: Callable[[SequenceCounts], None],
+    *,
+    alone: bool = True,
 ) -> CacheWriter:
     """Open the cache in `config.output`, or start it there.
 
-    Raises ConfigChanged, listing the differing fields, if the cache there is not the one this
-    config gives; FileExistsError if the directory holds something else.
+    A cache of another config of which no shard is committed yet is started again, if this process
+    is `alone` with it. Raises ConfigChanged, listing the differing fields, if the cache there is
+    not the one this config gives; FileExistsError if the directory holds something else.
     """
     source = describe_source(config.source)
     if config.source.generate.n:
@@ -58,11 +64,58 @@ def open_or_create(
             raise FormatError(
                 f"{error}; restore it from a copy, or dump into another output"
             ) from error
-        _refuse_changes(writer, _identity(config, source, teacher))
+        differing = _changes(writer, _identity(config, source, teacher))
+        if differing and alone and _holds_nothing(writer, source):
+            log.warning(
+                "%s holds the start of another cache, of which no shard is committed; starting "
+                "over with this config. Differing:\n%s",
+                store.url,
+                "\n".join(differing),
+            )
+            _start_over(store)
+            return _started(config, store, teacher, source, progress)
+        if differing:
+            raise ConfigChanged(
+                f"{writer.store.url} holds another cache; differing:\n"
+                + "\n".join(differing)
+                + "\nUse the config it was started with to resume, or another output."
+            )
         files = (f"{paths.TOKENIZER}/{name}" for name in writer.manifest.tokenizer.files)
         if not all(store.exists(file) for file in files):
             save_tokenizer(store, teacher.tokenizer)
         return writer
+    return _started(config, store, teacher, source, progress)
+
+
+def _holds_nothing(writer: CacheWriter, source: dict[str, Any]) -> bool:
+    """Whether nothing is lost with a cache: no committed shard, nor responses to other prompts."""
+    store = writer.store
+    if committed_shards(store):
+        return False
+    return not store.exists(paths.GENERATION) or (
+        store.read_json(paths.GENERATION).get("fingerprint") == source["fingerprint"]
+    )
+
+
+def _start_over(store: Store) -> None:
+    """Remove a cache without a committed shard; what was sampled for it stays.
+
+    Whenever this is cut short, what is left is that cache or the start of one.
+    """
+    for folder in (paths.SHARDS, paths.RECORDS, PurePath(paths.KEPT_REPORT).parts[0]):
+        store.remove_folder(folder)
+    store.remove(paths.MANIFEST)
+    _clear(store)
+
+
+def _started(
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    source: dict[str, Any],
+    progress: Callable[[SequenceCounts], None],
+) -> CacheWriter:
+    """A new cache; if it cannot be made, nothing of it is left."""
     refuse_foreign(config)
     _clear(store)
     try:
@@ -185,7 +238,8 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher) -> dict[str, A
     }
 
 
-def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
+def _changes(writer: CacheWriter, ours: dict[str, Any]) -> list[str]:
+    """A line for each field in which a cache is not the one that a config gives."""
     stored = writer.manifest.to_json()
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
     if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
@@ -197,9 +251,4 @@ def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
             theirs = theirs.get(part, LATER.get(name))
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
-    if differing:
-        raise ConfigChanged(
-            f"{writer.store.url} holds another cache; differing:\n"
-            + "\n".join(differing)
-            + "\nUse the config it was started with to resume, or another output."
-        )
+    return differing

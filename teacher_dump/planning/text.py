@@ -36,6 +36,7 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
         f"from a sample of     {p.sample_sequences} sequences, {p.sample_targets:,} targets, "
         "by file and length"
     )
+    lines.append(f"cross-entropy        {p.cross_entropy:.3f} nats per target, the teacher's own")
     if p.mass is not None:
         lines.append(f"retained mass        {p.mass:.4f} with the configured truncation")
     lines += [
