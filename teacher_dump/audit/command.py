@@ -44,19 +44,20 @@ class AuditArguments(TeacherConfig):
 def run_audit(arguments: AuditArguments) -> int:
     """Audit a cache and print the findings; returns the exit code."""
     from decant.schemas import to_json
-    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.cli.terminal import json_text
     from decant.teacher_dump.audit.report import report_text
     from decant.teacher_dump.audit.run import audit
     from decant.teacher_dump.engines.quiet import quiet_transformers
+    from decant.teacher_dump.progress import progress
 
     quiet_transformers()
-    with progress_bar("audit", "sequences") as progress:
+    with progress("audit", "sequences", keep=False) as bar:
         report = audit(
             arguments.url,
             arguments.config(),
             sample=arguments.sample,
             seed=arguments.seed,
-            progress=progress,
+            progress=bar.to,
         )
     if arguments.json:
         print(json_text({"ok": report.ok, **to_json(report)}))

@@ -24,7 +24,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AtK:
+class Rung:
     """What `truncation: {method: topk, k: k}` would keep, lose and take."""
 
     k: int
@@ -52,7 +52,7 @@ def cut_ladder(
     weights: list[float],
     num_targets: int,
     shards: int,
-) -> tuple[tuple[AtK, ...], float]:
+) -> tuple[tuple[Rung, ...], float]:
     """What each k keeps, loses and takes; and how far the reference may be from the teacher."""
     slots = full[0].token_ids.shape[1]
     sums, mass = None, []
@@ -80,7 +80,7 @@ def cut_ladder(
         num_bytes = round(per_target * num_targets + overhead * shards)
         low = np.quantile(mass_NK[:, k - 1], 0.05, method="inverted_cdf", weights=of_target)
         ladder.append(
-            AtK(
+            Rung(
                 k=k,
                 mass_mean=float(sums.mass[k - 1] / total),
                 mass_low=float(low),
