@@ -4,10 +4,11 @@ Decides nothing about what a sequence contains; refuses what `storage.check` ref
 """
 
 import dataclasses
+import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -302,6 +303,48 @@ class ShardWriter:
                 seconds=round(time.monotonic() - self._start, 3),
                 worker=f"{socket.gethostname()}:{os.getpid()}",
             )
+
+
+def write_cache(
+    url: str | os.PathLike[str],
+    draft: Manifest,
+    sequences: Iterable[ScoredSequence],
+    plan: Iterable[ShardPlan] | None = None,
+) -> Manifest:
+    """Write a whole cache, one shard after the other, and return its final manifest.
+
+    A plan says how many of the sequences, which are taken in turn, each shard holds; without one
+    there is one shard of all. Raises as `CacheWriter.create` and `ShardWriter.write`.
+    """
+    if plan is None:
+        sequences = list(sequences)
+        plan = plan_of([sequences])
+    writer = CacheWriter.create(url, draft, plan)
+    source = iter(sequences)
+    for entry in writer.plan:
+        with writer.shard(entry.shard) as shard:
+            for sequence in itertools.islice(source, entry.num_sequences):
+                shard.write(sequence)
+    return writer.finalize()
+
+
+def plan_of(shards: Iterable[Sequence[ScoredSequence]]) -> list[ShardPlan]:
+    """The plan of a cache that holds these sequences in these shards."""
+    plan: list[ShardPlan] = []
+    first = 0
+    for index, sequences in enumerate(shards):
+        plan.append(
+            ShardPlan(
+                shard=index,
+                first_sequence=first,
+                num_sequences=len(sequences),
+                num_tokens=sum(len(s.input_ids) for s in sequences),
+                num_targets=sum(s.num_targets for s in sequences),
+                input_xxh3_128="",
+            )
+        )
+        first += len(sequences)
+    return plan
 
 
 def one_line(reason: str) -> str:
