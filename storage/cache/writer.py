@@ -112,12 +112,18 @@ class CacheWriter:
         done = committed_shards(self.store)
         return [shard for shard in self.plan if shard.shard not in done]
 
-    def shard(self, index: int, *, replace: bool = False) -> "ShardWriter":
+    def shard(
+        self, index: int, *, replace: bool = False, row_group_rows: int = ROW_GROUP_ROWS
+    ) -> "ShardWriter":
         """A context manager that writes one shard and commits it on a clean exit.
 
-        With `replace` it takes the place of a committed one, which is valid until then.
+        With `replace` it takes the place of a committed one, which is valid until then. A row group
+        is closed before it would grow beyond so many rows, but never below half of them.
         """
-        return ShardWriter(self.store, self.manifest, self.plan[index], replace=replace)
+        plan = self.plan[index]
+        return ShardWriter(
+            self.store, self.manifest, plan, replace=replace, row_group_rows=row_group_rows
+        )
 
     def finalize(self, *, keep_inputs: bool = False) -> Manifest:
         """Seal the commit records into the manifest and drop the inputs, unless told to keep them.
@@ -141,14 +147,20 @@ class ShardWriter:
     """Writes the sequences of one shard, in plan order, into one Parquet file."""
 
     def __init__(
-        self, store: Store, manifest: Manifest, plan: ShardPlan, *, replace: bool = False
+        self,
+        store: Store,
+        manifest: Manifest,
+        plan: ShardPlan,
+        *,
+        replace: bool = False,
+        row_group_rows: int = ROW_GROUP_ROWS,
     ) -> None:
         """Prepare; nothing is touched before the context is entered."""
         self._store, self._manifest, self._plan = store, manifest, plan
         self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
-        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(row_bytes, 1))
+        self._group_rows = min(row_group_rows, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo, Truncation
 from decant.schemas.strict import canonical
 from decant.storage.cache.writer import write_cache
-from decant.storage.exchange.foreign import Record, read_records, source_files
+from decant.storage.exchange.foreign import ForeignRecord, read_foreign, source_files
 from decant.storage.exchange.survey import TAIL_RESOLUTION, ImportConfig, Survey
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import staged_directory
@@ -61,8 +61,8 @@ def import_cache(
     return manifest
 
 
-def _records(config: ImportConfig, vocab_size: int) -> Iterator[Record]:
-    return read_records(
+def _records(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
+    return read_foreign(
         config.path, config.file_format, vocab_size, config.logprobs_field, config.shift
     )
 
@@ -137,7 +137,7 @@ def _sequences(
             yield sequence
 
 
-def _scored(config: ImportConfig, record: Record, k: int, vocab_size: int) -> ScoredSequence:
+def _scored(config: ImportConfig, record: ForeignRecord, k: int, vocab_size: int) -> ScoredSequence:
     """The k most probable entries of each target, the mass of the rest, the actual token's."""
     is_label = record.token_ids == record.labels[:, None]
     known = is_label.any(axis=1)

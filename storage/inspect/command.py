@@ -69,7 +69,8 @@ def _sample(text: str) -> float:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Inspect a cache and print the report; returns the exit code."""
-    from decant.storage.inspect.collect import inspect, report_text
+    from decant.storage.inspect.collect import inspect
+    from decant.storage.inspect.text import report_text
 
     refuse_missing(options.url)
     if options.seed and options.sample is None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,9 +182,11 @@ def start_cache(
     return CacheWriter.create(url, settings.draft(), plan_of(shards))
 
 
-def write_shard(started: CacheWriter, index: int, sequences: Sequence[ScoredSequence]) -> None:
-    """Write and commit one shard."""
-    with started.shard(index) as shard:
+def write_shard(
+    started: CacheWriter, index: int, sequences: Sequence[ScoredSequence], **options: Any
+) -> None:
+    """Write and commit one shard; options are those of `CacheWriter.shard`."""
+    with started.shard(index, **options) as shard:
         for sequence in sequences:
             shard.write(sequence)
 
