@@ -1,7 +1,6 @@
-"""A file or a directory is finished or absent: the only fsync and rename of the product.
+"""A file or a directory is finished or absent: the product's only fsync and rename. Local only.
 
-Local only. What is to be published is filled under a temporary name beside its place, and moved
-there last.
+What is to be published is filled under a temporary name beside its place, and moved there last.
 """
 
 import contextlib

@@ -76,7 +76,8 @@ def run_inspect(arguments: InspectArguments) -> int:
     from decant.schemas import to_json
     from decant.storage.cli.terminal import json_text, progress_bar
     from decant.storage.files.store import Store
-    from decant.storage.inspect.collect import inspect, report_text
+    from decant.storage.inspect.collect import inspect
+    from decant.storage.inspect.text import report_text
 
     refuse_missing(arguments.url)
     with progress_bar("inspect", "row groups") as progress:

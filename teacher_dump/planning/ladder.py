@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import Manifest, ScoredSequence, ShardPlan, TokenizerInfo, Truncation
-from decant.storage import CacheWriter
+from decant.schemas import Manifest, ScoredSequence, TokenizerInfo, Truncation
+from decant.storage import CacheReader
+from decant.storage.cache.writer import write_cache
 from decant.storage.inspect.truncation_cost import LOWEST_TAIL, TruncationSums, truncation_sums
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.teacher import Teacher
@@ -144,22 +145,11 @@ def shard_bytes(
         source={},
         sequences=dataclasses.asdict(config.sequences),
     )
-    entry = ShardPlan(
-        shard=0,
-        first_sequence=0,
-        num_sequences=len(scored),
-        num_tokens=sum(len(s.input_ids) for s in scored),
-        num_targets=sum(s.num_targets for s in scored),
-        input_xxh3_128="",
-    )
     with tempfile.TemporaryDirectory() as folder:
-        writer = CacheWriter.create(folder, draft, [entry])
-        with writer.shard(0) as shard:
-            for sequence in scored:
-                shard.write(sequence)
-        (record,) = writer.committed()
+        write_cache(folder, draft, scored)
+        (record,) = CacheReader(folder).index
     data = sum(group.data.length for group in record.row_groups)
-    return data / entry.num_targets, float(record.bytes - data)
+    return data / record.targets, float(record.bytes - data)
 
 
 def _entries(sequence: ScoredSequence) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -1,7 +1,6 @@
 """What inspect and verify say equals what the dense distributions give; their commands behave."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -33,35 +32,33 @@ from decant.schemas import (
     to_json,
 )
 from decant.schemas.truncation import METHODS
-from decant.storage import CacheReader, VerifyReport, verify
+from decant.storage import CacheReader, Store, VerifyReport, verify
 from decant.storage.__main__ import main
 from decant.storage.cache import paths
 from decant.storage.cli import process as cli
 from decant.storage.cli.terminal import width
-from decant.storage.inspect.collect import (
-    RANKS,
-    AtTemperature,
-    Report,
-    Spread,
-    inspect,
-    report_text,
-)
+from decant.storage.files.sealed import publish_json, read_json
+from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import AtTemperatureDiff, Difference, DifferingTarget
 from decant.storage.inspect.examples import Entry, Target
 from decant.storage.inspect.html import report_html
 from decant.storage.inspect.report import (
+    RANKS,
     AtK,
+    AtTemperature,
     DumpSpeed,
     Histogram,
     ReliabilityBin,
+    Report,
     Sample,
+    Spread,
     WorkerSpeed,
 )
 from decant.storage.inspect.sketches import SequenceHashes
 from decant.storage.inspect.statistics import Statistics
+from decant.storage.inspect.text import report_text
 from tests.support import ROOT, caches
 
-inspect_module = importlib.import_module("decant.storage.inspect.collect")
 FORMAT = (ROOT / "docs/format.md").read_text()
 SETTINGS = caches.Settings(temperatures=(1.0, 2.0, 0.5))
 
@@ -373,7 +370,7 @@ def test_a_sample_is_labelled_and_close(many: Path) -> None:
 
 
 def test_figures_are_kept_until_the_cache_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """The second look reads no shard; other content, other code or damage is looked at again."""
     cache = tmp_path / "cache"
@@ -396,7 +393,9 @@ def test_figures_are_kept_until_the_cache_changes(
     os.rename(tmp_path / "moved", cache)
     kept.write_bytes(kept.read_bytes().replace(b"0.", b"1.", 1))
     assert look() == (first, True)
-    monkeypatch.setattr(inspect_module, "VERSION", 99)
+    value = read_json(Store(cache), "stats/inspect.json")
+    value["key"]["version"] += 1
+    publish_json(Store(cache), "stats/inspect.json", value)
     assert look()[1] and not look()[1]
     other = tmp_path / "other"
     caches.write_cache(other, SETTINGS, caches.random_shards(SETTINGS, seed=1))
