@@ -302,7 +302,7 @@ def test_workers_fill_a_bucket_together(
         assert result.code == 0, result.stderr
     assert verify(url).problems == ()
     assert_same(url, cache)
-    assert len({record.worker for record in CacheReader(url).records}) == 3
+    assert len({record.worker for record in CacheReader(url).index}) == 3
 
 
 def test_training_from_a_bucket_is_training_from_a_directory(

@@ -158,7 +158,7 @@ def test_the_commit_record_bounds_the_decoding_error(tmp_path: Path) -> None:
     for precision in ("f32", "f16", "compact"):
         settings = dataclasses.replace(SETTINGS, precision=precision)
         caches.write_cache(tmp_path / precision, settings, caches.random_shards(settings))
-        records = CacheReader(tmp_path / precision).records
+        records = CacheReader(tmp_path / precision).index
         for record in records:
             assert 0 <= record.kl_error_mean <= record.kl_error_max <= 3e-4
             assert (record.kl_error_max == 0) == (precision == "f32")
