@@ -49,6 +49,8 @@ def audit_parser() -> ArgumentParser:
     add("--api-key-env", default="", metavar="NAME", help="http: variable with the service's key")
     add("--revision", default="", help="branch, tag or commit of a hub id")
     add("--tokenizer", default="", metavar="PATH", help="unless the teacher's own")
+    add("--adapter", default="", metavar="PATH", help="transformers: PEFT adapter of the teacher")
+    add("--trust-remote-code", action="store_true", help="run the code that the model brings")
     add("--engine", default="transformers", choices=ENGINES, help="which runs it")
     add("--dtype", default="auto", choices=DTYPES, help="auto: that of the dump")
     add("--device", default="auto", help="transformers: a torch device; auto: GPUs if any")
@@ -71,6 +73,8 @@ def run_audit(options: Any) -> int:
         api_key_env=options["api_key_env"],
         revision=options["revision"],
         tokenizer=options["tokenizer"],
+        adapter=options["adapter"],
+        trust_remote_code=options["trust_remote_code"],
         engine=options["engine"],
         dtype=options["dtype"],
         device=options["device"],
