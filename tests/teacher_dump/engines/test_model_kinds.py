@@ -321,6 +321,9 @@ def test_a_gguf_file_is_a_teacher(kind: str, tmp_path: Path) -> None:
     assert hash_weights(describe_teacher(config)).info.fingerprint != teacher.info.fingerprint
     with pytest.raises(ValueError, match="is quantised as it is saved"):
         describe_teacher(config_of(file, quantization="bnb-4bit"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="take the weights it was made from"):
+        describe_teacher(config_of(file))
 
 
 CODE = """
