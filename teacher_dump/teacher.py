@@ -15,6 +15,7 @@ from decant.schemas import TeacherInfo
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.engines.weights import (
     GGUF,
+    UNREADABLE_GGUF,
     custom_code,
     fingerprint,
     gguf_label,
@@ -63,7 +64,10 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
     except Exception as error:  # whatever a damaged or unknown configuration may raise
         if "trust_remote_code" in str(error):
             raise ValueError(custom_code(config)) from error
-        raise ValueError(f"teacher.path {config.path}: no model configuration: {error}") from error
+        hint = f"; {UNREADABLE_GGUF}" if path.suffix == GGUF else ""
+        raise ValueError(
+            f"teacher.path {config.path}: no model configuration: {error}{hint}"
+        ) from error
     settings = whole.get_text_config()
     rows = int(settings.vocab_size)
     tokenizer = None

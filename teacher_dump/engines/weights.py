@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +21,11 @@ from decant.teacher_dump.engines.config import TeacherConfig
 WEIGHTS = ("*.safetensors", "*.bin")
 LEFT_OUT = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 GGUF = ".gguf"
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+UNREADABLE_GGUF = (
+    "a GGUF file that transformers cannot read has no way here: take the weights it was made from"
+)
 SMALL = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Suffixes of what a repository holds beside its weights."""
 TEMPLATES = "additional_chat_templates"
@@ -38,6 +43,11 @@ def locate(config: TeacherConfig) -> Path:
     if path.exists() and config.revision:
         raise ValueError(f"teacher.revision has no effect: {path} is here, not on the hub")
     if path.is_file() and path.suffix == GGUF:
+        if SPLIT.search(path.name):
+            raise ValueError(
+                f"teacher.path {config.path} is one part of a GGUF file: join all of them with "
+                "llama.cpp's `llama-gguf-split --merge`"
+            )
         if config.engine != "transformers":
             raise ValueError(
                 f"teacher.path {config.path}: engine {config.engine} cannot run a GGUF file here: "

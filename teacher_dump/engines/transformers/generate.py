@@ -1,4 +1,4 @@
-"""Sample responses with `generate` of transformers; see `generation.py`.
+"""Sample responses with `generate` of transformers; see `seam.Generator`.
 
 Every token is drawn from one uniform number of its response's own seed, so that a response does not
 depend on which others share its batch but by rounding. Batches follow from the prompts alone.

@@ -20,7 +20,7 @@ from transformers import (
 
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.seam import EngineError
-from decant.teacher_dump.engines.weights import GGUF, custom_code, locate_adapter
+from decant.teacher_dump.engines.weights import GGUF, UNREADABLE_GGUF, custom_code, locate_adapter
 
 CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """In the order in which they are tried: those of images and sound read texts as well."""
@@ -52,7 +52,8 @@ def load_model(config: TeacherConfig, model_path: str) -> PreTrainedModel:
     except EngineError:
         raise
     except Exception as error:  # whatever a device, a weight file or an architecture may raise
-        raise EngineError(f"cannot load {model_path} on {device}: {error}") from error
+        hint = f"; {UNREADABLE_GGUF}" if "gguf_file" in source else ""
+        raise EngineError(f"cannot load {model_path} on {device}: {error}{hint}") from error
     unlike = [name for name, *_ in loading["mismatched_keys"]]
     if absent := sorted({*loading["missing_keys"], *unlike}):  # they would be random
         raise EngineError(

@@ -79,7 +79,10 @@ def refuse_sight_of_later_tokens(
             said = _said(states, groups, runs, seen)
         except Exception as error:
             if not is_out_of_memory(error):
-                raise EngineError(f"{name} cannot read {length} tokens: {error}") from error
+                raise EngineError(
+                    f"the teacher scores nothing: {type(error).__name__}: {error} (tried out with "
+                    f"{length} tokens on {name})"
+                ) from error
             log.warning("no memory to try out what %s does at %d tokens", name, length)
             return
         apart = torch.stack([_distances(a, b) for a, b in itertools.combinations(said, 2)])

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.storage import CacheReader, CacheWriter
@@ -366,48 +365,6 @@ def test_what_the_teacher_cannot_score_is_a_finding(
         audit(str(url), config, sample=3)
     with pytest.raises(ValueError, match="seed must be at least 0, found -1"):
         audit(str(url), config, seed=-1)
-
-
-class CrowdedConfig(LlamaConfig):
-    """A Llama that minds company."""
-
-    model_type = "crowded"
-
-
-class CrowdedModel(LlamaForCausalLM):
-    """Says something else where more than two sequences share a batch."""
-
-    config_class = CrowdedConfig
-
-    def __init__(self, config: Any) -> None:
-        """Stretch the last states by a tenth for each row beyond two."""
-        super().__init__(config)
-        self.model.norm.register_forward_hook(
-            lambda module, given, out: out * (1 + 0.1 * max(0, len(out) - 2))
-        )
-
-
-AutoConfig.register("crowded", CrowdedConfig)
-AutoModelForCausalLM.register(CrowdedConfig, CrowdedModel)
-
-
-def test_a_teacher_that_disagrees_with_itself_excuses_nothing(
-    dump_config: DumpConfig, tmp_path: Path
-) -> None:
-    """Its scores follow the batch: that is a finding, and so is the cache of such scores.
-
-    The finding names the quantity and its size; the tolerance stays that of float32.
-    """
-    torch.manual_seed(0)
-    CrowdedModel(CrowdedConfig(**models.DECODER)).save_pretrained(tmp_path / "crowded")
-    models.build_tokenizer().save_pretrained(tmp_path / "crowded")
-    teacher = dataclasses.replace(dump_config.teacher, path=str(tmp_path / "crowded"))
-    dump(dataclasses.replace(dump_config, teacher=teacher, output=str(tmp_path / "cache")))
-    report = audited(tmp_path / "cache", tmp_path / "crowded")
-    assert "control" in kinds(report) and set(kinds(report)) > {"control"}
-    assert "the teacher disagrees with itself" in texts(report) and "float32" in texts(report)
-    (logprob,) = [q for q in report.quantities if q.name == "logprob"]
-    assert logprob.control_p99 > 0.2 and logprob.tolerance <= 0.05
 
 
 def test_the_command(cache: Path, teacher_path: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from decant.schemas import Truncation
 from decant.storage import CacheReader
-from decant.teacher_dump import DumpConfig, TeacherConfig
+from decant.teacher_dump import DumpConfig, TeacherConfig, dump
 from decant.teacher_dump.engines import EngineError, open_engine
 from decant.teacher_dump.engines.transformers.engine import TransformersEngine
 from decant.teacher_dump.inputs.records import TokenSequence
@@ -189,6 +189,23 @@ def test_an_adapter_is_put_on_its_base(options: dict[str, Any], tmp_path: Path) 
     assert describe_teacher(config).info.name == f"{config.path} + {config.adapter}"
 
 
+def test_an_adapted_teacher_is_dumped_and_audited(dump_config: DumpConfig, tmp_path: Path) -> None:
+    """By the same option; without the adapter it is another teacher, which the audit says."""
+    models.save_teacher(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])
+    teacher = dataclasses.replace(
+        dump_config.teacher, path=str(tmp_path / "base"), adapter=str(tmp_path / "lora")
+    )
+    output = str(tmp_path / "cache")
+    dump(dataclasses.replace(dump_config, teacher=teacher, output=output))
+    options = (output, "--teacher", teacher.path, "--sample", "6")
+    done = command("teacher_dump", "audit", *options, "--adapter", teacher.adapter)
+    assert done.code == 0, done.stderr + done.stdout
+    done = command("teacher_dump", "audit", *options)
+    assert done.code == 1 and "another teacher" in done.stdout, done.stderr
+
+
 def test_an_adapter_stays_beside_quantised_weights(tmp_path: Path) -> None:
     """Which cannot take it in without being rounded again."""
     pytest.importorskip("bitsandbytes")
@@ -304,6 +321,9 @@ def test_a_gguf_file_is_a_teacher(kind: str, tmp_path: Path) -> None:
     assert hash_weights(describe_teacher(config)).info.fingerprint != teacher.info.fingerprint
     with pytest.raises(ValueError, match="is quantised as it is saved"):
         describe_teacher(config_of(file, quantization="bnb-4bit"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="take the weights it was made from"):
+        describe_teacher(config_of(file))
 
 
 CODE = """

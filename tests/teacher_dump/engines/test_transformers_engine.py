@@ -4,117 +4,34 @@ Shapes: L tokens, n targets, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
 )
 
-from decant.schemas import ScoredSequence, Truncation
-from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from decant.schemas import Truncation
+from decant.teacher_dump.engines import EngineError
 from decant.teacher_dump.engines.seam import SequenceError
 from decant.teacher_dump.engines.transformers.engine import WINDOW_BATCHES, TransformersEngine
 from decant.teacher_dump.engines.transformers.probes import Sharing
-from decant.teacher_dump.inputs.records import TokenSequence
 from tests.support import models
-
-K, V = 12, models.VOCAB_SIZE
-TEMPERATURES = (1.0, 2.0)
-LENGTHS = [5, 64, 33, 2, 64, 17, 40, 3, 9]
-TOLERANCE = 2e-4
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
-"""Multiples of the 64 weights that bitsandbytes quantises together."""
-MORE: dict[str, Any] = {
-    "cohere": (CohereConfig, {**models.DECODER, "logit_scale": 0.25}),
-    "granite": (GraniteConfig, {**models.DECODER, "logits_scaling": 4.0}),
-    "mistral, window 8": (MistralConfig, {**models.DECODER, "sliding_window": 8}),
-    "gemma2, window 8": (
-        Gemma2Config,
-        {**models.DECODER, "head_dim": 16, "final_logit_softcapping": 10.0, "sliding_window": 8},
-    ),
-}
-"""Beyond `models.CONFIGS`: other final steps and sliding windows."""
-
-
-class OddConfig(LlamaConfig):
-    """A Llama of a step of its own behind the head."""
-
-    model_type = "odd_llama"
-
-
-class OddModel(LlamaForCausalLM):
-    """Its logits are not what its head says."""
-
-    config_class = OddConfig
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Shift every second id."""
-        out = super().forward(*arguments, **options)
-        out.logits = out.logits + 0.7 * (torch.arange(out.logits.shape[-1]) % 2)
-        return out
-
-
-AutoConfig.register("odd_llama", OddConfig)
-AutoModelForCausalLM.register(OddConfig, OddModel)
-
-
-def sequences_of(lengths: list[int], seed: int = 0) -> list[TokenSequence]:
-    """Random tokens, about two thirds of them targets, at least the last."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for number, length in enumerate(lengths):
-        is_target = rng.random(length) < 0.67
-        is_target[0], is_target[-1] = False, True
-        ids = rng.integers(4, V, length).astype(np.int32)
-        made.append(TokenSequence(f"sample-{number}", ids, is_target))
-    return made
-
-
-def open_teacher(path: Path, vocab_size: int = V, **options: Any) -> TransformersEngine:
-    """The engine on this model; batches of at most 128 tokens unless told."""
-    truncation = options.pop("truncation", Truncation(k=K))
-    options = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 128} | options
-    engine = open_engine(
-        TeacherConfig(path=str(path), **options),
-        str(path),
-        vocab_size=vocab_size,
-        truncation=truncation,
-        temperatures=TEMPERATURES,
-        max_length=64,
-    )
-    assert isinstance(engine, TransformersEngine)
-    return engine
-
-
-def save(folder: Path, architecture: str, **options: Any) -> Any:
-    """Save a model and return it."""
-    if architecture in MORE:
-        kind, settings = MORE[architecture]
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(kind(**settings), dtype=torch.float32).eval()
-    elif architecture == "odd":
-        torch.manual_seed(0)
-        model = OddModel(OddConfig(**models.DECODER)).eval()
-    else:
-        model = models.build_model(architecture, **options)
-    model.save_pretrained(folder)
-    return model
+from tests.support.scoring import (
+    LENGTHS,
+    MORE,
+    TOLERANCE,
+    V,
+    dense_logits,
+    disagreement,
+    open_teacher,
+    save,
+    sequences_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,35 +40,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Transfor
     path = tmp_path_factory.mktemp("llama")
     model = save(path, "llama")
     return model, path, open_teacher(path)
-
-
-@torch.inference_mode()
-def dense_logits(model: Any, sequence: TokenSequence, shift: int = -1) -> NDArray[np.float64]:
-    """[n, V] of a forward of this sequence alone: row t - 1 predicts the token t."""
-    logits = model(torch.tensor(sequence.input_ids).long()[None]).logits[0]
-    rows = np.flatnonzero(sequence.is_target) + shift
-    return logits[rows, :V].double().numpy()
-
-
-def disagreement(scored: ScoredSequence, logits: NDArray[np.float64]) -> float:
-    """The largest difference of any stored number from the dense distribution, in nats."""
-    logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    ids = scored.token_ids.astype(np.int64)
-    each = np.arange(len(logp))
-    rest = logp.copy()
-    np.put_along_axis(rest, ids, -np.inf, axis=1)
-    pairs = [
-        (scored.logprobs, np.take_along_axis(logp, ids, axis=1)),
-        (scored.logprobs, -np.sort(-logp, axis=1)[:, :K]),  # the K largest, in this order
-        (scored.label_logprob, logp[each, scored.labels]),
-    ]
-    for i, temperature in enumerate(TEMPERATURES):
-        log_z = np.logaddexp.reduce(logp / temperature, axis=1)
-        pairs += [
-            (scored.log_z[:, i], log_z),
-            (scored.log_tail[:, i], np.logaddexp.reduce(rest / temperature, axis=1) - log_z),
-        ]
-    return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("architecture", [*models.CONFIGS, *MORE, "odd"])
@@ -291,105 +179,6 @@ def test_half_precision_is_that_of_a_plain_forward(llama, dtype):
     assert 0 < np.abs(logits - dense_logits(model, sequence)).max() < 3
     mass = np.exp(scored.logprobs).sum(axis=1) + np.exp(scored.log_tail[:, 0])
     np.testing.assert_allclose(mass, 1, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "memory"),
-    [("llama", "90KB"), ("llama", "0KB"), ("qwen2", "60KB"), ("gemma2", "70KB")],
-)
-def test_a_teacher_larger_than_the_memory_scores_the_same(tmp_path, architecture, memory, caplog):
-    """Weights that no device holds are read from disk at each forward."""
-    model = save(tmp_path / "model", architecture)
-    with caplog.at_level("INFO"):
-        engine = open_teacher(
-            tmp_path / "model",
-            device="auto",
-            max_memory={"cpu": memory},
-            offload_folder=str(tmp_path / "offload"),
-        )
-    assert "disk" in caplog.text
-    assert list((tmp_path / "offload").iterdir()) or list(engine._model.hf_device_map.values())
-    assert any(p.device.type == "meta" for p in engine._model.parameters())
-    sequences = sequences_of(LENGTHS)
-    for sequence, ours in zip(sequences, engine.score(sequences, 0), strict=True):
-        assert disagreement(ours, dense_logits(model, sequence)) < TOLERANCE
-
-
-@pytest.mark.parametrize("saved", [False, True], ids=["while loading", "as saved"])
-@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
-def test_a_quantised_teacher_scores_as_transformers_runs_it(tmp_path, quantization, saved):
-    """The numbers are those of transformers' own quantised model, not of the full one."""
-    pytest.importorskip("bitsandbytes")
-    model, path = save(tmp_path / "full", "llama", **WIDE), tmp_path / "full"
-    settings = (
-        BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        if quantization == "bnb-4bit"
-        else BitsAndBytesConfig(load_in_8bit=True)
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, device_map="cpu", quantization_config=settings
-    )
-    if saved:
-        theirs.save_pretrained(tmp_path / "quantised")
-        engine = open_teacher(tmp_path / "quantised")
-    else:
-        engine = open_teacher(path, quantization=quantization)
-    sequences = sequences_of(LENGTHS)
-    if quantization == "bnb-4bit":
-        scored = list(engine.score(sequences, 0))
-    else:  # LLM.int8 treats columns of outliers apart, those of whatever is in the batch
-        scored = [ours for sequence in sequences for ours in engine.score([sequence], 0)]
-    for sequence, ours in zip(sequences, scored, strict=True):
-        assert disagreement(ours, dense_logits(theirs, sequence)) < TOLERANCE
-    assert disagreement(scored[1], dense_logits(model, sequences[1])) > 0.1
-
-
-@contextmanager
-def little_memory(tokens: int) -> Iterator[list[int]]:
-    """Forwards of more tokens ask for more memory than any machine has; gives their sizes."""
-    sizes: list[int] = []
-
-    def ask(module: torch.nn.Module, arguments: tuple) -> None:
-        if isinstance(module, torch.nn.Embedding):
-            sizes.append(arguments[0].numel())
-            if arguments[0].numel() > tokens:
-                torch.empty(1 << 60, dtype=torch.uint8)
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(ask)
-    try:
-        yield sizes
-    finally:
-        handle.remove()
-
-
-def test_a_batch_that_does_not_fit_the_memory_is_halved(llama, caplog):
-    """Again and again until it fits; the smaller size is kept and each halving logged once."""
-    model, path, _ = llama
-    engine = open_teacher(path, max_batch_tokens=1024)
-    sequences = sequences_of([20] * 100)
-    with little_memory(300) as sizes:
-        scored = list(engine.score(sequences, 0))
-    assert sizes[:3] == [1020, 500, 240] and max(sizes[2:]) <= 300
-    assert [r.message.split(",")[0] for r in caplog.records] == [
-        "out of memory with 51 x 20 tokens",
-        "out of memory with 25 x 20 tokens",
-    ]
-    for index in (0, 50, 99):
-        assert disagreement(scored[index], dense_logits(model, sequences[index])) < TOLERANCE
-
-
-def test_a_sequence_that_alone_does_not_fit_is_named(llama):
-    """By its index among those given; the rest can be scored afterwards."""
-    _, path, _ = llama
-    engine = open_teacher(path)
-    sequences = sequences_of([20, 20, 20, 60, 20])
-    with little_memory(50):
-        with pytest.raises(SequenceError, match="out of memory with sample sample-3 alone") as bad:
-            list(engine.score(sequences, 0))
-        assert bad.value.index == 3
-        assert len(list(engine.score(sequences[:3], 0))) == 3
 
 
 @pytest.mark.parametrize(

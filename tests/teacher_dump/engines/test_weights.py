@@ -139,6 +139,10 @@ def test_paths_that_cannot_be_a_teacher_are_refused(tmp_path: Path) -> None:
         locate(TeacherConfig(path=str(tmp_path / "weights.pt")))
     with pytest.raises(ValueError, match="engine vllm cannot run a GGUF file"):
         locate(TeacherConfig(path=str(tmp_path / "weights.gguf"), engine="vllm"))
+    part = tmp_path / "weights-00001-of-00002.gguf"
+    part.write_bytes(b"")
+    with pytest.raises(ValueError, match="is one part of a GGUF file: join"):
+        locate(TeacherConfig(path=str(part)))
     with pytest.raises(ValueError, match="does not exist"):
         locate(TeacherConfig(path="absent.gguf"))
     with pytest.raises(ValueError, match="revision has no effect"):
