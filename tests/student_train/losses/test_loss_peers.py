@@ -179,6 +179,7 @@ def test_a_confident_students_tail_differs_from_trls() -> None:
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_fused_jsd_and_ce_are_ligers(beta: float, temperature: float) -> None:
     """LigerFusedLinearJSDLoss is ours, cross entropy included, over the rows it does not mask."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is for Linux")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     heads = Heads()
@@ -198,6 +199,7 @@ def test_the_fused_jsd_and_ce_are_ligers(beta: float, temperature: float) -> Non
 
 def test_liger_masks_the_divergence_by_label_too() -> None:
     """Label -100 drops a row from Liger's divergence; here from the cross entropy alone."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is for Linux")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     heads = Heads()
@@ -212,6 +214,7 @@ def test_liger_masks_the_divergence_by_label_too() -> None:
 
 def test_liger_gives_probability_to_ids_the_student_lacks() -> None:
     """Liger gives a smaller student logits of 0 for missing ids; here they get no probability."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is for Linux")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     heads, missing = Heads(), 3
@@ -229,6 +232,7 @@ def test_liger_gives_probability_to_ids_the_student_lacks() -> None:
 
 def test_bf16_gradients_are_closer_to_the_truth_than_ligers() -> None:
     """Liger's bf16 softmax and per-chunk sums in bf16 cost it accuracy; ours are float32."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is for Linux")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     narrow, wide = (Heads(torch.bfloat16, num_targets=64, vocab_size=200) for _ in range(2))
