@@ -170,7 +170,7 @@ def measured(args: argparse.Namespace, way: str, folder: Path) -> dict[str, floa
 
 
 def run(args: argparse.Namespace, way: str, folder: Path) -> dict[str, float]:
-    """Train some steps; times and memory of those behind the warmup."""
+    """Train some steps; times and memory of those after the warmup."""
     from accelerate import Accelerator
 
     from decant.student_train import CacheStream, Distiller, LossConfig, OptimizerConfig

@@ -181,7 +181,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> NDArray[np.int32]:
-    """All texts, each behind one end-of-text token."""
+    """All texts, each after one end-of-text token."""
     start = [tokenizer.bos_token_id]
     encode = tokenizer.backend_tokenizer.encode
     return np.concatenate([np.array(start + encode(text).ids, np.int32) for text in texts])

@@ -74,7 +74,7 @@ __all__ = [
 
 
 def _version() -> str:
-    """The installed version, or that there is none: the code is used from where it lies."""
+    """The installed version, or that there is none: the code is used from its folder."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -12,7 +12,7 @@ def leave_out_working_directory() -> None:
     """Take the working directory off `sys.path`, here and in the Python processes we start.
 
     `python -m` puts it first, and then a user's own `datasets.py` is what a library imports as
-    `datasets`. It stays where it holds this package: the code is used from where it lies.
+    `datasets`. It stays where it holds this package: the code is used from its folder.
     """
     here = os.getcwd()
     if os.path.realpath(here) == str(FOLDER):

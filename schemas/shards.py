@@ -95,7 +95,7 @@ class CommitRecord:
     """Hash of the whole shard file."""
     row_groups: tuple[RowGroup, ...]
     footer: ByteRange
-    """Everything behind the last row group."""
+    """Everything after the last row group."""
     kl_error_mean: float
     """Measured decoding error: mean over targets of KL(scored || decoded), nats."""
     kl_error_max: float

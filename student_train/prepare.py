@@ -83,7 +83,7 @@ def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise ValueError if the output is no folder, or would get into what somebody else wrote."""
+    """Raise ValueError if the output is not a folder, or holds what somebody else wrote."""
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a directory: choose another")

@@ -32,7 +32,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents, each behind one end-of-text token, as one int16 stream."""
+    """All documents, each after one end-of-text token, as one int16 stream."""
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     stream: list[int] = []
     for ids in encoded:

@@ -131,7 +131,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
 class _WholeHash:
     """The hash of a whole shard from the byte ranges that are read of it, each fetched once.
 
-    Row groups come in ascending order; the footer, which is behind them, when it is needed.
+    Row groups come in ascending order; the footer, which comes after them, when it is needed.
     """
 
     def __init__(self, store: Store) -> None:

@@ -118,7 +118,7 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
     index = np.repeat(np.arange(len(sequences), dtype=np.int32), lengths)
 
     def scatter(values: NDArray) -> NDArray:
-        """Spread per-target values over all rows, zero where a row is no target."""
+        """Spread per-target values over all rows, zero where a row is not a target."""
         out = np.zeros((len(is_target), *values.shape[1:]), values.dtype)
         out[is_target] = values
         return out

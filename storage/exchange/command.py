@@ -106,7 +106,7 @@ IMPORT = Command(
                       as prepared for training (list j is about token j + 1,
                       renormalised); or as collected: input_ids, logprobs and
                       target_token_ids (the last list is about the last token)
-Both honour labels (-100 is no target) and attention_mask.
+Both honour labels (-100 is not a target) and attention_mask.
 
 Values must be natural log probs at temperature 1 over the whole vocabulary; the
 mass that is not kept is what they leave of 1. A dump that is renormalised,

@@ -47,7 +47,7 @@ class ForeignRecord:
     positions: NDArray[np.int64]
     """[m] the token that each list of entries is about, 1 to L-1, ascending."""
     lists: NDArray[np.int64]
-    """[m] where each list stands in its row, for messages."""
+    """[m] where each list is in its row, for messages."""
     token_ids: NDArray[np.int64]
     """[m, W] in descending value; -1 = no entry."""
     values: NDArray[np.float64]
@@ -59,7 +59,7 @@ class ForeignRecord:
         return self.input_ids[self.positions]
 
     def place(self, target: int) -> str:
-        """Where a target stands, for messages."""
+        """Where a target is, for messages."""
         return f"{self.where}, list {self.lists[target]}"
 
 
@@ -97,7 +97,7 @@ def source_files(path: str) -> list[Path]:
             state = json.loads((source / "state.json").read_bytes())
             return [source / entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ForeignError(f"{path} is no saved dataset: {error!r}") from error
+        raise ForeignError(f"{path} is not a saved dataset: {error!r}") from error
     files = sorted(
         file
         for file in source.rglob("*")
@@ -115,7 +115,7 @@ def source_files(path: str) -> list[Path]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Every row of a file as a batch of one, and where it stands."""
+    """Every row of a file as a batch of one, and where it is."""
     if file.suffix == ".jsonl":
         yield from _json_rows(file)
         return
@@ -251,9 +251,9 @@ def _refuse_bad_entries(record: ForeignRecord, vocab_size: int) -> None:
             raise ForeignError(f"{record.place(target)}: {values[target, slot]} {what}")
 
     ids, used = record.token_ids, record.token_ids >= 0
-    refuse(np.isnan(record.values), record.values, "is no number: score this record again")
-    refuse(np.isposinf(record.values), record.values, "is no log prob: score this record again")
-    refuse(used & (ids >= vocab_size), ids, f"is no token id, {_expected_id(vocab_size)}")
+    refuse(np.isnan(record.values), record.values, "is not a number: score this record again")
+    refuse(np.isposinf(record.values), record.values, "is not a log prob: score this record again")
+    refuse(used & (ids >= vocab_size), ids, f"is not a token id, {_expected_id(vocab_size)}")
     ordered = np.sort(ids, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     refuse(twice, ordered[:, 1:], "stands twice among the token ids: expected distinct ids")

@@ -73,7 +73,7 @@ class ImportConfig:
 
 @dataclass(slots=True)
 class _Peak:
-    """The largest value so far, and where it stands."""
+    """The largest value so far, and where it is."""
 
     value: float = -np.inf
     place: str = ""

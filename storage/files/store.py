@@ -126,7 +126,7 @@ class Store:
             except (OSError, ValueError):
                 if start < self._fs.size(where):
                     raise
-                return b""  # stores refuse a range that starts behind the end
+                return b""  # stores refuse a range that starts after the end
 
     def hash(self, name: str) -> str:
         """xxh3_128 of a whole file, streamed."""

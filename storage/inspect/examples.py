@@ -98,7 +98,7 @@ def with_texts(targets: Iterable[Target], tokenizer: tokenizers.Tokenizer) -> li
     """The same targets with their tokens as text."""
 
     def text(token_id: int) -> str:
-        """What a token adds to a text that stands before it: decoders drop a leading space."""
+        """What a token adds to a text that comes before it: decoders drop a leading space."""
         alone = tokenizer.decode([token_id], skip_special_tokens=False)
         twice = tokenizer.decode([token_id, token_id], skip_special_tokens=False)
         return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone

@@ -11,7 +11,7 @@ from decant.storage.cli.terminal import escaped
 BEGIN, END = "⟦", "⟧"
 """Around each stretch of targets."""
 CONTEXT = 8
-"""Ids in front of a stretch that it is decoded behind: decoders treat a beginning otherwise."""
+"""Ids in front of a stretch after which it is decoded: decoders treat a beginning otherwise."""
 BROKEN = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
 

@@ -144,7 +144,7 @@ def entropy_note(report: Report) -> str:
 
 
 def spreads(report: Report) -> list[tuple[str, Spread, int]]:
-    """Every spread of the report: name, values, digits behind the point."""
+    """Every spread of the report: name, values, digits after the point."""
     found = [
         ("tokens per sequence", report.sequence_length, 0),
         ("entries per target", report.num_kept, 0),

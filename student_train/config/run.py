@@ -91,9 +91,10 @@ class TrainConfig:
     mixed_precision: str = "no"
     """no | bf16 | fp16, through accelerate."""
     packing: str = "none"
-    """How sequences lie in a microbatch. none: one to a row, padded, alike lengths together in the
-    microbatches of a step. rows: several to a row as long as the longest sequence, kept apart by
-    position ids and attention masks. padding_free: all in one row, for flash attention."""
+    """How sequences are laid out in a microbatch. none: one to a row, padded, alike lengths
+    together in the microbatches of a step. rows: several to a row as long as the longest sequence,
+    kept apart by position ids and attention masks. padding_free: all in one row, for flash
+    attention."""
     compile: bool = False
     """Compile the student's layers with torch.compile."""
     gradient_checkpointing: bool = False
@@ -106,7 +107,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     log_every_steps: int = 10
-    """A line in metrics.jsonl, and on stderr where it is no terminal, every so many steps."""
+    """A line in metrics.jsonl, and on stderr where it is not a terminal, every so many steps."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of accelerate, for example [tensorboard] or [wandb]."""
     plots: bool = True

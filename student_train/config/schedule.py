@@ -17,7 +17,7 @@ class Schedule:
     values: list[float]
     """The values, in order."""
     at: list[float]
-    """Where each value is reached: ascending. Before the first place the first value holds, behind
+    """Where each value is reached: ascending. Before the first place the first value holds, after
     the last place the last."""
     shape: str = "linear"
     """Between two places: linear, cosine (half a period: slow, fast, slow), or step, where each
@@ -68,7 +68,7 @@ def value_at(value: float | Schedule, step: int, steps: int) -> float:
 
 
 def values_of(value: float | Schedule) -> list[float]:
-    """The values that a number or a schedule goes through, without what lies between."""
+    """The values that a number or a schedule goes through, without what is between."""
     return list(value.values) if isinstance(value, Schedule) else [float(value)]
 
 

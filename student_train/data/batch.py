@@ -1,7 +1,7 @@
 """Training batches: sequences and the teacher's targets for them, as stored until they are needed.
 
 Ids and codes travel in their stored widths, 3 bytes an entry in place of 12, and are decoded where
-the batch lies: on the GPU if it was moved there.
+the batch is: on the GPU if it was moved there.
 
 Shapes: B sequences, R rows, L padded length, N targets of a batch, K slots, T temperatures of the
 run.
@@ -49,7 +49,7 @@ class StoredTargets:
     def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
         """What the stored form stands for (docs/format.md), at the first temperature.
 
-        Computed on the device where it lies.
+        Computed on the device where it is.
         """
         token_ids = self.topk_lo.to(torch.int64)
         token_ids |= self.topk_mid.to(torch.int64) << 8
@@ -139,7 +139,7 @@ class Batch:
 
     @cached_property
     def targets(self) -> SparseTargets:
-        """The teacher's distributions at the first temperature, decoded once, where they lie."""
+        """The teacher's distributions at the first temperature, decoded once, where they are."""
         return self.stored.decode((self.vocab_size, self.temperatures[0]))
 
     def targets_at(self, temperature: float) -> SparseTargets:

@@ -25,8 +25,8 @@ def collate(
     """Join sequences, each given by its row group's columns and its place there, into a batch.
 
     `temperature_indices` says which of the layout's temperatures the batch is to carry, `sources`
-    which cache of a mixture each sequence is of, `packing` how they lie in rows. Targets keep the
-    order of the sequences, wherever these lie.
+    which cache of a mixture each sequence is of, `packing` how they are laid out in rows. Targets
+    keep the order of the sequences, wherever these are.
     """
     spans = [_Span(rows, index) for rows, index in sequences]
     ids, mask, position_ids, starts = _laid_out(spans, packing)
@@ -117,7 +117,7 @@ def _laid_out(
 
 
 class _Span:
-    """Where one sequence lies in the columns of its row group."""
+    """Where one sequence is in the columns of its row group."""
 
     def __init__(self, rows: StoredRows, index: int) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""How the sequences of a step lie in its microbatches: padded, several to a row, or in one row.
+"""How the sequences of a step are laid out: padded, several to a row, or all in one row.
 
 Decided from lengths alone, before anything is copied. Where several sequences share a row, position
 ids that start again at 0 tell transformers where one begins, from which it builds block-diagonal

@@ -64,7 +64,7 @@ def linear_head(student: PreTrainedModel) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def probing(student: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and an attention that runs where the student lies.
+    """Evaluation mode, and an attention that runs where the student is.
 
     Flash attention needs a GPU, where a student that is to be sharded is not yet: sdpa stands for
     it there, whose masks come from the same position ids.

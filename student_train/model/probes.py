@@ -22,8 +22,8 @@ POSITION_TOLERANCE = 0.1
 def packing_refused(student: PreTrainedModel, packing: str) -> ValueError | None:
     """Why packed sequences are not to the student as if they were alone; None if they are.
 
-    Rows end in the same sequence behind another one. What comes out for it must have no gradient
-    at all at what stands before it, and be what comes out for it alone. The student is asked in the
+    Rows end in the same sequence after another one. What comes out for it must have no gradient
+    at all at what comes before it, and be what comes out for it alone. The student is asked in the
     form and on the device that training will use.
     """
     if packing == "none":
@@ -76,8 +76,8 @@ def refuse_sight_of_later_tokens(student: PreTrainedModel) -> None:
         return
     if slope.isfinite().all() and slope[:, first:].any():
         raise ValueError(
-            f"the student sees later tokens: {type(student).__name__} is no causal language model "
-            "as configured; for BERT-like models set is_decoder: true"
+            f"the student sees later tokens: {type(student).__name__} is not a causal language "
+            "model as configured; for BERT-like models set is_decoder: true"
         )
 
 

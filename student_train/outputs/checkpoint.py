@@ -56,7 +56,7 @@ def config_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def leaves(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested record by their dotted names; what is no mapping is a value.
+    """The values of a nested record by their dotted names; what is not a mapping is a value.
 
     Members of a list of mappings are named by their place in it.
     """

@@ -22,7 +22,7 @@ SHOWN = (
     ("top1_agreement", "agreement {top1_agreement:.1%}"),
     ("rougeL", "ROUGE-L {rougeL:.3f}"),
 )
-"""What a line says of an evaluation; all of it stands in metrics.jsonl."""
+"""What a line says of an evaluation; all of it is in metrics.jsonl."""
 
 
 class Progress:

@@ -86,7 +86,7 @@ def live_values(
 
 
 def find_slots(ids_NK: NDArray[np.int32], entries_NM: NDArray[np.int32]) -> NDArray[np.intp]:
-    """[n, K] in which slot of its row of entries each id stands; -1 = in none."""
+    """[n, K] in which slot of its row of entries each id is; -1 = in none."""
     n, num_entries = entries_NM.shape
     offset = np.arange(n, dtype=np.int64)[:, None] << 32
     keys = (entries_NM + offset).ravel()

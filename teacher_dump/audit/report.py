@@ -20,7 +20,7 @@ class Compared:
     """The 99 % quantile of the live teacher against itself in other batches."""
     tolerance: float
     beyond: float
-    """Share of what was compared that lies beyond the tolerance."""
+    """Share of what was compared that is beyond the tolerance."""
     sequences_beyond: int
     """Sequences most of whose targets do."""
     agrees: bool

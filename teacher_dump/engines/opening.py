@@ -34,7 +34,7 @@ def check_engine(config: TeacherConfig, model_path: str) -> list[str]:
 def open_generator(
     config: TeacherConfig, model_path: str, *, sampling: Sampling, max_length: int
 ) -> Generator:
-    """Load the teacher at local path `model_path` for sampling, behind `config.engine`.
+    """Load the teacher at local path `model_path` for sampling, in the engine that `config` names.
 
     `max_length` is the longest prompt with its response, in tokens. Raises EngineError if the
     engine is not installed or cannot sample.
@@ -71,7 +71,7 @@ def open_engine(
     max_length: int,
     fingerprint: str = "",
 ) -> Engine:
-    """Load the teacher at local path `model_path` behind the configured engine.
+    """Load the teacher at local path `model_path` in the configured engine.
 
     With engine http there is no path; the services' teacher must have this `fingerprint`, if one is
     given. `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.

@@ -48,7 +48,7 @@ class Said:
     text: str
     is_target: bool
     in_order: bool = True
-    """Whether it stands behind the last such string."""
+    """Whether it comes after the last such string."""
     is_alone: bool = False
     """Whether nothing of the record but such strings can be a target, so that it is one once."""
 
@@ -188,7 +188,7 @@ def strings_of(found: Formed, *, everything: bool) -> list[Said]:
 
 
 def _difference(parts: list[Stretch], said: list[Said], without_tokens: Transform | None) -> str:
-    """Find each string, answers behind one another, in stretches that are targets as it is.
+    """Find each string, answers one after the other, in stretches that are targets as it is.
 
     With `without_tokens` nothing else may be there but what that takes away.
     """
@@ -213,7 +213,7 @@ def _difference(parts: list[Stretch], said: list[Said], without_tokens: Transfor
 
 
 def _besides(text: str, said: str, without_tokens: Transform) -> str:
-    """What stands around a string, spaces and added tokens aside."""
+    """What is around a string, spaces and added tokens aside."""
     first, at = "", text.find(said)
     while at >= 0:
         besides = (without_tokens(text[:at]) + without_tokens(text[at + len(said) :])).strip()
@@ -263,7 +263,7 @@ def _answer_difference(
         return "" if joined.text in learnt else f"{joined.what} are no targets in part or whole"
     at = learnt.find(response.text)
     if at < 0:
-        return f"{response.what}, {response.text!r:.80}, is no target in part or whole"
+        return f"{response.what}, {response.text!r:.80}, is not a target in part or whole"
     before = without_tokens(learnt[:at])
     if before.strip() and not prompt.text.endswith(before):
         return f"{before!r:.80}, which is not of its response, is a target"

@@ -93,7 +93,7 @@ class _Characters:
         self._ended = False
 
     def next(self) -> str:
-        """Go to the next character that is no space; "" at the end."""
+        """Go to the next character that is not a space; "" at the end."""
         while True:
             if found := NO_SPACE.search(self._text, self.place):
                 self.place = found.start()

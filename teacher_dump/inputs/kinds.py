@@ -179,7 +179,7 @@ def _is_said(value: Any) -> bool:
 
 
 def _as_context(message: Fields) -> Fields:
-    """The message of a prompt: what the assistant says there is no target."""
+    """The message of a prompt: what the assistant says in it is not a target."""
     if message["role"] != "assistant":
         return message
     kept = {name: v for name, v in message.items() if name not in ("loss", "train", "training")}

@@ -1,4 +1,4 @@
-"""Conversations as people write them, in one shape: what is said, and which of it is no target.
+"""Conversations as people write them, in one shape: what is said, and which of it is not a target.
 
 Owns the fields of messages and tools: parts joined, nulls of Arrow left out, JSON strings decoded,
 tool calls alike, `weight: 0` read. Knows nothing of chat templates.
@@ -18,7 +18,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Where records and templates keep what the assistant thinks before it answers."""
 
 TARGET_FIELDS = ("weight", "loss", "train", "training")
-"""With 0 or false: this message is no target."""
+"""With 0 or false: this message is not a target."""
 
 MASK_LIKE = re.compile(r"mask|loss|weight|train", re.IGNORECASE)
 
@@ -167,7 +167,7 @@ def _is_target(record: Record, index: int, message: Message) -> bool:
         if name not in TARGET_FIELDS or value not in (0, 1):
             raise SourceError(
                 f"{record.where}: message {index + 1} has {name!r}: {value!r:.40}: expected 0 or 1"
-                f" (or false, true) in one of {TARGET_FIELDS}; rename or drop what is no mask"
+                f" (or false, true) in one of {TARGET_FIELDS}; rename or drop what is not a mask"
             )
         said[name] = bool(value)
     if len(set(said.values())) > 1:
@@ -235,7 +235,7 @@ def _content(record: Record, index: int, message: Message) -> str:
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise Unrenderable(
                 f"{record.where}: message {index + 1} holds a part of type"
-                f" {kind or type(part).__name__!r}: expected text alone; remove what is no text,"
+                f" {kind or type(part).__name__!r}: expected text alone; remove what is not text,"
                 " or the record"
             )
         texts.append(text)

@@ -29,7 +29,7 @@ def tokens_in_spans(offsets: Offsets, spans: Iterable[Span]) -> Mask:
     response "yes" the only token of the response may be " yes", and the full stop of an answer may
     share its token with the line feed after it. What that adds is at most the rest of one token of
     the text at each border, as the teacher reads it. A token without characters (a space that the
-    tokenizer puts before a word) counts where it stands before a character of the span.
+    tokenizer puts before a word) counts where it comes before a character of the span.
     """
     starts, ends = offsets.reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)

@@ -13,7 +13,7 @@ from decant.teacher_dump.inputs.kinds import TARGET_MASKS
 from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError
 
 IGNORED = -100
-"""The label of what is no target."""
+"""The label of what is not a target."""
 MASK_LIKE = re.compile("mask|label|weight", re.IGNORECASE)
 HARMLESS = frozenset({"special_tokens_mask"})
 """Called a mask, but says nothing of targets: the tokenizer's remark on its own tokens."""
@@ -25,7 +25,7 @@ def ready_ids(record: Record, tokenizer: Any | None) -> tuple[Ids, Mask]:
     """Ids without padding, and which of them are targets.
 
     `attention_mask` says what is padding, which is left out; `labels` are the ids themselves, or
-    -100 for what is no target; masks have a 1 for each target. Raises SourceError if they
+    -100 for what is not a target; masks have a 1 for each target. Raises SourceError if they
     contradict one another, or if the record has a mask of another name.
     """
     ids = integers(record, "input_ids")
@@ -101,7 +101,7 @@ def _labelled(record: Record, ids: Ids) -> Mask:
 
 
 def _attended(record: Record, length: int) -> slice:
-    """What is no padding, which stands before and after it."""
+    """What is not padding, which comes before and after it."""
     if not _has(record, "attention_mask"):
         return slice(0, length)
     values = integers(record, "attention_mask")

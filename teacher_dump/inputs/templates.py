@@ -100,7 +100,7 @@ class ChatTemplate:
             return self._render(self.shaped(conversation)[:length], conversation, prompt)
         except TemplateSyntaxError as error:
             raise SourceError(
-                f"the chat template is no template: line {error.lineno}: {error}; repair it, or"
+                f"the chat template is not a template: line {error.lineno}: {error}; repair it, or"
                 " name another one in sequences.chat_template"
             ) from error
         except NoDateError as error:

@@ -37,7 +37,7 @@ class Filled:
 
 
 def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
-    """Load the teacher behind the configured engine; the caller closes it.
+    """Load the teacher in the configured engine; the caller closes it.
 
     Raises EngineError if the engine is not installed or cannot give what the config asks for.
     """

@@ -45,7 +45,7 @@ def allowed_rejections(num_sequences: int, share: float) -> int:
 
 
 class Isolator:
-    """An engine that goes on behind a sequence it cannot score."""
+    """An engine that goes on after a sequence it cannot score."""
 
     def __init__(self, engine: Engine, max_rejected: float) -> None:
         """`max_rejected` is the share of the sequences given at a time; 0: none at all."""

@@ -164,7 +164,7 @@ def sampled_records(
                     "input_ids": prompt + response,
                     "loss_mask": mask,
                     "attention_mask": [1]
-                    * len(mask),  # a padding token that was drawn is no padding
+                    * len(mask),  # a padding token that was drawn is not padding
                 },
                 f"{store.path(name)} row {row}",
             )

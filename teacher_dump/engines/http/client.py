@@ -209,7 +209,7 @@ class TeacherClient:
         if status in (401, 403):
             raise Unavailable(self._key_problem(endpoint.url, status))
         if status in (404, 405) or 300 <= status < 400:
-            raise Unavailable(f"{endpoint.url} is no teacher service (status {status}: {text})")
+            raise Unavailable(f"{endpoint.url} is not a teacher service (status {status}: {text})")
         raise EngineError(f"{endpoint.url} refuses a request (status {status}): {text}")
 
     def _key_problem(self, url: str, status: int) -> str:

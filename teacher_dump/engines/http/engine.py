@@ -93,7 +93,7 @@ class HttpEngine:
                 answer.cancel()
 
     def close(self) -> None:
-        """Drop all connections; again is no harm."""
+        """Drop all connections; calling it again does no harm."""
         if hasattr(self, "_client") and self._loop.is_running:
             self._loop.call(self._client.close())
         self._loop.close()

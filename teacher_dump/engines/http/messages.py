@@ -233,7 +233,7 @@ def unframe(data: bytes) -> tuple[dict[str, Any], memoryview]:
     except ValueError as error:
         raise MessageError(f"the header of a body is no JSON: {error}") from error
     if not isinstance(header, dict):
-        raise MessageError("the header of a body is no object")
+        raise MessageError("the header of a body is not an object")
     return header, memoryview(data)[end:]
 
 
@@ -251,7 +251,7 @@ def unframe_files(data: bytes) -> dict[str, bytes]:
     files, start = {}, 0
     for name, size in sizes.items():
         if name != name.replace("\\", "/").split("/")[-1] or name in ("", ".", ".."):
-            raise MessageError(f"a body of files holds {name!r}, which is no plain file name")
+            raise MessageError(f"a body of files holds {name!r}, which is not a plain file name")
         files[name] = bytes(body[start : start + size])
         start += size
     if start != len(body):

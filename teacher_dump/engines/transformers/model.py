@@ -146,7 +146,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def placement(model: PreTrainedModel) -> str:
-    """The devices the weights lie on, for a person."""
+    """The devices the weights are on, for a person."""
     devices = getattr(model, "hf_device_map", {}).values() or [model.device]
     return " + ".join(dict.fromkeys(str(torch.device(d) if d != "disk" else d) for d in devices))
 

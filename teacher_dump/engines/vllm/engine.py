@@ -101,7 +101,7 @@ class VllmEngine:
                 yield unpack(member, part, self._reduction)
 
     def close(self) -> None:
-        """End the worker; again is no harm."""
+        """End the worker; calling it again does no harm."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None

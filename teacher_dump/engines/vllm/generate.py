@@ -61,7 +61,7 @@ class VllmGenerator:
         return responses
 
     def close(self) -> None:
-        """End the worker; again is no harm."""
+        """End the worker; calling it again does no harm."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None

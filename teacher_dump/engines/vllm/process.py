@@ -78,7 +78,7 @@ class WorkerProcess:
         return message
 
     def close(self) -> None:
-        """End the worker and the processes of its own; again is no harm."""
+        """End the worker and the processes of its own; calling it again does no harm."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(CLOSE_SECONDS)

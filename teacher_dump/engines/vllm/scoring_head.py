@@ -39,8 +39,8 @@ class NotPossible(Exception):
 def register(architecture: str) -> None:
     """Put the scoring head on an architecture, under its own name, in this process.
 
-    The name stays because vLLM keys settings of some architectures by it. Again is no harm. Raises
-    NotPossible.
+    The name stays because vLLM keys settings of some architectures by it. Calling it again does
+    no harm. Raises NotPossible.
     """
     if architecture not in ModelRegistry.models:
         raise NotPossible(f"{architecture} is not one of vLLM's own models")

@@ -77,9 +77,8 @@ def test_the_commands_end_with_clean_codes_and_lines(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (cli.USER_ERROR, "")
     first, hint = done.stderr.splitlines()
-    assert (
-        first.startswith(f"error: {source} row 0, list 2: {V} is no token id") and "--debug" in hint
-    )
+    assert first.startswith(f"error: {source} row 0, list 2: {V} is not a token id")
+    assert "--debug" in hint
     assert [path.name for path in tmp_path.iterdir()] == ["dump.parquet"]
 
 

@@ -187,7 +187,7 @@ def test_a_shifted_dump_is_recognised(moved: int, tmp_path: Path) -> None:
 
 
 def test_labels_and_attention_mask_leave_tokens_out(tmp_path: Path) -> None:
-    """-100 is no target, padding is cut on either side, records without a target are counted."""
+    """-100 is not a target, padding is cut on either side, records without a target are counted."""
     records = known_records(3)
     rows = distillkit_rows(records)
     pad = {"token_ids": [list(range(K))], "top_values": [[-float("inf")] * K]}

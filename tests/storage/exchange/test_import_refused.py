@@ -65,15 +65,16 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "short list": (cut_both, r"row \d, list \d: 8 entries, but .*row 2, list 4: 3; .* --k 3"),
     "id too large": (
         changed("token_ids", 3, 1, V),
-        f"row 2, list 3: {V} is no token id, expected 0 to {V - 1}: give the dump's own tokenizer",
+        f"row 2, list 3: {V} is not a token id, expected 0 to {V - 1}: "
+        "give the dump's own tokenizer",
     ),
     "negative id": (changed("token_ids", 3, 1, -5), "row 2, list 3: token id -5 is negative"),
     "token too large": (
         lambda row: {**row, "input_ids": [V + 7, *row["input_ids"][1:]]},
         f"row 2: input_ids has {V + 7}, expected 0 to {V - 1}",
     ),
-    "NaN": (changed("top_values", 5, 2, float("nan")), "row 2, list 5: nan is no number"),
-    "infinite": (changed("top_values", 5, 0, float("inf")), "row 2, list 5: inf is no log prob"),
+    "NaN": (changed("top_values", 5, 2, float("nan")), "row 2, list 5: nan is not a number"),
+    "infinite": (changed("top_values", 5, 0, float("inf")), "row 2, list 5: inf is not a log prob"),
     "logit": (changed("top_values", 5, 0, 3.5), "row 2, list 5: 3.5 is a logit"),
     "too much mass": (
         lambda row: changed("top_values", 5, 0, 0.0)(changed("top_values", 5, 1, 0.0)(row)),

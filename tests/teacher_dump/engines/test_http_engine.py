@@ -354,7 +354,7 @@ def test_a_server_that_is_no_teacher_service(tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(Unavailable, match="is no teacher service"):
+        with pytest.raises(Unavailable, match="is not a teacher service"):
             describe_teacher(http_config(url))
         server.shutdown()
 

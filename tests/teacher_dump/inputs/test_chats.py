@@ -125,7 +125,7 @@ def test_variables_of_a_record_go_before_those_of_the_config():
 @pytest.mark.parametrize("field", [{"weight": 0}, {"loss": 0.0}, {"train": False}, {"loss": False}])
 @pytest.mark.parametrize("template", ["plain", "blocks"])
 def test_messages_may_exclude_themselves(field, template):
-    """An answer that says so is no target, and what says it is not rendered."""
+    """An answer that says so is not a target, and what says it is not rendered."""
     blocks = CHATML.replace(
         "{{ m.content + '<|im_end|>\n' }}",
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\n' }}"

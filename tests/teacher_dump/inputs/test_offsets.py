@@ -146,7 +146,7 @@ def test_a_response_is_cut_from_one_text():
 
 @pytest.mark.parametrize("spaces", [" ", "\n  ", ""])
 def test_spaces_that_a_special_token_swallows_are_not_its_own(spaces):
-    """The tokens of Phi-3 take the spaces beside them; the header of an answer is no target."""
+    """The tokens of Phi-3 take the spaces beside them; the header of an answer is not a target."""
     tokenizer = byte_level()
     swallowing = [AddedToken(t, special=True, rstrip=True) for t in (USER, ASSISTANT, END)]
     tokenizer.add_special_tokens([*swallowing, AddedToken("<s>", special=True, lstrip=True)])

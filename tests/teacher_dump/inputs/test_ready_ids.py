@@ -30,7 +30,7 @@ def test_masks_choose_the_targets(name, kind):
 
 
 def test_labels_choose_the_targets():
-    """-100 is no target; the others must be the ids themselves."""
+    """-100 is not a target; the others must be the ids themselves."""
     assert one(record(input_ids=IDS, labels=[-100, -100, 7, 8])) == (IDS, [7, 8])
     assert one(record(input_ids=IDS, labels=IDS)) == (IDS, [6, 7, 8])
 
@@ -130,7 +130,7 @@ def test_masks_belong_to_ids():
 
 
 def test_padding_that_nothing_marks_is_refused():
-    """Where the tokenizer has a token for it, padding without a mask is no text."""
+    """Where the tokenizer has a token for it, padding without a mask is not text."""
     for ids, word in (([PAD, 5, 6], "begin"), ([5, 6, PAD], "end")):
         with pytest.raises(SourceError, match=f"input_ids {word} with the padding token {PAD}"):
             run(record(input_ids=ids), tokenizer=PADDED)

@@ -143,7 +143,7 @@ def test_what_no_conversation_survives_stops_the_job():
     with pytest.raises(SourceError, match=r"line 3: .*set chat_date") as caught:
         encoded("{{ strftime_now('%Y') }}" + CHATML, CHAT)
     assert not isinstance(caught.value, Unrenderable)
-    with pytest.raises(SourceError, match="the chat template is no template: line 1") as caught:
+    with pytest.raises(SourceError, match="the chat template is not a template: line 1") as caught:
         encoded("{% for %}", CHAT)
     assert not isinstance(caught.value, Unrenderable)
 
