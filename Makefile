@@ -5,7 +5,8 @@
 # make setup-vllm  make .venv-vllm for vLLM on a CPU: Linux x86-64, Python 3.11
 # make check       format, lint, types, import contracts
 # make format      format the sources and mend what the linter can
-# make docs        build the documentation into site/, warnings are errors
+# make docs        build the documentation into build/site/, warnings are errors
+# make docs-serve  show the documentation at http://127.0.0.1:8000, anew on each change
 # make resolve     prove that the pins and the declared ranges resolve on the plain package index
 # make lock        write the pins anew (LOCK=--upgrade raises them)
 # make bench-peers install the loaders that benchmarks/bench_stream.py compares with
@@ -39,7 +40,7 @@ pip = $(1)/bin/pip --disable-pip-version-check install $(2) >$(1)/pip.log 2>&1 |
 has_python = test -n "$(PYTHON)" || \
   { echo "no Python 3.11, 3.12 or 3.13 here; name another one: make PYTHON=..." >&2; exit 1; }
 
-.PHONY: help demo demo-teacher test test-main test-slow test-vllm check docs format resolve lock \
+.PHONY: help demo demo-teacher test test-main test-slow test-vllm check docs docs-serve format resolve lock \
   bench-peers setup setup-vllm setup-browser clean
 .DEFAULT_GOAL := help
 
@@ -124,6 +125,9 @@ docs: $(VENV)/.installed-docs
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@$(call pip,$(VENV),--constraint requirements/constraints.txt --editable '.[docs]')
 	@touch $@
+
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
 
 # The page of `inspect --html` is rendered in a test where a Chromium is found.
 setup-browser:

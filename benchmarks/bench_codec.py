@@ -8,33 +8,29 @@ fsync, `read` every checksum. Errors are KL(scored || decoded) at k=64 on genera
 """
 
 import argparse
-import csv
 import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from common import draft, save
 from numpy.typing import NDArray
 
 from decant.schemas import (
     Layout,
     Manifest,
     ScoredSequence,
-    ShardPlan,
-    TeacherInfo,
-    TokenizerInfo,
     Truncation,
 )
-from decant.storage import CacheReader, CacheWriter, verify
+from decant.storage import CacheReader, verify
 from decant.storage.cache import logprobs as logprobs_code
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_rows, check_sequence
+from decant.storage.cache.writer import write_cache
 from decant.storage.inspect.collect import inspect
 
-RESULTS = Path(__file__).parent / "results"
 SLOTS, VOCAB_SIZE, LENGTH = 64, 4096, 256
 
 
@@ -191,43 +187,11 @@ def exact(sequence: ScoredSequence, temperatures: tuple[float, ...]) -> ScoredSe
 
 def write(url: str, sequences: list[ScoredSequence], like: Manifest | None = None) -> None:
     """Write a cache of one shard; with the layout of another cache if given."""
-    draft = Manifest.draft(
-        teacher=TeacherInfo(
-            name="generated",
-            fingerprint="",
-            architecture="",
-            engine="",
-            dtype="",
-            vocab_size=VOCAB_SIZE,
-        ),
-        tokenizer=TokenizerInfo(fingerprint="", files={}),
-        shared_vocab_size=like.shared_vocab_size if like else VOCAB_SIZE,
-        truncation=like.truncation if like else Truncation(k=SLOTS),
-        temperatures=like.temperatures if like else (1.0, 2.0),
-        precision=like.precision if like else "compact",
-        source={},
-        sequences={},
-    )
-    plan = ShardPlan(
-        shard=0,
-        first_sequence=0,
-        num_sequences=len(sequences),
-        num_tokens=sum(len(s.input_ids) for s in sequences),
-        num_targets=sum(s.num_targets for s in sequences),
-        input_xxh3_128="",
-    )
-    writer = CacheWriter.create(url, draft, [plan])
-    with writer.shard(0) as shard:
-        for sequence in sequences:
-            shard.write(sequence)
-    writer.finalize()
-
-
-def save(name: str, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """Write a CSV file into benchmarks/results."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    if like is None:
+        start = draft(VOCAB_SIZE, Truncation(k=SLOTS))
+    else:
+        start = draft(like.shared_vocab_size, like.truncation, like.temperatures, like.precision)
+    write_cache(url, start, sequences)
 
 
 if __name__ == "__main__":

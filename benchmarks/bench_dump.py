@@ -18,7 +18,6 @@ length, and its growth over the dump.
 
 import argparse
 import contextlib
-import csv
 import gc
 import json
 import resource
@@ -34,7 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from common import save, save_model
+from transformers import LlamaConfig, Qwen2Config
 
 from decant.schemas import Truncation
 from decant.storage import Store
@@ -48,7 +48,6 @@ from decant.teacher_dump.job.shard_inputs import sequences_of
 from decant.teacher_dump.job.start import open_or_create
 from decant.teacher_dump.teacher import describe_teacher, hash_weights
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, tuple[type, tuple[int, int, int, int, int]]] = {
     # hidden, layers, heads, key-value heads, intermediate
     "tiny": (LlamaConfig, (64, 2, 2, 1, 128)),
@@ -82,10 +81,7 @@ def save_shape(folder: Path, shape: str, vocab_size: int, length: int, dtype: st
         max_position_embeddings=length + 1,  # vLLM must generate a token
         tie_word_embeddings=hidden < 3000,
     )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
-    return folder
+    return save_model(config, folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def save_tokens(file: Path, vocab_size: int, length: int, count: int) -> Path:
@@ -400,13 +396,6 @@ def resident() -> int:
     """Memory of this process in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() >> 20
-
-
-def save(name: str, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Write a CSV file into benchmarks/results."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ compact codes slot by slot; for draws less the order of the ids, which says noth
 """
 
 import argparse
-import csv
 import dataclasses
 import io
 import json
@@ -38,20 +37,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from common import save
 from numpy.typing import NDArray
 
 from decant.schemas import (
     Manifest,
     ScoredSequence,
-    ShardPlan,
     TeacherInfo,
     TokenizerInfo,
     Truncation,
 )
-from decant.storage import CacheReader, CacheWriter
+from decant.storage import CacheReader
 from decant.storage.cache import logprobs as logprobs_code
+from decant.storage.cache.writer import write_cache
 
-RESULTS = Path(__file__).parent / "results"
 CACHES = Path(__file__).resolve().parents[1] / "build/vocab-models"
 NAMES = ("4k", "32k", "100k")
 SLOTS = (16, 64, 128)
@@ -201,7 +200,7 @@ def measure_ours(
     cache: str, sequences: list[ScoredSequence], draft: Manifest, scored: Scored, repeats: int
 ) -> tuple[dict[str, float], dict[str, int]]:
     """What `Row` wants of one of our layouts, and its bytes by column."""
-    write = fastest(lambda i: write_cache(f"{cache}-{i}", sequences, draft), repeats)
+    write = fastest(lambda i: write_cache(f"{cache}-{i}", draft, sequences), repeats)
     reader = CacheReader(f"{cache}-0")
     Path(f"{cache}-0").rename(cache)
     reader = CacheReader(cache)
@@ -231,23 +230,6 @@ def measure_ours(
         "read": n / read,
         **errors,
     }, sizes
-
-
-def write_cache(url: str, sequences: list[ScoredSequence], draft: Manifest) -> None:
-    """Write a cache of one shard."""
-    plan = ShardPlan(
-        shard=0,
-        first_sequence=0,
-        num_sequences=len(sequences),
-        num_tokens=sum(len(s.input_ids) for s in sequences),
-        num_targets=sum(s.num_targets for s in sequences),
-        input_xxh3_128="",
-    )
-    writer = CacheWriter.create(url, draft, [plan])
-    with writer.shard(0) as shard:
-        for sequence in sequences:
-            shard.write(sequence)
-    writer.finalize()
 
 
 def fastest(step: Callable[[int], object], repeats: int) -> float:
@@ -409,16 +391,6 @@ def shown(rows: list[Row]) -> str:
         )
         lines.append(f"{row.kept:<14}{row.encoding:<22}{row.bytes_per_target:>9.1f}{rates}{errors}")
     return "\n".join(lines)
-
-
-def save(name: str, header: Iterable[str], rows: list[tuple]) -> None:
-    """Write a CSV file into benchmarks/results, numbers with five digits."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in row])
 
 
 if __name__ == "__main__":

@@ -9,23 +9,23 @@ second of each, and the peak of its memory above what the imports take. Two temp
 """
 
 import argparse
-import csv
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pyarrow as pa
 from bench_codec import SLOTS, VOCAB_SIZE, generate
+from common import draft, peak_mb, save
 
-from decant.schemas import Manifest, ShardPlan, TeacherInfo, TokenizerInfo, Truncation
-from decant.storage import CacheReader, CacheWriter
+from decant.schemas import Truncation
+from decant.storage import CacheReader
+from decant.storage.cache.writer import plan_of, write_cache
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import diff
 
-RESULTS = Path(__file__).parent / "results"
 SEQUENCES = 200
 """Of 256 tokens, in each of the shards, which are copies of each other."""
 HEADER = (
@@ -69,11 +69,7 @@ def main() -> None:
                 f"{targets / cpu:>10,.0f}   peak {peak:,.0f} MB",
                 flush=True,
             )
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "inspect.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [HEADER, *([*row[:2], *(round(x, 3) for x in row[2:])] for row in rows)]
-        )
+    save("inspect.csv", HEADER, rows)
 
 
 def measure(cache: str, look: str) -> dict[str, float]:
@@ -91,51 +87,14 @@ def measure(cache: str, look: str) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": cpu, "peak_mb": peak_mb() - before}
 
 
-def peak_mb() -> float:
-    """The most memory that this process has held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-
-
 def write(url: str, targets: int) -> None:
     """A cache of at least so many targets in shards of the same sequences."""
     sequences = generate(SEQUENCES)
-    per_shard = sum(s.num_targets for s in sequences)
-    draft = Manifest.draft(
-        teacher=TeacherInfo(
-            name="generated",
-            fingerprint="",
-            architecture="",
-            engine="",
-            dtype="",
-            vocab_size=VOCAB_SIZE,
-        ),
-        tokenizer=TokenizerInfo(fingerprint="", files={}),
-        shared_vocab_size=VOCAB_SIZE,
-        truncation=Truncation(k=SLOTS),
-        temperatures=(1.0, 2.0),
-        precision="compact",
-        source={},
-        sequences={},
+    shards = -(-targets // sum(s.num_targets for s in sequences))
+    repeated = itertools.chain.from_iterable(itertools.repeat(sequences, shards))
+    write_cache(
+        url, draft(VOCAB_SIZE, Truncation(k=SLOTS)), repeated, plan_of([sequences] * shards)
     )
-    plan = [
-        ShardPlan(
-            shard=shard,
-            first_sequence=shard * SEQUENCES,
-            num_sequences=SEQUENCES,
-            num_tokens=sum(len(s.input_ids) for s in sequences),
-            num_targets=per_shard,
-            input_xxh3_128="",
-        )
-        for shard in range(-(-targets // per_shard))
-    ]
-    writer = CacheWriter.create(url, draft, plan)
-    for part in plan:
-        with writer.shard(part.shard) as shard:
-            for sequence in sequences:
-                shard.write(sequence)
-    writer.finalize()
 
 
 if __name__ == "__main__":

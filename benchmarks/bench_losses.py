@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import status_mb
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -181,16 +182,10 @@ def measure(block: Block, chunk: int | None) -> tuple[float, float]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else the step could fill what making the inputs left free
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = status_mib("VmRSS")
+    before = status_mb("VmRSS")
     start = time.process_time()
     step()
-    return time.process_time() - start, status_mib("VmHWM") - before
-
-
-def status_mib(field: str) -> float:
-    """A figure of this process, in MiB."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].split()[0]) / 1024
+    return time.process_time() - start, status_mb("VmHWM") - before
 
 
 def step_of(block: Block, chunk: int | None) -> Callable[[], None]:

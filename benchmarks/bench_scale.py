@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import draft, peak_mb
+
 from decant.schemas import (
     ByteRange,
     CommitRecord,
     Manifest,
     RowGroup,
     ShardPlan,
-    TeacherInfo,
-    TokenizerInfo,
     Truncation,
 )
 from decant.storage import CacheReader, CacheWriter, Store
@@ -89,8 +89,7 @@ def measure(folder: str) -> dict[str, float]:
     middle = stream.num_sequences * 5 // 2
     later = timed("seek", lambda: list(itertools.islice(stream._mine(middle, 1, 0), 100)))
     assert len(first) == len(later)
-    status = Path("/proc/self/status").read_text()
-    found["peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    found["peak_mb"] = peak_mb()
     return found
 
 
@@ -102,23 +101,7 @@ def ranked(folder: str) -> CacheStream:
 
 def simulate(folder: Path, shards: int, row_groups: int) -> float:
     """A final cache without its shards; returns the seconds that sealing its records took."""
-    draft = Manifest.draft(
-        teacher=TeacherInfo(
-            name="simulated",
-            fingerprint="",
-            architecture="",
-            engine="none",
-            dtype="",
-            vocab_size=152_000,
-        ),
-        tokenizer=TokenizerInfo(fingerprint="", files={}),
-        shared_vocab_size=152_000,
-        truncation=Truncation(k=64),
-        temperatures=(1.0,),
-        precision="compact",
-        source={},
-        sequences={},
-    )
+    start_of = draft(152_000, Truncation(k=64), (1.0,))
     sequences = SEQUENCES * row_groups
     counts = {"num_sequences": sequences, "num_tokens": sequences * LENGTH}
     plan = (
@@ -131,7 +114,7 @@ def simulate(folder: Path, shards: int, row_groups: int) -> float:
         )
         for i in range(shards)
     )
-    manifest = CacheWriter.create(folder, draft, plan).manifest
+    manifest = CacheWriter.create(folder, start_of, plan).manifest
     start = time.perf_counter()
     store = Store(folder)
     records = simulated_records(manifest, row_groups)

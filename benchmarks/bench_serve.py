@@ -8,7 +8,6 @@ cores. Bytes are those of the bodies on the wire.
 """
 
 import argparse
-import csv
 import os
 import signal
 import socket
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from common import save, save_model
+from transformers import LlamaConfig
 
 from decant.schemas import Truncation
 from decant.teacher_dump.engines import TeacherConfig, open_engine
@@ -31,13 +31,11 @@ from decant.teacher_dump.engines.http.messages import ScoreRequest
 from decant.teacher_dump.engines.packed_rows import Reduction
 from decant.teacher_dump.inputs.records import TokenSequence
 
-RESULTS = Path(__file__).parent / "results"
 TEMPERATURES = (1.0,)
 
 
 def save_teacher(path: Path, vocab_size: int, hidden: int, length: int) -> None:
     """A random Llama."""
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -47,7 +45,7 @@ def save_teacher(path: Path, vocab_size: int, hidden: int, length: int) -> None:
         num_key_value_heads=hidden // 64,
         max_position_embeddings=length,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    save_model(config, path)
 
 
 def sequences_of(count: int, length: int, vocab_size: int) -> list[TokenSequence]:
@@ -171,11 +169,8 @@ def report(
         print(
             f"  {name:18} {num_targets / middle:8.0f} targets/s  {base / middle:5.2f} of in process"
         )
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"serve_{options.engine}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["route", "targets_per_second", "of_in_process"])
-        writer.writerows(rows)
+    header = ("route", "targets_per_second", "of_in_process")
+    save(f"serve_{options.engine}.csv", header, rows)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ to; the others have none. The limit is a memory map of the collated arrays, with
 """
 
 import argparse
-import csv
+import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,14 +28,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import peak_mb, save
 
-from decant.schemas import Manifest, ScoredSequence, ShardPlan
-from decant.storage import CacheReader, CacheWriter
+from decant.schemas import Manifest, ScoredSequence
+from decant.storage import CacheReader
+from decant.storage.cache.writer import plan_of, write_cache
 from decant.student_train import CacheStream
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "build/bench-peers"
-RESULTS = Path(__file__).parent / "results/stream.csv"
 EPOCHS = 4
 SHUFFLE = 256
 Sample = dict[str, bytes]
@@ -62,11 +62,7 @@ def main() -> None:
         targets = write_all(args.cache, folder, args.targets, args.only)
         sizes = {name: size_of(folder / FORMS[name]) for name in args.only}  # before any unpacking
         rows = [run_all(name, args, folder, sizes[name] / targets) for name in args.only]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    save("stream.csv", rows[0], [list(row.values()) for row in rows])
 
 
 def run_all(name: str, args: argparse.Namespace, folder: Path, size: float) -> dict[str, Any]:
@@ -110,13 +106,12 @@ def measure(name: str, folder: Path, batch_size: int) -> dict[str, float]:
         cpus.append(seen / (time.process_time() - cpu) / 1e6)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGESIZE") / 1e6)
-    status = Path("/proc/self/status").read_text()
     return {
         "cold_wall": walls[0],
         "warm_wall": statistics.median(walls[1:]),
         "warm_cpu": statistics.median(cpus[1:]),
         "growth_mb": resident[-1] - resident[0],
-        "peak_mb": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024,
+        "peak_mb": peak_mb(),
     }
 
 
@@ -255,27 +250,12 @@ def repeat(cache: str, path: Path, targets: int) -> None:
         raise SystemExit(f"{cache}: needs a compact cache of top-k targets with V <= 65,536")
     once = [exact(sequence) for sequence in reader]
     times = -(-targets // old.num_targets)
-    plan = [
-        ShardPlan(
-            shard=i,
-            first_sequence=i * len(once),
-            num_sequences=len(once),
-            num_tokens=old.num_tokens,
-            num_targets=old.num_targets,
-            input_xxh3_128="",
-        )
-        for i in range(times)
-    ]
     names = ("teacher", "tokenizer", "shared_vocab_size", "truncation", "temperatures")
     fields = {name: getattr(old, name) for name in (*names, "precision", "sequences")}
     draft = Manifest.draft(**fields, source={"path": str(cache), "repeated": times})
-    writer = CacheWriter.create(path, draft, plan)
     shutil.copytree(Path(cache) / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
-    for shard in range(times):
-        with writer.shard(shard) as file:
-            for sequence in once:
-                file.write(sequence)
-    writer.finalize()
+    repeated = itertools.chain.from_iterable(itertools.repeat(once, times))
+    write_cache(path, draft, repeated, plan_of([once] * times))
 
 
 def exact(sequence: ScoredSequence) -> ScoredSequence:

@@ -29,6 +29,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from decant.storage.files.durable import publish
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/vocab-models"
 VOCAB_SIZES = {"4k": 4_096, "32k": 32_768, "100k": 100_000}
@@ -139,7 +141,7 @@ def write_heldout(path: Path) -> None:
     with zstandard.open(temporary, "wt", encoding="utf-8") as out:
         for name, text in sorted(pieces, key=lambda piece: digest(piece[0]))[: DUMP_BYTES // 2000]:
             out.write(json.dumps({"id": name, "text": text}) + "\n")
-    temporary.replace(path)
+    publish(temporary, path)
 
 
 def train(vocab_size: int, out: Path, minutes: float) -> None:

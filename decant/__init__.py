@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    _load, __dir__ = lazily(
+    _load, _names = lazily(
         __name__,
         {
             "CacheReader": "decant.storage.cache.reader",
@@ -50,6 +50,9 @@ else:
         if name == "__version__":
             return _version()
         return _load(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*_names(), "__version__"})
 
 
 __all__ = [

@@ -73,7 +73,7 @@ STUDENT = (
     Entry(
         "evaluate",
         "How good is a student on a cache it was not trained on?",
-        "decant.student_train.evaluation.command:EVALUATE",
+        "decant.student_train.command:EVALUATE",
     ),
 )
 START = (

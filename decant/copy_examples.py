@@ -58,14 +58,14 @@ def run_examples(arguments: ExamplesArguments) -> int:
 EXAMPLES = Command(
     text="""
   decant examples examples
-  python examples/demo/run.py          the whole loop, a few minutes on two cores
+  python examples/demo/run.py      the whole loop, a few minutes on two cores
   decant train --config examples/train/tiny-cpu.yaml --cache caches/mine
 
 dump/         configurations of dumps and of a service
 train/        configurations of trainings
 accelerate/   configurations of accelerate for several GPUs
-demo/         a teacher of 4.5 M parameters, and a program that dumps, inspects,
-              trains and compares
+demo/         a teacher of 4.5 M parameters, and a program that dumps,
+              inspects, trains and compares
 """,
     arguments=ExamplesArguments,
     run=run_examples,

@@ -1,23 +1,21 @@
-"""`train`: what it takes and what it prints."""
+"""`train` and `evaluate`: what they take and what they print."""
 
-import contextlib
 import json
 import logging
 import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.config.verdict import EvaluateArguments
 
 TEXT = """
   decant train --config train.yaml
   decant train --config train.yaml --loss.kind akl --output runs/akl
   decant train --config train.yaml --dry-run    what it needs; writes nothing
   decant train --config train.yaml --follow     while the cache is being dumped
-  accelerate launch --num_processes 8 -m decant.student_train --config train.yaml
+  accelerate launch -m decant.student_train --config train.yaml
 
 The same command again goes on from the last checkpoint, to the sample.
 """
@@ -29,8 +27,6 @@ class TrainArguments:
 
     dry_run: bool = False
     """Build everything, take one step, print sizes, memory and steps; write nothing."""
-    json: bool = False
-    """End with the summary as JSON in place of a table."""
 
 
 def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
@@ -44,19 +40,13 @@ def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     if arguments.dry_run:
         from decant.student_train.dry_run import dry_run
 
-        with contextlib.redirect_stdout(sys.stderr):  # what libraries print
-            report = dry_run(config)
+        report = dry_run(config)
         if int(os.environ.get("RANK", "0")) == 0:
             print(report)
         return process.DONE
     from decant.student_train.loop import train
 
-    with contextlib.redirect_stdout(sys.stderr):
-        summary = train(config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        from decant.student_train.outputs.closing import closing_text
-
-        print(json.dumps(summary) if arguments.json else closing_text(summary, Path(config.output)))
+    print(json.dumps(train(config)))
     return process.DONE
 
 
@@ -77,4 +67,72 @@ TRAIN = Command(
         "mixed_precision",
     ),
     run=run_train,
+)
+
+
+def run_evaluate(arguments: EvaluateArguments) -> int:
+    """Evaluate a student and print what was found; returns the exit code."""
+    with process.libraries_on_stderr():
+        result = _verdict(arguments)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+    return process.DONE
+
+
+def _verdict(arguments: EvaluateArguments) -> str:
+    """The verdict as text, or as JSON."""
+    from transformers.utils import logging as transformers_logging
+
+    from decant.schemas import to_json
+    from decant.storage.cache.command import refuse_missing
+    from decant.storage.cli.terminal import json_text
+    from decant.student_train.config.loss import LossConfig
+    from decant.student_train.config.student import StudentConfig
+    from decant.student_train.verdict import (
+        evaluate_student,
+        student_folder,
+        verdict_text,
+    )
+
+    transformers_logging.disable_progress_bar()
+    refuse_missing(arguments.cache)
+    student = StudentConfig(
+        path=student_folder(arguments.student),
+        dtype=arguments.dtype,
+        attention=arguments.attention,
+    )
+    loss = LossConfig(
+        kind=arguments.kind,
+        temperature=arguments.temperature,
+        tail=arguments.tail,
+        options=arguments.options,
+    )
+    verdict = evaluate_student(
+        student,
+        arguments.cache,
+        loss,
+        batch_size=arguments.batch_size,
+        heldout_fraction=arguments.heldout_fraction,
+        mixed_precision=arguments.mixed_precision,
+    )
+    return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
+
+
+EVALUATE = Command(
+    text="""
+  decant evaluate --student runs/first --cache caches/heldout
+  decant evaluate --student runs/first --cache caches/mine \\
+      --heldout-fraction 0.01
+  decant evaluate --student path/or/hub-id --cache caches/heldout --json
+  accelerate launch -m decant evaluate --student runs/first --cache caches/a
+
+No teacher is loaded: what it said is in the cache. Printed are the student's
+cross-entropy and perplexity on the actual tokens, its divergence from the
+teacher, how often its most probable token is the actual one or the teacher's,
+the share of its tokens that the teacher would accept from it as a draft model,
+and the calibration error: the means that a training has in metrics.jsonl.
+""",
+    arguments=EvaluateArguments,
+    run=run_evaluate,
+    goes_on=False,
 )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import zstandard
 
+from decant.storage.files.durable import publish
+
 HELDOUT_SHARE = 16  # one top-level module in this many is held out
 LEFT_OUT = {"encodings", "pydoc_data", "site-packages", "dist-packages", "lib2to3", "this.py"}
 TESTS = {"test", "tests", "idle_test"}
@@ -54,7 +56,7 @@ def write(split: str, target: Path, max_bytes: int) -> int:
                 break
             out.write(json.dumps({"id": name, "text": text}) + "\n")
             written += len(text.encode())
-    temporary.replace(target)
+    publish(temporary, target)
     return written
 
 

@@ -51,11 +51,11 @@ def verify(
     store = Store(url)
     problems = list(_cache_problems(store, reader))
     plans = {plan.shard: plan for plan in reader.plan}
-    for done, record in enumerate(reader.records):
+    for done, record in enumerate(reader.index):
         if record.shard in plans:
             problems += _shard_problems(store, reader, plans[record.shard], record, hashes)
         if progress:
-            progress(done + 1, len(reader.records))
+            progress(done + 1, len(reader.index))
     totals = reader.index.totals()
     return VerifyReport(
         url=str(url),
@@ -103,7 +103,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
     if sums != stated:
         yield f"{where}: the plan sums to {sums}, the manifest says {stated}"
     if manifest.is_final:
-        for record in reader.records:
+        for record in reader.index:
             name = paths.record(record.shard)
             try:
                 if read_json(store, name) != record.to_json(manifest.format_version):

@@ -3,7 +3,7 @@
 import functools
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ from decant.schemas import (
     ShardPlan,
     shard_schema,
 )
-from decant.schemas import RowGroup as RowGroupRecord
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
@@ -67,7 +66,7 @@ class CacheReader:
 
     def _set_index(self, index: ShardIndex) -> None:
         self.index = index
-        """The commit records."""
+        """The commit records in shard order."""
         self._groups = index.groups
         self._ends = np.cumsum(self._groups.sequences)
 
@@ -112,11 +111,6 @@ class CacheReader:
         return read_plan(self._store, self.manifest)
 
     @property
-    def records(self) -> Sequence[CommitRecord]:
-        """The commit records in shard order."""
-        return self.index
-
-    @property
     def rejected(self) -> Iterator[Rejected]:
         """The sequences that the teacher could not score, in plan order; they have no targets."""
         return self.index.rejected()
@@ -142,10 +136,6 @@ class CacheReader:
     def row_groups(self) -> RowGroups:
         """All row groups in plan order."""
         return self._groups
-
-    def shard_plan(self) -> list[ShardPlan]:
-        """The plan of all shards, committed or not."""
-        return list(self.plan)
 
     def read(self, group: RowGroupRef) -> rows_codec.Rows:
         """The decoded columns of one row group.
@@ -186,10 +176,6 @@ class CacheReader:
         metadata = self._footer(self._record(group.shard)).row_group(group.index)
         columns = [metadata.column(i) for i in range(metadata.num_columns)]
         return {c.path_in_schema: c.total_compressed_size for c in columns}
-
-    def row_group_record(self, group: RowGroupRef) -> RowGroupRecord:
-        """What the commit record says of a row group."""
-        return self._record(group.shard).row_groups[group.index]
 
     def _record(self, shard: int) -> CommitRecord:
         kept = self._recent.get(shard)

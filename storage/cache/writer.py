@@ -4,10 +4,11 @@ Decides nothing about what a sequence contains; refuses what `storage.check` ref
 """
 
 import dataclasses
+import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -111,12 +112,18 @@ class CacheWriter:
         done = committed_shards(self.store)
         return [shard for shard in self.plan if shard.shard not in done]
 
-    def shard(self, index: int, *, replace: bool = False) -> "ShardWriter":
+    def shard(
+        self, index: int, *, replace: bool = False, row_group_rows: int = ROW_GROUP_ROWS
+    ) -> "ShardWriter":
         """A context manager that writes one shard and commits it on a clean exit.
 
-        With `replace` it takes the place of a committed one, which is valid until then.
+        With `replace` it takes the place of a committed one, which is valid until then. A row group
+        is closed before it would grow beyond so many rows, but never below half of them.
         """
-        return ShardWriter(self.store, self.manifest, self.plan[index], replace=replace)
+        plan = self.plan[index]
+        return ShardWriter(
+            self.store, self.manifest, plan, replace=replace, row_group_rows=row_group_rows
+        )
 
     def finalize(self, *, keep_inputs: bool = False) -> Manifest:
         """Seal the commit records into the manifest and drop the inputs, unless told to keep them.
@@ -140,14 +147,20 @@ class ShardWriter:
     """Writes the sequences of one shard, in plan order, into one Parquet file."""
 
     def __init__(
-        self, store: Store, manifest: Manifest, plan: ShardPlan, *, replace: bool = False
+        self,
+        store: Store,
+        manifest: Manifest,
+        plan: ShardPlan,
+        *,
+        replace: bool = False,
+        row_group_rows: int = ROW_GROUP_ROWS,
     ) -> None:
         """Prepare; nothing is touched before the context is entered."""
         self._store, self._manifest, self._plan = store, manifest, plan
         self._replace = replace
         self._layout = manifest.layout
         row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
-        self._group_rows = min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(row_bytes, 1))
+        self._group_rows = min(row_group_rows, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
@@ -302,6 +315,48 @@ class ShardWriter:
                 seconds=round(time.monotonic() - self._start, 3),
                 worker=f"{socket.gethostname()}:{os.getpid()}",
             )
+
+
+def write_cache(
+    url: str | os.PathLike[str],
+    draft: Manifest,
+    sequences: Iterable[ScoredSequence],
+    plan: Iterable[ShardPlan] | None = None,
+) -> Manifest:
+    """Write a whole cache, one shard after the other, and return its final manifest.
+
+    A plan says how many of the sequences, which are taken in turn, each shard holds; without one
+    there is one shard of all. Raises as `CacheWriter.create` and `ShardWriter.write`.
+    """
+    if plan is None:
+        sequences = list(sequences)
+        plan = plan_of([sequences])
+    writer = CacheWriter.create(url, draft, plan)
+    source = iter(sequences)
+    for entry in writer.plan:
+        with writer.shard(entry.shard) as shard:
+            for sequence in itertools.islice(source, entry.num_sequences):
+                shard.write(sequence)
+    return writer.finalize()
+
+
+def plan_of(shards: Iterable[Sequence[ScoredSequence]]) -> list[ShardPlan]:
+    """The plan of a cache that holds these sequences in these shards."""
+    plan: list[ShardPlan] = []
+    first = 0
+    for index, sequences in enumerate(shards):
+        plan.append(
+            ShardPlan(
+                shard=index,
+                first_sequence=first,
+                num_sequences=len(sequences),
+                num_tokens=sum(len(s.input_ids) for s in sequences),
+                num_targets=sum(s.num_targets for s in sequences),
+                input_xxh3_128="",
+            )
+        )
+        first += len(sequences)
+    return plan
 
 
 def one_line(reason: str) -> str:

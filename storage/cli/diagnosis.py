@@ -182,6 +182,11 @@ def _keys(
         yield node.start_mark.line, _found(node, path) + "expected keys with values" + example
         return
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            yield key.start_mark.line, "expected the name of a key, found a list or more keys"
+            continue
+        if key.value == "<<":  # YAML's own: the keys of another mapping
+            continue
         its_path = f"{path}.{key.value}".lstrip(".")
         if key.value in kinds:
             yield from _problems(value, kinds[key.value], its_path)

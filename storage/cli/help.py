@@ -1,6 +1,5 @@
 """Help pages: what a command is for, examples, then its options by group, the common ones first."""
 
-import os
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -28,9 +27,7 @@ OF_CONFIGS = (
 
 def columns() -> int:
     """The width of a help page."""
-    return max(
-        40, min(100, int(os.environ.get("COLUMNS", 0)) or shutil.get_terminal_size().columns)
-    )
+    return max(40, min(100, shutil.get_terminal_size().columns))
 
 
 def arguments_page(name: str, text: str, arguments: type, common: Sequence[str]) -> str:

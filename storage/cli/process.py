@@ -34,6 +34,11 @@ def run(main: Callable[[list[str]], int]) -> None:
         sys.exit(code)
 
 
+def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
+    """While this is held, what is printed goes to stderr: stdout is for a command's result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 @contextlib.contextmanager
 def _exit_codes(debug: bool) -> Iterator[None]:
     try:

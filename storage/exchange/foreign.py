@@ -36,7 +36,7 @@ class ForeignError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Record:
+class ForeignRecord:
     """The tokens of one record and the entries of those that have some."""
 
     where: str
@@ -63,9 +63,9 @@ class Record:
         return f"{self.where}, list {self.lists[target]}"
 
 
-def read_records(
+def read_foreign(
     path: str, file_format: str, vocab_size: int, logprobs_field: str, shift: int
-) -> Iterator[Record]:
+) -> Iterator[ForeignRecord]:
     """All records of a file or directory in order, one batch in memory.
 
     `shift` moves every list by so many tokens from where the format puts it. Records of which no
@@ -204,7 +204,7 @@ def _layout(file: Path, schema: pa.Schema, file_format: str, logprobs_field: str
 
 def _record(
     where: str, row: pa.RecordBatch, layout: _Layout, vocab_size: int, shift: int, number: int
-) -> Record:
+) -> ForeignRecord:
     tokens = _integers(where, row, "input_ids")
     length = len(tokens)
     if length and not (tokens.min() >= 0 and tokens.max() < vocab_size):
@@ -231,7 +231,7 @@ def _record(
     inside = (positions > first) & (positions < last)
     inside[inside] = wanted[positions[inside]]
     lists = np.flatnonzero(inside & (matrix_ids >= 0).any(axis=1))
-    record = Record(
+    record = ForeignRecord(
         where=where,
         sample_id=_sample_id(row, number),
         input_ids=tokens[first:last].astype(np.int32),
@@ -244,7 +244,7 @@ def _record(
     return record
 
 
-def _refuse_bad_entries(record: Record, vocab_size: int) -> None:
+def _refuse_bad_entries(record: ForeignRecord, vocab_size: int) -> None:
     def refuse(bad: NDArray[np.bool_], values: NDArray, what: str) -> None:
         if bad.any():
             target, slot = np.argwhere(bad)[0]

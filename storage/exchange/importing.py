@@ -5,7 +5,6 @@ vocabulary alone, and the log prob of an actual token only from its entry. What 
 refused, or recorded in the manifest's `source` where the caller allows a substitute.
 """
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo, Truncation
 from decant.schemas.strict import canonical
-from decant.storage.cache.writer import CacheWriter
-from decant.storage.exchange.foreign import Record, read_records, source_files
+from decant.storage.cache.writer import write_cache
+from decant.storage.exchange.foreign import ForeignRecord, read_foreign, source_files
 from decant.storage.exchange.survey import TAIL_RESOLUTION, ImportConfig, Survey
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import staged_directory
@@ -54,16 +53,16 @@ def import_cache(
         survey.judge()
         store = Store(folder)
         kept = tokenizer.save(store) if tokenizer else TokenizerInfo(fingerprint="", files={})
-        writer = CacheWriter.create(folder, _draft(config, survey, vocab_size, kept), survey.plan())
-        _write(config, writer, survey, progress)
-        manifest = writer.finalize()
+        draft = _draft(config, survey, vocab_size, kept)
+        scored = _sequences(config, survey, vocab_size, progress)
+        manifest = write_cache(folder, draft, scored, survey.plan())
     for warning in survey.warnings():
         log.warning("%s", warning)
     return manifest
 
 
-def _records(config: ImportConfig, vocab_size: int) -> Iterator[Record]:
-    return read_records(
+def _records(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
+    return read_foreign(
         config.path, config.file_format, vocab_size, config.logprobs_field, config.shift
     )
 
@@ -128,29 +127,17 @@ def _draft(
     )
 
 
-def _write(
-    config: ImportConfig,
-    writer: CacheWriter,
-    survey: Survey,
-    progress: Callable[[int, int], None],
-) -> None:
-    vocab_size = writer.manifest.shared_vocab_size
-
-    def sequences() -> Iterator[ScoredSequence]:
-        for done, record in enumerate(_records(config, vocab_size)):
-            progress(done + 1, survey.records)
-            sequence = _scored(config, record, survey.k, vocab_size)
-            if sequence.num_targets:
-                yield sequence
-
-    source = sequences()
-    for shard in writer.plan:
-        with writer.shard(shard.shard) as output:
-            for sequence in itertools.islice(source, shard.num_sequences):
-                output.write(sequence)
+def _sequences(
+    config: ImportConfig, survey: Survey, vocab_size: int, progress: Callable[[int, int], None]
+) -> Iterator[ScoredSequence]:
+    for done, record in enumerate(_records(config, vocab_size)):
+        progress(done + 1, survey.records)
+        sequence = _scored(config, record, survey.k, vocab_size)
+        if sequence.num_targets:
+            yield sequence
 
 
-def _scored(config: ImportConfig, record: Record, k: int, vocab_size: int) -> ScoredSequence:
+def _scored(config: ImportConfig, record: ForeignRecord, k: int, vocab_size: int) -> ScoredSequence:
     """The k most probable entries of each target, the mass of the rest, the actual token's."""
     is_label = record.token_ids == record.labels[:, None]
     known = is_label.any(axis=1)

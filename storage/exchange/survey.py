@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import ShardPlan
 from decant.storage.cache.checks import EPSILON
-from decant.storage.exchange.foreign import FORMATS, ForeignError, Record
+from decant.storage.exchange.foreign import FORMATS, ForeignError, ForeignRecord
 
 TAIL_RESOLUTION = 2.0**-23
 """Float32 log probs cannot say whether less mass than this is left."""
@@ -78,7 +78,7 @@ class _Peak:
     value: float = -np.inf
     place: str = ""
 
-    def see(self, values: NDArray, record: Record) -> None:
+    def see(self, values: NDArray, record: ForeignRecord) -> None:
         """Look at one value for each target of a record."""
         if len(values) and values.max() > self.value:
             target = int(values.argmax())
@@ -121,7 +121,7 @@ class Survey:
     _open: list[int] = field(default_factory=lambda: [0, 0, 0])
     _digest: Any = field(default_factory=xxhash.xxh3_128)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: ForeignRecord) -> None:
         """Count one record in."""
         self.records += 1
         values, used = record.values, record.token_ids >= 0
@@ -156,7 +156,7 @@ class Survey:
             self.neighbours[step] += int(near.sum())
         self._plan(record, len(known) if self.config.unknown_label != "skip" else int(known.sum()))
 
-    def _plan(self, record: Record, targets: int) -> None:
+    def _plan(self, record: ForeignRecord, targets: int) -> None:
         if not targets:
             self.skipped_records += 1
             return

@@ -24,28 +24,9 @@ from decant.storage.cache.reader import CacheReader
 from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.files.store import Store
 from decant.storage.inspect.examples import read_tokenizer, with_texts
-from decant.storage.inspect.report import (
-    RANKS,
-    AtTemperature,
-    DumpSpeed,
-    Report,
-    Sample,
-    Spread,
-    WorkerSpeed,
-)
-from decant.storage.inspect.statistics import Statistics, bucket_entropy
-from decant.storage.inspect.text import report_text
+from decant.storage.inspect.report import DumpSpeed, Report, Sample, WorkerSpeed
+from decant.storage.inspect.statistics import Statistics
 from decant.storage.inspect.truncation_cost import TOLERANCE
-
-__all__ = [
-    "RANKS",
-    "AtTemperature",
-    "Report",
-    "Spread",
-    "bucket_entropy",
-    "inspect",
-    "report_text",
-]
 
 VERSION = 2
 """Of the figures: one more whenever a value or key changes, so that kept ones are not used."""

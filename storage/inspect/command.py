@@ -76,7 +76,8 @@ def run_inspect(arguments: InspectArguments) -> int:
     from decant.schemas import to_json
     from decant.storage.cli.terminal import json_text, progress_bar
     from decant.storage.files.store import Store
-    from decant.storage.inspect.collect import inspect, report_text
+    from decant.storage.inspect.collect import inspect
+    from decant.storage.inspect.text import report_text
 
     refuse_missing(arguments.url)
     with progress_bar("inspect", "row groups") as progress:
@@ -132,10 +133,10 @@ def run_diff(arguments: DiffArguments) -> int:
 INSPECT = Command(
     text="""
   decant inspect caches/demo
-  decant inspect caches/demo --html demo.html        one page that opens from disk
+  decant inspect caches/demo --html demo.html     one page that opens from disk
   decant inspect caches/demo --json > demo.json
-  decant inspect caches/large --sample 0.05          a twentieth of it: estimates
-  decant inspect caches/large --sample 20 --seed 1   20 row groups
+  decant inspect caches/large --sample 0.05       a twentieth of it: estimates
+  decant inspect caches/large --sample 20         20 row groups
 
 Reads the cache once. While a dump is still running it reports the shards
 committed so far and says so. The figures of a complete cache in a directory are

@@ -24,6 +24,8 @@ class OptimizerConfig:
     """After the warmup: cosine or linear decay to min_lr_ratio at the last step, or constant."""
     warmup_steps: int = 0
     """Steps of linear warmup from 0."""
+    warmup_ratio: float = 0.0
+    """Instead of warmup_steps: this share of the run's steps, at least one."""
     min_lr_ratio: float = 0.0
     """Final learning rate over lr."""
     weight_decay: float = 0.0
@@ -40,6 +42,13 @@ class OptimizerConfig:
             raise ValueError(
                 "optimizer needs lr > 0, warmup_steps, weight_decay and max_grad_norm >= 0, found "
                 f"{self.lr}, {self.warmup_steps}, {self.weight_decay} and {self.max_grad_norm}"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"optimizer.warmup_ratio must lie in [0, 1): {self.warmup_ratio}")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"give optimizer.warmup_steps or warmup_ratio: found {self.warmup_steps} and "
+                f"{self.warmup_ratio}"
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1), found {self.betas}")

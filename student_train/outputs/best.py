@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from decant.storage.files.durable import sync_tree
+from decant.storage.files.durable import publish
 from decant.student_train.config.evaluation import HIGHER_IS_BETTER, ROUGE
 from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.runtime.distributed import of_first_process
@@ -94,9 +93,7 @@ class Best:
             torch.save(weights, temporary / WEIGHTS)
             record = {"step": step, "figures": metrics}
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            sync_tree(temporary)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.replace(temporary, self.folder)
+            publish(temporary, self.folder)
         self.accelerator.wait_for_everyone()
 
     def remove(self) -> None:

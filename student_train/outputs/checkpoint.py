@@ -4,14 +4,13 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from decant.storage.files.durable import sync, sync_tree
+from decant.storage.files.durable import publish
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.outputs.written import reading, writing
@@ -39,6 +38,9 @@ FREE_TO_CHANGE = (
 )
 """Fields that do not change what is computed, so a resumed run may differ in them. Of the sizes of
 batches only the product counts: `refuse_other_batches`."""
+
+ADDED: dict[str, Any] = {"optimizer.warmup_ratio": 0.0}
+"""Options that a checkpoint may be too old to know, and what they were before they existed."""
 
 
 def config_record(config: TrainConfig) -> dict[str, Any]:
@@ -70,8 +72,11 @@ def leaves(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_other_config(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
-    """Raise ValueError, listing the differing options, unless both configs compute the same."""
-    was, now = leaves(theirs), leaves(ours)
+    """Raise ValueError, listing the differing options, unless both configs compute the same.
+
+    An option that the checkpoint is too old to know is taken as in `ADDED`.
+    """
+    was, now = ADDED | leaves(theirs), leaves(ours)
     differing = [
         f"  {name}: was {was.get(name)!r}, this run gives {now.get(name)!r}"
         for name in sorted(was.keys() | now.keys())
@@ -182,7 +187,4 @@ class Checkpoints:
                 "stream": stream_state,
             }
             (temporary / "decant.json").write_text(json.dumps(state, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            sync_tree(temporary)
-            os.replace(temporary, target)
-            sync(self.folder)
+            publish(temporary, target)

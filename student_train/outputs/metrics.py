@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from decant.storage.files.durable import publish_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -102,6 +103,4 @@ def _truncate(path: Path, step: int) -> None:
             break
         if values["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    publish_bytes(path, "".join(kept).encode())

@@ -5,9 +5,10 @@ matplotlib is imported here alone; without it there is a line in the log and no 
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from decant.storage.files.durable import publish
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def draw(metrics: Path, target: Path) -> bool:
             axes.legend(fontsize=8)
     temporary = target.with_name(f".{target.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, target)
+    publish(temporary, target)
     return True
 
 

@@ -5,7 +5,6 @@ was trained.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from decant.storage.files.durable import sync, sync_tree
+from decant.storage.files.durable import publish, publish_bytes
 from decant.student_train.model.adapters import adapter_file_name, merged, save_adapter
 from decant.student_train.model.student import absent_weights, plain_name
 from decant.student_train.outputs.written import NotWritten, writing
@@ -75,20 +74,14 @@ def save_student(
                 tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card)
             _give_usual_permissions(temporary, like=temporary / "README.md")
-            sync_tree(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
+            publish(temporary, target)
     accelerator.wait_for_everyone()
 
 
 def save_summary(record: dict[str, Any], output: Path) -> None:
     """Publish `summary.json`, whose presence says that the run is complete."""
-    temporary = output / f".{SUMMARY}.tmp"
     with writing(output / SUMMARY, STAYS):
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        sync(temporary)
-        os.replace(temporary, output / SUMMARY)
-        sync(output)
+        publish_bytes(output / SUMMARY, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _refuse_other_names(weights: Mapping[str, Tensor], student: nn.Module) -> None:

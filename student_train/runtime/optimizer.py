@@ -19,10 +19,11 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of a step (0-based), a pure function, so that nothing needs to be saved."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    progress = (step - warmup) / max(1, steps - warmup)
     shape = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -44,19 +44,20 @@ class AuditArguments(TeacherConfig):
 def run_audit(arguments: AuditArguments) -> int:
     """Audit a cache and print the findings; returns the exit code."""
     from decant.schemas import to_json
-    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.cli.terminal import json_text
     from decant.teacher_dump.audit.report import report_text
     from decant.teacher_dump.audit.run import audit
     from decant.teacher_dump.engines.quiet import quiet_transformers
+    from decant.teacher_dump.progress import progress
 
     quiet_transformers()
-    with progress_bar("audit", "sequences") as progress:
+    with progress("audit", "sequences", keep=False) as bar:
         report = audit(
             arguments.url,
             arguments.config(),
             sample=arguments.sample,
             seed=arguments.seed,
-            progress=progress,
+            progress=bar.to,
         )
     if arguments.json:
         print(json_text({"ok": report.ok, **to_json(report)}))
@@ -74,10 +75,10 @@ A random sample is scored twice, in common batches and one by one; what the
 teacher then differs from itself (control) sets the tolerance: 1e-4 nats plus 4
 times its 99 % quantile, beyond what the stored precision explains. A control
 above what the teacher's dtype rounds (0.01 nats in float32, 0.1 in float16, 0.5
-in bfloat16 or with quantised weights) is a finding of its own. Compared are kept
-ids (ties may change places), log probs, log Z and log tail at every temperature,
-the actual token's log prob, and counts of draws. No sequence as a whole and at
-most 1 % of the targets may lie beyond.
+in bfloat16 or with quantised weights) is a finding of its own. Compared are
+kept ids (ties may change places), log probs, log Z and log tail at every
+temperature, the actual token's log prob, and counts of draws. No sequence as a
+whole and at most 1 % of the targets may lie beyond.
 
 A disagreement is named: shifted by one token; wrong temperature; another
 normalisation, tokenizer, vocabulary or teacher. One that is no larger than what

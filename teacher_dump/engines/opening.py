@@ -15,6 +15,22 @@ from decant.teacher_dump.engines.seam import Engine, EngineError, Generator, Sam
 GENERATING_ENGINES = ("transformers", "vllm")
 
 
+def check_engine(config: TeacherConfig, model_path: str) -> list[str]:
+    """Raise EngineError for what would fail when the teacher is loaded, as far as can be told now.
+
+    Reads no weights. Returns warnings about what works, but slowly.
+    """
+    if config.engine == "transformers":
+        from decant.teacher_dump.engines.transformers.check import check
+
+        return check(config, model_path)
+    if config.engine == "vllm":
+        from decant.teacher_dump.engines.vllm.process import require_vllm
+
+        require_vllm()
+    return []
+
+
 def open_generator(
     config: TeacherConfig, model_path: str, *, sampling: Sampling, max_length: int
 ) -> Generator:

@@ -5,6 +5,7 @@ nothing of conversations, prompts or responses.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,7 +79,8 @@ class OffsetTokenizer:
         for text, ids, pairs in zip(
             texts, encoding["input_ids"], encoding["offset_mapping"], strict=True
         ):
-            offsets = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+            flat = np.fromiter(itertools.chain.from_iterable(pairs), dtype=np.int64)
+            offsets = flat.reshape(-1, 2)
             if self._swallowing:
                 self._shrink(text, ids, offsets)
             found.append((np.array(ids, dtype=np.int64), offsets))

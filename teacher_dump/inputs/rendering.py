@@ -257,6 +257,7 @@ class _Trace:
         runs = self._whole.runs_of(index)
         if not runs:
             raise self._unknown(index, "it cannot be traced in what the template renders")
+        self._check_alone(index)
         if start is None or (end is not None and start > end):
             start = runs[0][0] + self._header(index, runs[0])
         if index + 1 == len(self._conversation.messages):
@@ -271,29 +272,22 @@ class _Trace:
             return
         shaped = self._template.shaped(self._conversation)
         self._whole = self._template.marked(self._conversation, shaped)
-        self._words = {
-            index: f"\ue000{index}\ue001" for index in range(len(self._conversation.messages))
-        }
-        replaced = self._template.shaped(
-            self._conversation,
-            {
-                index: _replaced(message["content"], self._words[index])
-                for index, message in enumerate(self._conversation.messages)
-            },
-        )
+        messages = self._conversation.messages
+        self._words = {number: f"\ue000{number}\ue001" for number in range(len(messages))}
+        contents = {n: _replaced(messages[n]["content"], word) for n, word in self._words.items()}
+        replaced = self._template.shaped(self._conversation, contents)
         self._replaced = self._template.marked(self._conversation, replaced)
         if self._whole is None or self._whole.text != self._text or self._replaced is None:
             self._whole = None
             raise self._unknown(index, "what it renders cannot be traced to the messages")
-        for index, (first, last) in self._replaced.runs:
-            strange = [
-                word
-                for other, word in self._words.items()
-                if other != index and word in self._replaced.text[first:last]
-            ]
-            if strange:
-                self._whole = None
-                raise self._unknown(index, "it renders other messages along with it")
+
+    def _check_alone(self, index: int) -> None:
+        """Raise Unrenderable if the words of other messages come with the answer."""
+        assert self._replaced is not None
+        for first, last in self._replaced.runs_of(index):
+            for other, word in self._words.items():
+                if other != index and word in self._replaced.text[first:last]:
+                    raise self._unknown(index, "it renders other messages along with it")
 
     def _header(self, index: int, run: Span) -> int:
         """How much of the characters of an answer is the prompt for it, not the answer.

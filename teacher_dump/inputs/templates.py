@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -206,22 +207,24 @@ class ChatTemplate:
         """The first form in which name and arguments are rendered, and encoded at most once."""
         arguments = {KEYED: VALUED}
         result = {"role": "tool", "name": NAMED, "tool_call_id": "abcdefghi", "content": RESULTED}
+        wrong = [repr(arguments), json.dumps(json.dumps(arguments))]
+        nones = self._tried([self.shaped_user(conversation)], conversation).count("None")
         for answered in ([result], []):  # some templates refuse results, or want them
-            for is_none in (False, True):
-                for as_json in (False, True):
-                    given = json.dumps(arguments) if as_json else arguments
-                    function = {"name": NAMED, "arguments": given}
-                    call = {"type": "function", "id": "abcdefghi", "function": function}
-                    content: Any = None if is_none else ""
-                    if self._wants_parts(conversation) and not is_none:
-                        content = [{"type": "text", "text": ""}]
-                    answer = {"role": "assistant", "content": content, "tool_calls": [call]}
-                    text = self._tried([_user(ASKED), answer, *answered], conversation)
-                    wrong = (repr(arguments), json.dumps(json.dumps(arguments)), "None")
-                    if all(word in text for word in (NAMED, KEYED, VALUED)) and not any(
-                        word in text for word in wrong
-                    ):
-                        return CallForm(is_none, as_json)
+            for is_none, as_json in itertools.product((False, True), repeat=2):
+                given = json.dumps(arguments) if as_json else arguments
+                function = {"name": NAMED, "arguments": given}
+                call = {"type": "function", "id": "abcdefghi", "function": function}
+                content: Any = None if is_none else ""
+                if self._wants_parts(conversation) and not is_none:
+                    content = [{"type": "text", "text": ""}]
+                answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+                text = self._tried([_user(ASKED), answer, *answered], conversation)
+                if (
+                    all(word in text for word in (NAMED, KEYED, VALUED))
+                    and not any(word in text for word in wrong)
+                    and not (is_none and text.count("None") > nones)
+                ):
+                    return CallForm(is_none, as_json)
         return CallForm(content_is_none=False, arguments_as_json=False)
 
     def _probe_tools(self, conversation: Conversation) -> bool:

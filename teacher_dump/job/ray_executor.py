@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from decant.schemas import ShardPlan
 from decant.storage import CacheWriter
 from decant.teacher_dump.config import DumpConfig
@@ -26,6 +24,7 @@ from decant.teacher_dump.engines import EngineError
 from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.ray_actor import CLEAN
 from decant.teacher_dump.job.ray_pool import _Pool
+from decant.teacher_dump.progress import Progress, progress
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -57,14 +56,7 @@ def fill_with_ray(
     committed = total - sum(plan.num_targets for plan in missing)
     with (
         _connected(ray, options),
-        tqdm(
-            desc="score",
-            total=total,
-            initial=committed,
-            unit=" targets",
-            unit_scale=True,
-            disable=None,
-        ) as bar,
+        progress("score", "targets", total=total, initial=committed) as bar,
     ):
         arguments = (_shipped(config, teacher, writer), writer.manifest.cache_id, retry_rejected)
         pool = _Pool(ray, arguments, options)
@@ -80,10 +72,10 @@ def _fill(
     num_shards: int,
     missing: list[ShardPlan],
     max_task_retries: int,
-    bar: tqdm,
+    bar: Progress,
 ) -> None:
     queue, deaths = deque(missing), Counter[int]()
-    committed, done = bar.n, 0
+    committed, done = bar.done, 0
     start, last_news = 0.0, time.monotonic()
     while queue or pool.busy:
         pool.resize(len(queue) + len(pool.busy))
@@ -152,8 +144,8 @@ def _fill(
                 done / (time.monotonic() - start),
                 f", {rejected} sequences rejected" if rejected else "",
             )
-        bar.update(committed + done + pool.scored() - bar.n)
-        bar.set_postfix_str(f"{len(pool.busy)} actors", refresh=False)
+        bar.note(f"{len(pool.busy)} actors")
+        bar.to(committed + done + pool.scored())
         if not pool.placed and time.monotonic() - last_news > NO_ACTOR_S:
             last_news = time.monotonic()
             log.warning("waiting for Ray to place an actor: %s", pool.wanted())

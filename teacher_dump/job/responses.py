@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from decant.schemas import FormatError, tokenizer_fingerprint
 from decant.schemas.strict import canonical
@@ -36,6 +35,7 @@ from decant.teacher_dump.inputs.kinds import as_question
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
 from decant.teacher_dump.inputs.sources import iter_records
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
     log.info("%d prompts, %d of %d parts to sample", total, len(missing), num_parts)
     generator = open_sampler(config, teacher)
     try:
-        with tqdm(desc="generate", total=total, unit=" prompts", disable=None) as bar:
+        with progress("generate", "prompts", total=total) as bar:
             asked = (q for q in questions(config, teacher) if q.room)
             for part in range(num_parts):
                 chunk = list(itertools.islice(asked, size))
@@ -305,7 +305,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
                         publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
                         there.add(paths.generated(part))
                     _publish(store, part, rows)
-                bar.update(len(chunk))
+                bar.add(len(chunk))
     finally:
         generator.close()
 

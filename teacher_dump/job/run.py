@@ -5,13 +5,12 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from decant.schemas import Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
+from decant.teacher_dump.engines.opening import check_engine
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
@@ -19,6 +18,7 @@ from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
 from decant.teacher_dump.job.refusals import refuse_misfits
 from decant.teacher_dump.job.shard_inputs import restore_inputs
 from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ def dump(
     store = Store(config.output)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
+    if ray is None and not store.exists(paths.MANIFEST):  # with Ray, what runs it is elsewhere
+        for warning in check_engine(config.teacher, teacher.model_path):
+            log.warning("%s", warning)
     with store.lock(shared=worker.count > 1):
         teacher = hash_weights(teacher, progress=log.info)
         _await_start(store, worker)
@@ -141,12 +144,13 @@ def _set_up(
     config: DumpConfig, store: Store, teacher: Teacher, worker: Worker, retry_rejected: bool
 ) -> tuple[CacheWriter, list[ShardPlan]]:
     """The started cache and the shards that this worker must score, with their inputs in place."""
-    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+    with progress("tokenise", "sequences") as bar:
 
         def tokenised(counts: SequenceCounts) -> None:
-            bar.update(counts.sequences - bar.n)
+            bar.to(counts.sequences)
 
-        writer = open_or_create(config, store, teacher, tokenised)
+        alone = worker.count == 1
+        writer = open_or_create(config, store, teacher, tokenised, alone=alone)
         for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
             store.remove_temporaries(folder)
         if worker.count == 1:
@@ -168,23 +172,14 @@ def _fill(
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
     start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
-    with tqdm(
-        desc="score",
-        total=mine,
-        initial=committed,
-        unit=" targets",
-        unit_scale=True,
-        disable=None,
-    ) as bar:
+    with progress("score", "targets", total=mine, initial=committed) as bar:
 
         def done(num_targets: int) -> None:
             nonlocal targets, sequences
             sequences += 1
             targets += num_targets
-            bar.update(num_targets)
-            bar.set_postfix_str(
-                f"{sequences} sequences, {written_bytes / 1e6:.1f} MB", refresh=False
-            )
+            bar.note(f"{sequences} sequences, {written_bytes / 1e6:.1f} MB")
+            bar.add(num_targets)
 
         for filled in fill_shards(
             writer,

@@ -17,7 +17,8 @@ from decant.schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokeni
 from decant.schemas.strict import canonical
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
-from decant.storage.cache.records import read_records
+from decant.storage.cache.records import committed_shards, read_records
+from decant.storage.files.sealed import read_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.counts import SequenceCounts, summary, warnings
 from decant.teacher_dump.inputs.records import SourceError
@@ -47,12 +48,18 @@ class ConfigChanged(ValueError):
 
 
 def open_or_create(
-    config: DumpConfig, store: Store, teacher: Teacher, progress: Callable[[SequenceCounts], None]
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    progress: Callable[[SequenceCounts], None],
+    *,
+    alone: bool = True,
 ) -> CacheWriter:
     """Open the cache in `config.output`, or start it there.
 
-    Raises ConfigChanged, listing the differing fields, if the cache there is not the one this
-    config gives; FileExistsError if the directory holds something else.
+    A cache of another config of which no shard is committed yet is started again, if this process
+    is `alone` with it. Raises ConfigChanged, listing the differing fields, if the cache there is
+    not the one this config gives; FileExistsError if the directory holds something else.
     """
     source = describe_source(config.source)
     if config.source.generate.n:
@@ -65,11 +72,58 @@ def open_or_create(
                 f"{error}; restore it from a copy, or dump into another output"
             ) from error
         stored = writer.manifest.tokenizer.fingerprint
-        _refuse_changes(writer, _identity(config, source, teacher, stored))
+        differing = _changes(writer, _identity(config, source, teacher, stored))
+        if differing and alone and _holds_nothing(writer, source):
+            log.warning(
+                "%s holds the start of another cache, of which no shard is committed; starting "
+                "over with this config. Differing:\n%s",
+                store.url,
+                "\n".join(differing),
+            )
+            _start_over(store)
+            return _started(config, store, teacher, source, progress)
+        if differing:
+            raise ConfigChanged(
+                f"{writer.store.url} holds another cache; differing:\n"
+                + "\n".join(differing)
+                + "\nUse the config it was started with to resume, or another output."
+            )
         files = (f"{paths.TOKENIZER}/{name}" for name in writer.manifest.tokenizer.files)
         if not all(store.exists(file) for file in files):
             save_tokenizer(store, teacher.tokenizer)
         return writer
+    return _started(config, store, teacher, source, progress)
+
+
+def _holds_nothing(writer: CacheWriter, source: dict[str, Any]) -> bool:
+    """Whether nothing is lost with a cache: no committed shard, nor responses to other prompts."""
+    store = writer.store
+    if committed_shards(store):
+        return False
+    return not store.exists(paths.GENERATION) or (
+        read_json(store, paths.GENERATION).get("fingerprint") == source["fingerprint"]
+    )
+
+
+def _start_over(store: Store) -> None:
+    """Remove a cache without a committed shard; what was sampled for it stays.
+
+    Whenever this is cut short, what is left is that cache or the start of one.
+    """
+    for folder in (paths.SHARDS, paths.RECORDS, PurePath(paths.KEPT_REPORT).parts[0]):
+        store.remove_folder(folder)
+    store.remove(paths.MANIFEST)
+    _clear(store)
+
+
+def _started(
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    source: dict[str, Any],
+    progress: Callable[[SequenceCounts], None],
+) -> CacheWriter:
+    """A new cache; if it cannot be made, nothing of it is left."""
     refuse_foreign(config)
     _clear(store)
     try:
@@ -207,7 +261,8 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher, stored: str) -
     }
 
 
-def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
+def _changes(writer: CacheWriter, ours: dict[str, Any]) -> list[str]:
+    """A line for each field in which a cache is not the one that a config gives."""
     stored = writer.manifest.to_json()
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
     if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
@@ -219,9 +274,4 @@ def _refuse_changes(writer: CacheWriter, ours: dict[str, Any]) -> None:
             theirs = theirs.get(part, LATER.get(name))
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
-    if differing:
-        raise ConfigChanged(
-            f"{writer.store.url} holds another cache; differing:\n"
-            + "\n".join(differing)
-            + "\nUse the config it was started with to resume, or another output."
-        )
+    return differing

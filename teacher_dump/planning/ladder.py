@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import Manifest, ScoredSequence, ShardPlan, TokenizerInfo, Truncation
-from decant.storage import CacheWriter
+from decant.schemas import Manifest, ScoredSequence, TokenizerInfo, Truncation
+from decant.storage import CacheReader
+from decant.storage.cache.writer import write_cache
 from decant.storage.inspect.truncation_cost import LOWEST_TAIL, TruncationSums, truncation_sums
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.teacher import Teacher
@@ -24,7 +25,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AtK:
+class Rung:
     """What `truncation: {method: topk, k: k}` would keep, lose and take."""
 
     k: int
@@ -52,7 +53,7 @@ def cut_ladder(
     weights: list[float],
     num_targets: int,
     shards: int,
-) -> tuple[tuple[AtK, ...], float]:
+) -> tuple[tuple[Rung, ...], float]:
     """What each k keeps, loses and takes; and how far the reference may be from the teacher."""
     slots = full[0].token_ids.shape[1]
     sums, mass = None, []
@@ -80,7 +81,7 @@ def cut_ladder(
         num_bytes = round(per_target * num_targets + overhead * shards)
         low = np.quantile(mass_NK[:, k - 1], 0.05, method="inverted_cdf", weights=of_target)
         ladder.append(
-            AtK(
+            Rung(
                 k=k,
                 mass_mean=float(sums.mass[k - 1] / total),
                 mass_low=float(low),
@@ -144,22 +145,11 @@ def shard_bytes(
         source={},
         sequences=dataclasses.asdict(config.sequences),
     )
-    entry = ShardPlan(
-        shard=0,
-        first_sequence=0,
-        num_sequences=len(scored),
-        num_tokens=sum(len(s.input_ids) for s in scored),
-        num_targets=sum(s.num_targets for s in scored),
-        input_xxh3_128="",
-    )
     with tempfile.TemporaryDirectory() as folder:
-        writer = CacheWriter.create(folder, draft, [entry])
-        with writer.shard(0) as shard:
-            for sequence in scored:
-                shard.write(sequence)
-        (record,) = writer.committed()
+        write_cache(folder, draft, scored)
+        (record,) = CacheReader(folder).index
     data = sum(group.data.length for group in record.row_groups)
-    return data / entry.num_targets, float(record.bytes - data)
+    return data / record.targets, float(record.bytes - data)
 
 
 def _entries(sequence: ScoredSequence) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

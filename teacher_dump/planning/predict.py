@@ -7,7 +7,6 @@ smaller ones are cut out of it.
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,30 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from decant.schemas import ScoredSequence
 from decant.storage import Store
 from decant.storage.inspect.truncation_cost import TOLERANCE
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, EngineError
+from decant.teacher_dump.engines.opening import check_engine
 from decant.teacher_dump.inputs.counts import warnings as counted_warnings
 from decant.teacher_dump.inputs.records import SourceError, TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
-from decant.teacher_dump.job.isolate import Isolator, Rejection, allowed_rejections
+from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.refusals import refuse_foreign, refuse_misfits
+from decant.teacher_dump.planning import warnings
 from decant.teacher_dump.planning.ladder import (
-    AtK,
+    Rung,
     cut_ladder,
     reference_truncation,
     shard_bytes,
 )
 from decant.teacher_dump.planning.sample import draw_responses, draw_sequences
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, engine_label
-
-INPUT_BYTES = 3
-"""Bytes per token that wait in the output to be scored, about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +70,16 @@ class Prediction:
     estimated from one response to each prompt of the sample."""
     sample_sequences: int
     sample_targets: int
+    cross_entropy: float
+    """Nats per target: mean of -log p of the actual token, by which a teacher shows that it knows
+    such texts."""
     mass: float | None
     """Mean retained mass as configured; None unless the entries are the most probable ones."""
     reference_k: int
     """What `ladder` was cut from."""
     beyond_reference: float
     """Nats per target that the reference itself may be away from the teacher, at most."""
-    ladder: tuple[AtK, ...]
+    ladder: tuple[Rung, ...]
     recommended_k: int | None
     """Smallest k of the ladder with a `kl` of at most `truncation_cost.TOLERANCE`; None if only the
     reference has that, of itself."""
@@ -99,6 +100,7 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
     refuse_foreign(config)
+    slow = check_engine(config.teacher, teacher.model_path)
     counts = SequenceCounts()
     generate_hours = None
     if config.source.generate.n:
@@ -129,10 +131,17 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     ladder, beyond = cut_ladder(config, teacher, full, weights, counts.targets, shards)
     per_target, overhead = shard_bytes(config, teacher, own)
     num_bytes = round(per_target * counts.targets + overhead * shards)
-    mass = None
-    if config.truncation.rule.is_top:
-        mass = _retained(own, weights)
+    is_top = config.truncation.rule.is_top
+    masses = _retained(own, weights, config.temperatures) if is_top else {}
     free = _disk_free(config.output)
+    found = slow + counted_warnings(counts, config.sequences.max_length)
+    found += warnings.of_records(config, counts)
+    rejected = len(sequences) - len(kept)
+    found += warnings.of_rejections(config, rejected, len(sequences), counts.sequences / shards)
+    if teacher.tokenizer is not None and (bos := teacher.tokenizer.bos_token_id) is not None:
+        without = sum(int(sequence.input_ids[0]) != bos for sequence in sequences)
+        found += warnings.of_beginnings(teacher.tokenizer.bos_token, without, len(sequences))
+    found += warnings.of_masses(masses) + warnings.of_space(config, num_bytes, counts.tokens, free)
     return Prediction(
         counts=counts,
         shards=shards,
@@ -142,7 +151,8 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
         generate_hours=generate_hours,
         sample_sequences=len(kept),
         sample_targets=sum(one.num_targets for one in own),
-        mass=mass,
+        cross_entropy=_cross_entropy(own, weights),
+        mass=masses.get(1.0),
         reference_k=reference.k,
         beyond_reference=beyond,
         ladder=ladder,
@@ -151,17 +161,7 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
             None,
         ),
         disk_free=free,
-        warnings=tuple(
-            _warnings(
-                config,
-                counts,
-                num_bytes,
-                free,
-                rejected=len(sequences) - len(kept),
-                sample=len(sequences),
-                shards=shards,
-            )
-        ),
+        warnings=tuple(found),
     )
 
 
@@ -219,19 +219,31 @@ def _score(
 
 def _isolated(engine: Engine, sequences: list[TokenSequence]) -> list[ScoredSequence | None]:
     """Each sequence scored, or None if the teacher cannot."""
-    results = Isolator(engine, 1.0).score(sequences, 0)
-    bar = tqdm(results, desc="score", total=len(sequences), disable=None, leave=False)
-    return [None if isinstance(result, Rejection) else result for result in bar]
+    scored: list[ScoredSequence | None] = []
+    with progress("score", "sequences", total=len(sequences), keep=False) as bar:
+        for result in Isolator(engine, 1.0).score(sequences, 0):
+            scored.append(None if isinstance(result, Rejection) else result)
+            bar.add(1)
+    return scored
 
 
-def _retained(scored: list[ScoredSequence], weights: list[float]) -> float:
-    """Mean retained mass over the targets that the sample stands for."""
-    lost = total = 0.0
+def _retained(
+    scored: list[ScoredSequence], weights: list[float], temperatures: Sequence[float]
+) -> dict[float, float]:
+    """Mean retained mass at each temperature, over the targets that the sample stands for."""
+    lost, total = np.zeros(len(temperatures)), 0.0
     for sequence, weight in zip(scored, weights, strict=True):
         assert sequence.log_tail is not None
-        lost += weight * float(np.exp(sequence.log_tail[:, 0], dtype=np.float64).sum())
+        lost += weight * np.exp(sequence.log_tail, dtype=np.float64).sum(axis=0)
         total += weight * sequence.num_targets
-    return 1 - lost / total
+    return {float(t): float(1 - part) for t, part in zip(temperatures, lost / total, strict=True)}
+
+
+def _cross_entropy(scored: list[ScoredSequence], weights: list[float]) -> float:
+    """Mean of -log p of the actual token, over the targets that the sample stands for."""
+    pairs = list(zip(scored, weights, strict=True))
+    total = sum(w * float(s.label_logprob.sum(dtype=np.float64)) for s, w in pairs)
+    return -total / sum(w * s.num_targets for s, w in pairs)
 
 
 def _disk_free(output: str) -> int | None:
@@ -242,44 +254,3 @@ def _disk_free(output: str) -> int | None:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _warnings(
-    config: DumpConfig,
-    counts: SequenceCounts,
-    num_bytes: int,
-    free: int | None,
-    rejected: int,
-    sample: int,
-    shards: int,
-) -> list[str]:
-    found = counted_warnings(counts, config.sequences.max_length)
-    if config.sequences.overlong == "error" and counts.truncated_records:
-        found.append(
-            f"{counts.truncated_records:,} records are longer than max_length="
-            f"{config.sequences.max_length}, and overlong: error stops the dump at the first: "
-            "raise max_length, or set overlong to truncate or split"
-        )
-    if counts.records_without_targets:
-        found.append(
-            f"{counts.records_without_targets:,} of {counts.records:,} records have no target "
-            "within max_length and are left out"
-        )
-    if rejected:
-        found.append(
-            f"the teacher cannot score {rejected} of the sample's sequences: the dump leaves such "
-            f"out and lists them, up to a share of max_rejected={config.max_rejected:g} per shard"
-        )
-        per_shard = counts.sequences / shards
-        if rejected / sample * per_shard > allowed_rejections(int(per_shard), config.max_rejected):
-            found.append(
-                f"{rejected} of {sample} is more than max_rejected allows: at that rate the dump "
-                "will stop; raise it, or mend the records"
-            )
-    need = num_bytes + INPUT_BYTES * counts.tokens
-    if free is not None and need > free:
-        found.append(
-            f"the dump needs about {need / 1e6:,.0f} MB at {os.path.abspath(config.output)}, which "
-            f"has {free / 1e6:,.0f} MB free: lower k, or choose another output"
-        )
-    return found

@@ -4,7 +4,6 @@ import dataclasses
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.records import TokenSequence
@@ -13,6 +12,7 @@ from decant.teacher_dump.inputs.sources import iter_records, source_names
 from decant.teacher_dump.job.responses import open_sampler, prompts_for, questions
 from decant.teacher_dump.job.shard_inputs import sharded
 from decant.teacher_dump.planning.stratified import Drawn, FileGroups, StratifiedSample
+from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher
 
 
@@ -27,10 +27,10 @@ def draw_sequences(
     groups = FileGroups(source_names(config.source))
     records = groups.watch(iter_records(config.source))
     shards = 0
-    with tqdm(desc="tokenise", unit=" sequences", disable=None) as bar:
+    with progress("tokenise", "sequences") as bar:
 
         def tokenised(counts: SequenceCounts) -> None:
-            bar.update(counts.sequences - bar.n)
+            bar.to(counts.sequences)
 
         for shard in sharded(config, teacher, counts, tokenised, records):
             shards += 1
@@ -45,11 +45,11 @@ def draw_responses(
     """Responses to a sample of the prompts; how many shards, and hours to sample all, about."""
     drawing = StratifiedSample(size)
     groups = FileGroups(source_names(config.source))
-    with tqdm(desc="tokenise", unit=" prompts", disable=None) as bar:
+    with progress("tokenise", "prompts") as bar:
         for question in questions(config, teacher, groups.watch(iter_records(config.source))):
             counts.records += 1
             counts.records_without_targets += not question.room
-            bar.update()
+            bar.add(1)
             if question.room:
                 one = np.arange(len(question.token_ids)) == 0  # every prompt counts the same
                 prompt = TokenSequence(str(question.number), question.token_ids, one)
@@ -66,9 +66,9 @@ def draw_responses(
             for entry in drawn
         ]
         start = time.monotonic()
-        with tqdm(desc="generate", total=len(asked), unit=" prompts", disable=None) as bar:
+        with progress("generate", "prompts", total=len(asked)) as bar:
             responses = generator.generate(asked)
-            bar.update(len(asked))
+            bar.add(len(asked))
         seconds = time.monotonic() - start
     finally:
         generator.close()

@@ -3,6 +3,7 @@
 from decant.storage.inspect.truncation_cost import TOLERANCE
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.planning.predict import Prediction
+from decant.teacher_dump.progress import duration
 
 
 def plan_text(prediction: Prediction, config: DumpConfig) -> str:
@@ -20,14 +21,14 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
         lines.append(f"free at the output   {p.disk_free / 1e6:,.1f} MB")
     if p.generate_hours is not None:
         lines.append(
-            f"sampling             {_duration(p.generate_hours)}; the counts above are estimated "
-            f"from one response to each of {p.sample_sequences} prompts"
+            f"sampling             {duration(3600 * p.generate_hours)}; the counts above are "
+            f"estimated from one response to each of {p.sample_sequences} prompts"
         )
     for timed in p.engines:
         said = f"{timed.engine}: not measured: {timed.problem}"
         if not timed.problem:
             said = (
-                f"{_duration(timed.hours)} at {timed.targets_per_second:,.0f} targets/s, "
+                f"{duration(3600 * timed.hours)} at {timed.targets_per_second:,.0f} targets/s, "
                 f"{timed.load_seconds:.0f} s to load included: {timed.engine}"
             )
         lines.append(f"time                 {said}")
@@ -35,6 +36,7 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
         f"from a sample of     {p.sample_sequences} sequences, {p.sample_targets:,} targets, "
         "by file and length"
     )
+    lines.append(f"cross-entropy        {p.cross_entropy:.3f} nats per target, the teacher's own")
     if p.mass is not None:
         lines.append(f"retained mass        {p.mass:.4f} with the configured truncation")
     lines += [
@@ -49,10 +51,6 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
     lines += ["", _recommendation(p, config)]
     lines += [f"warning: {warning}" for warning in p.warnings]
     return "\n".join(lines)
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _recommendation(p: Prediction, config: DumpConfig) -> str:

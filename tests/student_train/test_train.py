@@ -23,10 +23,12 @@ from decant.student_train import (
     LossConfig,
     OptimizerConfig,
     StudentConfig,
+    TrainConfig,
     train,
 )
 from decant.student_train.loop import NotFinite
 from decant.student_train.model.student import load_student
+from decant.student_train.outputs.checkpoint import config_record, refuse_other_config
 from decant.student_train.runtime.optimizer import learning_rate
 from tests.support.trainings import STUDENT, config, losses, weights
 
@@ -46,6 +48,30 @@ def test_learning_rates(schedule: str) -> None:
     middle, end = {"cosine": (0.55, 0.1), "linear": (0.55, 0.1), "constant": (1, 1)}[schedule]
     assert rates[54] == pytest.approx(middle)
     assert rates[104] == pytest.approx(end)
+
+
+def test_a_warmup_may_be_a_share_of_the_run() -> None:
+    """It is the warmup of as many steps, at least one; both together are refused."""
+    share, steps = OptimizerConfig(warmup_ratio=0.03), OptimizerConfig(warmup_steps=4)
+    rates = [learning_rate(share, step, 104) for step in range(104)]
+    assert rates == [learning_rate(steps, step, 104) for step in range(104)]
+    short = OptimizerConfig(warmup_ratio=0.03, schedule="constant")
+    assert [learning_rate(short, step, 5) for step in range(5)] == [short.lr] * 5
+    with pytest.raises(ValueError, match=r"warmup_steps or warmup_ratio: found 4 and 0\.03"):
+        OptimizerConfig(warmup_steps=4, warmup_ratio=0.03)
+
+
+def test_a_checkpoint_may_be_older_than_an_option() -> None:
+    """An option it does not know counts as what it was before, and only that."""
+    ours = config_record(
+        TrainConfig(cache="c", output="o", student=StudentConfig(path="s"), steps=1)
+    )
+    theirs = json.loads(json.dumps(ours))
+    del theirs["optimizer"]["warmup_ratio"]
+    refuse_other_config(theirs, ours, "step-1")
+    ours["optimizer"]["warmup_ratio"] = 0.5
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_ratio: was 0\.0, this run gives 0\.5"):
+        refuse_other_config(theirs, ours, "step-1")
 
 
 def test_microbatches_count_by_targets(cache: Path, tmp_path: Path) -> None:
@@ -354,3 +380,21 @@ def test_an_output_that_is_somebody_elses_is_refused(cache: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"would replace student\.path"):
         train(config(cache, tmp_path / "mine", student=pretrained))
     assert (tmp_path / "mine/student/notes").read_text() == "precious"
+
+
+@pytest.mark.parametrize("place", ["", "student-of-it", "shards/deeper"])
+def test_an_output_in_a_cache_is_refused(cache: Path, tmp_path: Path, place: str) -> None:
+    """Any cache, also one that is not trained on: it holds nothing but itself."""
+    (tmp_path / "other/shards").mkdir(parents=True)
+    (tmp_path / "other/manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is in the cache .*other, which holds nothing but"):
+        train(config(cache, tmp_path / "other" / place))
+    assert sorted(p.name for p in (tmp_path / "other").rglob("*")) == ["manifest.json", "shards"]
+
+
+def test_a_warmup_that_epochs_do_not_reach_is_refused(cache: Path, tmp_path: Path) -> None:
+    """As soon as the number of steps is known, before the first."""
+    run = dataclasses.replace(config(cache, tmp_path / "run"), steps=0, epochs=1.0)
+    with pytest.raises(ValueError, match=r"warmup_steps 1000 is more than the run's \d+ steps"):
+        train(dataclasses.replace(run, optimizer=OptimizerConfig(warmup_steps=1000)))
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,14 @@ from decant.schemas import (
     Manifest,
     ScoredSequence,
     Segment,
-    ShardPlan,
     TeacherInfo,
     TokenizerInfo,
     Truncation,
 )
 from decant.schemas.distributions import FIELDS
 from decant.storage import CacheWriter
+from decant.storage.cache import writer
+from decant.storage.cache.writer import plan_of
 from tests.support import FIXTURES
 
 UNSEALED = Segment(name="", entries=0, bytes=0, xxh3_128="")
@@ -173,24 +175,6 @@ def _kept(
     return ids, np.concatenate([np.zeros(num_head, np.intp), counts[drawn]])
 
 
-def plan_of(shards: Sequence[Sequence[ScoredSequence]]) -> list[ShardPlan]:
-    """The plan of a cache that holds these sequences in these shards."""
-    plan, first = [], 0
-    for index, sequences in enumerate(shards):
-        plan.append(
-            ShardPlan(
-                shard=index,
-                first_sequence=first,
-                num_sequences=len(sequences),
-                num_tokens=sum(len(s.input_ids) for s in sequences),
-                num_targets=sum(s.num_targets for s in sequences),
-                input_xxh3_128="",
-            )
-        )
-        first += len(sequences)
-    return plan
-
-
 def start_cache(
     url: str | os.PathLike[str], settings: Settings, shards: Sequence[Sequence[ScoredSequence]]
 ) -> CacheWriter:
@@ -198,9 +182,11 @@ def start_cache(
     return CacheWriter.create(url, settings.draft(), plan_of(shards))
 
 
-def write_shard(writer: CacheWriter, index: int, sequences: Sequence[ScoredSequence]) -> None:
-    """Write and commit one shard."""
-    with writer.shard(index) as shard:
+def write_shard(
+    started: CacheWriter, index: int, sequences: Sequence[ScoredSequence], **options: Any
+) -> None:
+    """Write and commit one shard; options are those of `CacheWriter.shard`."""
+    with started.shard(index, **options) as shard:
         for sequence in sequences:
             shard.write(sequence)
 
@@ -209,10 +195,8 @@ def write_cache(
     url: str | os.PathLike[str], settings: Settings, shards: Sequence[Sequence[ScoredSequence]]
 ) -> Manifest:
     """Write a whole cache."""
-    writer = start_cache(url, settings, shards)
-    for index, sequences in enumerate(shards):
-        write_shard(writer, index, sequences)
-    return writer.finalize()
+    sequences = [sequence for shard in shards for sequence in shard]
+    return writer.write_cache(url, settings.draft(), sequences, plan_of(shards))
 
 
 def random_shards(

@@ -49,8 +49,8 @@ def _backend() -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with this chat template."""
+def tokenizer_with(template: str | dict[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with this chat template, or with templates by name."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=_backend(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

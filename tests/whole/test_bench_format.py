@@ -21,9 +21,11 @@ def bench():
     spec = importlib.util.spec_from_file_location("bench_format", PATH)
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_format"] = module
+    sys.path.insert(0, str(PATH.parent))  # as where it is run as a program
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["bench_format"]
+    sys.path.remove(str(PATH.parent))
+    del sys.modules["bench_format"], sys.modules["common"]
 
 
 def scored(bench, vocab_size=152_000, n=50, slots=64, draws=None):

@@ -22,7 +22,7 @@ from decant.copy_examples import SHIPPED
 from decant.storage import CacheReader
 from decant.storage.cli.options import groups
 from decant.student_train.config.loss import LossConfig
-from decant.student_train.evaluation.command import EvaluateArguments
+from decant.student_train.config.verdict import EvaluateArguments
 from decant.student_train.losses.kinds import DIVERGENCES, TAIL_MODES
 from tests.support import ROOT
 from tests.support.trainings import STUDENT
@@ -210,6 +210,7 @@ def test_a_dump_and_a_training_work_there(
     """From text to an evaluated student, as `python -m decant` and under accelerate launch."""
     write(project, SHADOWING)
     teacher = ("--teacher.path", teacher_path, "--source.path", texts_path)
+    teacher += ("--sequences.max_length", 64, "--truncation.k", 8)
     python("-m", "decant", "dump", "--output", "cache", *teacher, folder=project)
     assert (project / "cache/manifest.json").exists()
     training = {"cache": "cache", "output": "run", "student": {"config": STUDENT}, "steps": 2}
@@ -222,25 +223,20 @@ def test_a_dump_and_a_training_work_there(
     assert found["metrics"]["heldout_ce"] > 0
 
 
-def test_children_find_our_modules_and_not_the_folders(project: Path) -> None:
-    """Processes that are spawned, and those of vLLM, get our package and its libraries."""
-    write(project, SHADOWING)
-    (project / "job.py").write_text(
-        """
+JOB = """
 import multiprocessing
-import os
 import subprocess
 import sys
 
-sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
 from decant.teacher_dump.engines.vllm.process import worker_environment
 
 CHILD = "import decant.storage, numpy, yaml; print(decant.storage.__name__)"
 
 
 def work(queue):
+    import storage
     from decant.storage import CacheReader
-    queue.put(CacheReader.__module__)
+    queue.put(f"{CacheReader.__module__} {storage.OWN}")
 
 
 if __name__ == "__main__":
@@ -248,14 +244,20 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=work, args=(queue,))
     process.start()
-    print(queue.get())
+    print(queue.get(timeout=100))
     process.join()
-    print(subprocess.run([sys.executable, "-c", CHILD], env=worker_environment(True),
-                         capture_output=True, text=True, check=True).stdout.strip())
+    done = subprocess.run([sys.executable, "-c", CHILD], env=worker_environment(True),
+                          cwd="scripts", capture_output=True, text=True, check=True)
+    print(done.stdout)
 """
-    )
+
+
+def test_children_find_our_modules_and_not_the_folders(project: Path) -> None:
+    """Processes that a script spawns have both; those of vLLM have nothing of their folder."""
+    write(project / "scripts", SHADOWING)
+    (project / "job.py").write_text(JOB)
     done = python("job.py", folder=project)
-    assert done.stdout.split() == ["decant.storage.cache.reader", "decant.storage"]
+    assert done.stdout.split() == ["decant.storage.cache.reader", "storage", "decant.storage"]
 
 
 def test_the_working_directory_stays_where_it_holds_the_package(cache: Path) -> None:

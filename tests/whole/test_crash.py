@@ -256,7 +256,7 @@ def test_workers_started_together_fill_one_cache(
         result = one.result()
         assert result.code == 0, result.stderr
     if twins == 1:
-        writers = [record.worker for record in CacheReader(config.output).records]
+        writers = [record.worker for record in CacheReader(config.output).index]
         for index in range(3):
             assert len(set(writers[index::3])) == 1
     assert command(*RUN, file).code == 0

@@ -210,3 +210,22 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
     )
     missing = sorted({path for path in named if not (ROOT / path).exists()})
     assert not missing
+
+
+SAMPLE = re.compile(r"<!-- sample of: (?P<command>[^>]+) -->\n```text\n(?P<text>.*?)```", re.DOTALL)
+
+
+def labels(text: str) -> list[str]:
+    """What stands before the figures of each line: its words up to two spaces or a digit."""
+    found = (re.match(r"[^\d]*?(?=  |\d|:|$)", line.strip()) for line in text.splitlines()[1:])
+    return [match[0].strip() for match in found if match and match[0].strip()]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if SAMPLE.search(p.read_text())], ids=name)
+def test_sample_outputs_look_like_the_output(page: Path, prepared: Path) -> None:
+    """Every line that a page shows of a command is one that the command prints today."""
+    for sample in SAMPLE.finditer(page.read_text()):
+        done = command(*shlex.split(sample["command"]), folder=prepared)
+        assert done.code == 0, done.stderr
+        missing = set(labels(sample["text"])) - set(labels(done.stdout))
+        assert not missing, sample["command"]

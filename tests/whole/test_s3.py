@@ -302,7 +302,7 @@ def test_workers_fill_a_bucket_together(
         assert result.code == 0, result.stderr
     assert verify(url).problems == ()
     assert_same(url, cache)
-    assert len({record.worker for record in CacheReader(url).records}) == 3
+    assert len({record.worker for record in CacheReader(url).index}) == 3
 
 
 def test_training_from_a_bucket_is_training_from_a_directory(
@@ -488,16 +488,13 @@ def test_the_variables_of_fsspec_work_too(server: Server, remote: str) -> None:
 # Requests
 
 
-def test_opening_takes_two_requests_and_a_row_group_one(
-    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_takes_two_requests_and_a_row_group_one(server: Server, url: str) -> None:
     """However many shards there are; the first group of a shard takes one more, for its footer."""
-    monkeypatch.setattr("decant.storage.cache.writer.ROW_GROUP_ROWS", 20)
     shards = caches.random_shards(SETTINGS, num_shards=7)
     writer = caches.start_cache(url, SETTINGS, shards)
     server.take()
     for index, sequences in enumerate(shards):
-        caches.write_shard(writer, index, sequences)
+        caches.write_shard(writer, index, sequences, row_group_rows=20)
     names = [f"part-{i:06d}" for i in range(7)]
     written = [line for line in server.take() if line.startswith("PUT")]
     assert written == [f"PUT {name}.{end}" for name in names for end in ("parquet", "json")]

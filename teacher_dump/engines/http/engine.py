@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
+from decant.teacher_dump.engines.batches import windows
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.client import TeacherClient
 from decant.teacher_dump.engines.http.messages import (
@@ -28,7 +29,7 @@ from decant.teacher_dump.engines.http.messages import (
     unframe_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
-from decant.teacher_dump.engines.seam import EngineError, not_finite, refuse_overlong
+from decant.teacher_dump.engines.seam import EngineError, not_finite
 from decant.teacher_dump.inputs.records import TokenSequence
 
 T = TypeVar("T")
@@ -72,11 +73,11 @@ class HttpEngine:
         """The scored sequences in the order given; see `Engine.score`."""
         ahead: collections.deque[tuple[int, Sequence[TokenSequence], Future[ScoreAnswer]]]
         ahead = collections.deque()
-        chunks = self._chunks(sequences)
+        cut = windows(sequences, self._request_tokens, max_length=self._max_length)
         try:
             while True:
-                while len(ahead) < self._num_ahead and (chunk := next(chunks, None)):
-                    start, members = chunk
+                while len(ahead) < self._num_ahead and (window := next(cut, None)):
+                    start, members = window
                     answer = self._loop.start(self._answer(members, first_sequence + start))
                     ahead.append((start, members, answer))
                 if not ahead:
@@ -105,21 +106,6 @@ class HttpEngine:
             return ScoreAnswer.from_bytes(data, num_targets, self._reduction)
         except MessageError as error:
             raise EngineError(f"a teacher service answers wrongly: {error}") from error
-
-    def _chunks(
-        self, sequences: Sequence[TokenSequence]
-    ) -> Iterator[tuple[int, Sequence[TokenSequence]]]:
-        """Sequences of one request each, with the index of the first."""
-        start = tokens = 0
-        for index, sequence in enumerate(sequences):
-            refuse_overlong(sequence, self._max_length)
-            length = len(sequence.input_ids)
-            if tokens and tokens + length > self._request_tokens:
-                yield start, sequences[start:index]
-                start, tokens = index, 0
-            tokens += length
-        if start < len(sequences):
-            yield start, sequences[start:]
 
 
 def describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from decant.schemas import Distributions, ScoredSequence, Truncation
 from decant.schemas.distributions import joined
+from decant.teacher_dump.engines.batches import windows
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.packed_rows import scored_sequence
 from decant.teacher_dump.engines.seam import SequenceError, not_finite
@@ -118,7 +119,12 @@ class TransformersEngine:
 
         A batch that does not fit the memory is halved, and so are those that follow it.
         """
-        for window in self._windows(sequences):
+        most = min(
+            WINDOW_BATCHES * self._max_batch_tokens,
+            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * max(self._truncation.slots, 1))),
+        )
+        for start, members in windows(sequences, most):
+            window = range(start, start + len(members))
             left = sorted(window, key=lambda i: -len(sequences[i].input_ids))
             done: dict[int, ScoredSequence] = {}
             flying: Flight | None = None
@@ -144,22 +150,6 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the teacher."""
         del self._model, self._head
-
-    def _windows(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
-        window: list[int] = []
-        tokens = 0
-        most = min(
-            WINDOW_BATCHES * self._max_batch_tokens,
-            max(2 * self._max_batch_tokens, WINDOW_BYTES // (8 * max(self._truncation.slots, 1))),
-        )
-        for index, sequence in enumerate(sequences):
-            window.append(index)
-            tokens += len(sequence.input_ids)
-            if tokens >= most:
-                yield window
-                window, tokens = [], 0
-        if window:
-            yield window
 
     def _launch(
         self, sequences: Sequence[TokenSequence], left: list[int], first_sequence: int

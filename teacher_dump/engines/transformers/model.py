@@ -170,20 +170,28 @@ def _options(config: TeacherConfig) -> dict[str, Any]:
         }
     if config.offload_folder:
         options["offload_folder"] = config.offload_folder
-    if config.quantization:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise EngineError(
-                f"teacher.quantization {config.quantization} needs bitsandbytes: "
-                "pip install 'decant[quantised]'"
-            )
-        from transformers import BitsAndBytesConfig
-
-        compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-        options["quantization_config"] = (
-            BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-            )
-            if config.quantization == "bnb-4bit"
-            else BitsAndBytesConfig(load_in_8bit=True)
-        )
+    if (quantised := quantization_config(config)) is not None:
+        options["quantization_config"] = quantised
     return options
+
+
+def quantization_config(config: TeacherConfig) -> Any:
+    """What transformers is told of a quantisation while loading; None for none.
+
+    Raises EngineError if its package is not installed.
+    """
+    if not config.quantization:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(
+            f"teacher.quantization {config.quantization} needs bitsandbytes: "
+            "pip install 'decant[quantised]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )

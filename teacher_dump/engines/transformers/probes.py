@@ -30,6 +30,8 @@ ROUNDING, HALF_ROUNDING, QUANTISED_ROUNDING = 1e-3, 0.1, 0.3
 """How far, relatively, states may be apart that are the same: in float32, in lower precision, and
 with quantised weights, where outliers among all tokens of a batch decide what is rounded."""
 
+TOGETHER_TOKENS = 1024
+"""Tokens that any machine has the memory to read at once."""
 STEPS = 3
 """Tokens that are drawn to see what sampling does."""
 
@@ -74,7 +76,7 @@ def refuse_sight_of_later_tokens(
         for run, ids in enumerate(runs):
             ids[0, seen:] = (ids[0, seen:] * (run + 2) + run) % vocab_size
         try:
-            said = _each(states, groups, runs, seen)
+            said = _said(states, groups, runs, seen)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise EngineError(f"{name} cannot read {length} tokens: {error}") from error
@@ -82,7 +84,7 @@ def refuse_sight_of_later_tokens(
             return
         apart = torch.stack([_distances(a, b) for a, b in itertools.combinations(said, 2)])
         if bool((apart.amin(dim=0) > tolerance).any()):
-            again = _each(states, groups, runs[:1], seen)[0]
+            again = _said(states, groups, runs, seen)[0]
             if bool((_distances(said[0], again) > tolerance).any()):
                 raise EngineError(
                     f"{name} does not say the same of the same tokens twice: it draws random "
@@ -198,13 +200,14 @@ def _tokens(length: int, vocab_size: int, seed: int = 0) -> Tensor:
     return ((torch.arange(1, 1 + length) * (7 + 4 * seed) + 3 + seed) % vocab_size).unsqueeze(0)
 
 
-def _each(states: States, groups: LengthGroups, rows: list[Tensor], seen: int) -> list[Tensor]:
-    """[1, L <= seen, H] of each row, on its own."""
-    said = []
-    for ids in rows:
-        groups.forget()
-        said.append(states(ids)[:, :seen])
-    return said
+def _said(
+    states: States, groups: LengthGroups, rows: Sequence[Tensor], seen: int
+) -> Sequence[Tensor]:
+    """[1, L <= seen, H] of each row, in one forward if they are short: weights may be on a disk."""
+    groups.forget()
+    if rows[0].shape[1] * len(rows) <= TOGETHER_TOKENS:
+        return states(torch.cat(list(rows)))[:, :seen].split(1)
+    return [states(ids)[:, :seen] for ids in rows]
 
 
 def _distances(one: Tensor, other: Tensor) -> Tensor:

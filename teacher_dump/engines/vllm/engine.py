@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence, Truncation
+from decant.teacher_dump.engines.batches import windows
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
-from decant.teacher_dump.engines.seam import EngineError, not_finite, refuse_overlong
-from decant.teacher_dump.engines.vllm.messages import Job, Load, Ready, Rows, Window
+from decant.teacher_dump.engines.seam import EngineError, not_finite
+from decant.teacher_dump.engines.vllm.messages import Job, Load, Ready, ScoredWindow, Window
 from decant.teacher_dump.engines.vllm.process import (
     Ended,
     WorkerProcess,
@@ -84,10 +85,10 @@ class VllmEngine:
             log.warning("the vLLM process is gone; loading the teacher again")
             self._start()
         ahead: collections.deque[tuple[int, int, Sequence[TokenSequence]]] = collections.deque()
-        windows = self._windows(sequences)
+        cut = windows(sequences, self._window_tokens, max_length=self._max_length)
         while True:
             assert run == self._runs, "an engine scores one list of sequences at a time"
-            while len(ahead) < 2 and (window := next(windows, None)):
+            while len(ahead) < 2 and (window := next(cut, None)):
                 start, members = window
                 ahead.append((self._submit(members, first_sequence + start), start, members))
             if not ahead:
@@ -130,19 +131,6 @@ class VllmEngine:
             f" ({ready.why})" if ready.why else "",
         )
 
-    def _windows(
-        self, sequences: Sequence[TokenSequence]
-    ) -> Iterator[tuple[int, Sequence[TokenSequence]]]:
-        start = tokens = 0
-        for index, sequence in enumerate(sequences):
-            refuse_overlong(sequence, self._max_length)
-            tokens += len(sequence.input_ids)
-            if tokens >= self._window_tokens:
-                yield start, sequences[start : index + 1]
-                start, tokens = index + 1, 0
-        if start < len(sequences):
-            yield start, sequences[start:]
-
     def _submit(self, members: Sequence[TokenSequence], first_sequence: int) -> int:
         number = self._windows_sent
         self._windows_sent += 1
@@ -169,7 +157,7 @@ class VllmEngine:
             except Ended:
                 self.close()
                 raise
-            assert isinstance(message, Rows) and message.number <= number
+            assert isinstance(message, ScoredWindow) and message.number <= number
             if message.number == number:  # earlier: of a run that was left unfinished
                 return message.rows
 

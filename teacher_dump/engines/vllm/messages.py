@@ -97,7 +97,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class ScoredWindow:
     """The packed rows of a window's targets, sequence by sequence."""
 
     number: int

@@ -25,8 +25,8 @@ from decant.teacher_dump.engines.vllm.messages import (
     Job,
     Ready,
     Refused,
-    Rows,
     SamplingJob,
+    ScoredWindow,
     Window,
 )
 
@@ -68,7 +68,7 @@ def _receive(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
         os._exit(0)
 
 
-def load(job: Job) -> tuple[Callable[[Window], Rows], Ready]:
+def load(job: Job) -> tuple[Callable[[Window], ScoredWindow], Ready]:
     """Load the teacher and say how windows are scored. Raises Refused."""
     import vllm
 
@@ -87,7 +87,7 @@ def load(job: Job) -> tuple[Callable[[Window], Rows], Ready]:
         score = scoring_head.score
     llm = vllm.LLM(**setup.options)
 
-    def answer(window: Window) -> Rows:
+    def answer(window: Window) -> ScoredWindow:
         rows = score(llm, reduction, window)
         for index, part in enumerate(rows):
             if part is None:  # or what another sequence left behind: see `clear_kv_cache`
@@ -95,7 +95,7 @@ def load(job: Job) -> tuple[Callable[[Window], Rows], Ready]:
                 (rows[index],) = score(llm, reduction, window.only(index))
             if rows[index] is None:
                 llm.collective_rpc("clear_kv_cache")
-                return Rows(window.number, rows[: index + 1])
-        return Rows(window.number, rows)
+                return ScoredWindow(window.number, rows[: index + 1])
+        return ScoredWindow(window.number, rows)
 
     return answer, setup.ready

@@ -19,7 +19,7 @@ from decant.schemas import FormatError, Truncation
 from decant.storage import Busy, CacheReader, CacheWriter, Store, verify
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_sequence
-from decant.storage.cache.writer import ROW_GROUP_ROWS
+from decant.storage.cache.writer import ROW_GROUP_ROWS, plan_of, write_cache
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.storage.inspect.collect import inspect
 from tests.support import ROOT, caches
@@ -158,7 +158,7 @@ def test_the_commit_record_bounds_the_decoding_error(tmp_path: Path) -> None:
     for precision in ("f32", "f16", "compact"):
         settings = dataclasses.replace(SETTINGS, precision=precision)
         caches.write_cache(tmp_path / precision, settings, caches.random_shards(settings))
-        records = CacheReader(tmp_path / precision).records
+        records = CacheReader(tmp_path / precision).index
         for record in records:
             assert 0 <= record.kl_error_mean <= record.kl_error_max <= 3e-4
             assert (record.kl_error_max == 0) == (precision == "f32")
@@ -471,3 +471,19 @@ def test_an_unknown_protocol_is_a_clean_error() -> None:
     """The message holds the URL."""
     with pytest.raises(ValueError, match="nowhere://cache"):
         Store("nowhere://cache")
+
+
+def test_a_whole_cache_in_one_call(tmp_path: Path) -> None:
+    """Of one shard, or by a plan that takes the sequences in turn; they may be a generator."""
+    settings = caches.Settings()
+    shards = caches.random_shards(settings, num_shards=2, sequences=2)
+    sequences = [sequence for shard in shards for sequence in shard]
+    one = write_cache(tmp_path / "one", settings.draft(), iter(sequences))
+    two = write_cache(tmp_path / "two", settings.draft(), iter(sequences), plan_of(shards))
+    assert (one.num_shards, two.num_shards) == (1, 2) and one.is_final and two.is_final
+    for url in (tmp_path / "one", tmp_path / "two"):
+        assert verify(url).ok
+        for found, given in zip(CacheReader(url), sequences, strict=True):
+            caches.assert_equal(found, given)
+    with pytest.raises(FormatError, match=r"written .*, planned"):
+        write_cache(tmp_path / "few", settings.draft(), sequences[:3], plan_of(shards))

@@ -20,10 +20,11 @@ from decant.storage import CacheReader, CacheWriter, Store, verify
 from decant.storage.cache.writer import one_line
 from decant.storage.exchange.export import export
 from decant.storage.files.sealed import publish_json, read_json
-from decant.storage.inspect.collect import inspect, report_text
+from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import diff
 from decant.storage.inspect.head import head
 from decant.storage.inspect.html import report_html
+from decant.storage.inspect.text import report_text
 from decant.student_train import CacheStream
 from decant.student_train.losses import fused_linear_divergence, sparse_divergence
 from decant.student_train.model.distiller import Distiller, LossConfig

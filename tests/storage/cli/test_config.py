@@ -167,6 +167,8 @@ def test_a_mistake_on_the_command_line_is_blamed_on_it(
         ("output: x\ncurves:\n- {values: [1]}\n- {value: [1]}", " line 4: curves[1].value is not"),
         ("output: x\ncurves: [{}]", " line 2: curves[0] has no values"),
         ("output: [x", " line 1 is not YAML: "),
+        ("? [a, b]\n: 3", " line 1: expected the name of a key"),
+        ("a: &a {count: x}\n<<: *a", " line 1: a is not a key"),
         ("- output", " line 1: found a list: expected keys with values, such as {output: ...}"),
         ("output", " line 1: output: expected keys with values"),
     ],

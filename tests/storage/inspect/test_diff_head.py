@@ -147,7 +147,7 @@ def test_two_precisions_differ_by_the_decoding_error(tmp_path: Path) -> None:
     caches.write_cache(tmp_path / "f32", SETTINGS, shards)
     caches.write_cache(tmp_path / "compact", compact, shards)
     (at, _) = diff(tmp_path / "f32", tmp_path / "compact").temperatures
-    records = CacheReader(tmp_path / "compact").records
+    records = CacheReader(tmp_path / "compact").index
     targets = sum(r.targets for r in records)
     stated = sum(r.kl_error_mean * r.targets for r in records) / targets
     assert at.kl_ab.mean == pytest.approx(stated, abs=1e-6) and stated > 0

@@ -1,15 +1,12 @@
 """What inspect and verify say equals what the dense distributions give; their commands behave."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,91 +14,32 @@ import pytest
 from numpy.typing import NDArray
 
 from decant.schemas import (
-    ByteRange,
-    CommitRecord,
-    Manifest,
-    Rejected,
-    RowGroup,
-    ScoredSequence,
-    Segment,
-    ShardPlan,
-    TeacherInfo,
-    TokenizerInfo,
-    Totals,
     Truncation,
     shard_schema,
     to_json,
 )
-from decant.schemas.truncation import METHODS
-from decant.storage import CacheReader, VerifyReport, verify
+from decant.storage import CacheReader
 from decant.storage.__main__ import main
 from decant.storage.cache import paths
 from decant.storage.cli import process as cli
 from decant.storage.cli.terminal import width
-from decant.storage.inspect.collect import (
-    RANKS,
-    AtTemperature,
-    Report,
-    Spread,
-    inspect,
-    report_text,
-)
-from decant.storage.inspect.diff import AtTemperatureDiff, Difference, DifferingTarget
-from decant.storage.inspect.examples import Entry, Target
+from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.html import report_html
 from decant.storage.inspect.report import (
-    AtK,
-    DumpSpeed,
+    RANKS,
     Histogram,
-    ReliabilityBin,
-    Sample,
-    WorkerSpeed,
 )
 from decant.storage.inspect.sketches import SequenceHashes
 from decant.storage.inspect.statistics import Statistics
+from decant.storage.inspect.text import report_text
 from tests.support import ROOT, caches
-
-inspect_module = importlib.import_module("decant.storage.inspect.collect")
-FORMAT = (ROOT / "docs/format.md").read_text()
-SETTINGS = caches.Settings(temperatures=(1.0, 2.0, 0.5))
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """A cache and all that went into it."""
-
-    path: Path
-    sequences: list[ScoredSequence]
-    dense: NDArray[np.float64]
-    """[n, V] log probs of all targets in order."""
-
-
-def known_cache(path: Path, settings: caches.Settings) -> Known:
-    """Write a cache of two shards."""
-    generator = np.random.default_rng(7)
-    made = [
-        caches.random_sequence(generator, settings, length=10 + 5 * i, prompt=1 + i)
-        for i in range(6)
-    ]
-    sequences = [sequence for sequence, _ in made]
-    caches.write_cache(path, settings, [sequences[:2], sequences[2:]])
-    return Known(path, sequences, np.concatenate([dense for _, dense in made]))
+from tests.support.inspected import SETTINGS, Known, assert_spread, known_cache
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     """At k=8, lossless. Never write to it."""
     return known_cache(tmp_path_factory.mktemp("known") / "cache", SETTINGS)
-
-
-def assert_spread(found: Spread | None, values: NDArray) -> None:
-    assert found is not None
-    for name, rank in RANKS.items():
-        expected = np.quantile(values, rank, method="inverted_cdf")
-        assert getattr(found, name) == pytest.approx(expected, abs=2e-6), name
-    assert found.min == pytest.approx(values.min(), abs=2e-6)
-    assert found.max == pytest.approx(values.max(), abs=2e-6)
-    assert found.mean == pytest.approx(values.mean(), abs=2e-6)
 
 
 def test_the_numbers_equal_a_dense_computation(known: Known) -> None:
@@ -176,55 +114,6 @@ def test_calibration_is_that_of_the_dense_teacher(known: Known) -> None:
     assert len(report.reliability) == 15 and report.calibration_error == pytest.approx(error)
 
 
-def kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[n] KL(p || q) over the last axis."""
-    return (p * np.log(p / q)).sum(axis=1)
-
-
-def even_tail(p: NDArray[np.float64], kept: NDArray[np.integer]) -> NDArray[np.float64]:
-    """[n, V] descending p with all but the first kept [n] entries made even."""
-    is_tail = np.arange(p.shape[1]) >= kept[:, None]
-    even = (p * is_tail).sum(axis=1, keepdims=True) / is_tail.sum(axis=1, keepdims=True)
-    return np.where(is_tail, even, p)
-
-
-@pytest.mark.parametrize("method", ["topk", "topp"])
-def test_the_cost_of_fewer_entries_is_that_over_the_vocabulary(method: str, tmp_path: Path) -> None:
-    """fkl(k) = KL(p || u_k) - KL(p || u_n) and rkl(k) over n + 1 classes, by dense float64."""
-    truncation = Truncation(k=8) if method == "topk" else Truncation(method="topp", k=12, p=0.8)
-    known = known_cache(tmp_path / "cache", dataclasses.replace(SETTINGS, truncation=truncation))
-    report = inspect(known.path)
-    p = -np.sort(-np.exp(known.dense), axis=1)
-    n, slots = (
-        np.concatenate([(s.token_ids >= 0).sum(axis=1) for s in known.sequences]),
-        truncation.k,
-    )
-    is_tail = np.arange(p.shape[1]) >= n[:, None]
-
-    def classes(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[n, K+1] the kept entries, 1 where unused, and the bucket."""
-        bucket = (x * is_tail).sum(axis=1, keepdims=True)
-        return np.concatenate([np.where(is_tail, 1, x)[:, :slots], bucket], axis=1)
-
-    stored = even_tail(p, n)
-    assert [at.k for at in report.truncation_curve] == list(range(1, slots + 1))
-    for at in report.truncation_curve:
-        cut = even_tail(p, np.minimum(at.k, n))
-        assert at.fkl == pytest.approx((kl(p, cut) - kl(p, stored)).mean(), abs=2e-5)
-        assert at.rkl == pytest.approx(kl(classes(cut), classes(p)).mean(), abs=2e-5)
-        assert at.rkl <= kl(cut, p).mean()
-        mass = np.where(np.arange(p.shape[1]) < np.minimum(at.k, n)[:, None], p, 0).sum(axis=1)
-        assert at.retained_mass == pytest.approx(mass.mean(), abs=1e-6)
-    good = [at.k for at in report.truncation_curve if at.fkl <= 0.01]
-    assert report.recommended_k == good[0] and report.truncation_curve[-1].fkl == 0
-    assert report.beyond_k is not None and kl(p, stored).mean() <= report.beyond_k < 1
-    inclusive = np.cumsum(p, axis=1)
-    head = np.minimum(np.maximum((inclusive <= 0.5).sum(axis=1), 1), n)
-    assert_spread(report.akl_head_size, head)
-    kept_mass = np.take_along_axis(inclusive, n[:, None] - 1, axis=1)[:, 0]
-    assert report.akl_inexact == pytest.approx((kept_mass < 0.5).mean())
-
-
 def test_a_drawn_cache_has_no_truncation_curve(tmp_path: Path) -> None:
     """Its entries are no top k; the text says so."""
     truncation = Truncation(method="topk+sample", k=2, draws=9)
@@ -258,19 +147,6 @@ def test_draws_without_log_probs_are_reported(tmp_path: Path) -> None:
     assert max(map(width, text.splitlines())) <= 100
     page = report_html(report)
     assert "Draws without log probs" in page and "None" not in text + page
-
-
-def test_a_cache_of_all_ids_loses_nothing(tmp_path: Path) -> None:
-    """Where k = V: an empty tail is finite everywhere, and strictly JSON."""
-    settings = caches.Settings(truncation=Truncation(k=5), vocab_size=5, temperatures=(1.0,))
-    known = known_cache(tmp_path / "cache", settings)
-    report = inspect(known.path)
-    json.dumps(to_json(report), allow_nan=False)
-    assert report.beyond_k == report.truncation_curve[-1].fkl == 0
-    p = -np.sort(-np.exp(known.dense), axis=1)
-    assert report.truncation_curve[1].fkl == pytest.approx(
-        kl(p, even_tail(p, np.full(len(p), 2))).mean(), abs=1e-5
-    )
 
 
 def test_the_worst_targets_are_shown_in_context(known: Known) -> None:
@@ -334,7 +210,7 @@ def test_parts_merge_to_the_whole(known: Known) -> None:
 def test_dump_speed_is_that_of_the_records(known: Known) -> None:
     """By shard and by worker."""
     report = inspect(known.path)
-    records = CacheReader(known.path).records
+    records = CacheReader(known.path).index
     rates = [r.targets / r.seconds for r in records]
     assert report.dump_speed.shard_rates == pytest.approx(rates)
     (worker,) = report.dump_speed.by_worker
@@ -343,84 +219,6 @@ def test_dump_speed_is_that_of_the_records(known: Known) -> None:
 
 
 # Samples, and figures kept in the cache
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve shards of one row group each. Never write to it."""
-    path = tmp_path_factory.mktemp("many") / "cache"
-    caches.write_cache(path, SETTINGS, caches.random_shards(SETTINGS, num_shards=12))
-    return path
-
-
-def test_a_sample_is_labelled_and_close(many: Path) -> None:
-    """Counts and sizes stay exact; the rest comes from the row groups that the seed chooses."""
-    whole, half = inspect(many), inspect(many, sample=0.5, seed=3)
-    assert half.sample == Sample(row_groups=6, of_row_groups=12, targets=whole.targets // 2, seed=3)
-    for name in ("targets", "tokens", "sequences", "bytes", "times_smaller", "kl_error_mean"):
-        assert getattr(half, name) == getattr(whole, name)
-    assert sum(half.column_bytes.values()) == pytest.approx(sum(whole.column_bytes.values()), abs=9)
-    assert whole.teacher_ce is not None
-    assert half.teacher_ce == pytest.approx(whole.teacher_ce, rel=0.3)
-    assert half.teacher_ce != whole.teacher_ce
-    assert half.duplicate_sequences is None and not half.duplicates_exact
-    assert "ESTIMATES from" in report_text(half) and "ESTIMATES" not in report_text(whole)
-    assert inspect(many, sample=6, seed=3) == half != inspect(many, sample=6, seed=4)
-    assert inspect(many, sample=12) == inspect(many, sample=99) == whole
-    for wrong in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="neither a share"):
-            inspect(many, sample=wrong)
-
-
-def test_figures_are_kept_until_the_cache_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second look reads no shard; other content, other code or damage is looked at again."""
-    cache = tmp_path / "cache"
-    shards = caches.random_shards(SETTINGS)
-    caches.write_cache(cache, SETTINGS, shards)
-    looked: list[int] = []
-
-    def look() -> tuple[Report, bool]:
-        looked.clear()
-        report = inspect(cache, lambda done, total: looked.append(done), keep=True)
-        return report, bool(looked)
-
-    first, read = look()
-    kept = cache / "stats/inspect.json"
-    assert read and kept.is_file() and verify(cache).ok
-    assert look() == (first, False)
-    os.rename(cache, tmp_path / "moved")
-    moved = inspect(tmp_path / "moved", keep=True)
-    assert moved == dataclasses.replace(first, url=str(tmp_path / "moved"))
-    os.rename(tmp_path / "moved", cache)
-    kept.write_bytes(kept.read_bytes().replace(b"0.", b"1.", 1))
-    assert look() == (first, True)
-    monkeypatch.setattr(inspect_module, "VERSION", 99)
-    assert look()[1] and not look()[1]
-    other = tmp_path / "other"
-    caches.write_cache(other, SETTINGS, caches.random_shards(SETTINGS, seed=1))
-    (other / "stats").mkdir()
-    kept.rename(other / "stats/inspect.json")
-    cache = other
-    assert look()[1] and not look()[1]
-
-
-def test_nothing_is_kept_where_it_must_not_be(tmp_path: Path) -> None:
-    """Of a cache that is not final, of a sample, unless asked, or where nothing can be written."""
-    shards = caches.random_shards(SETTINGS)
-    writer = caches.start_cache(tmp_path / "cache", SETTINGS, shards)
-    caches.write_shard(writer, 0, shards[0])
-    inspect(tmp_path / "cache", keep=True)
-    assert not (tmp_path / "cache/stats").exists()
-    caches.write_shard(writer, 1, shards[1])
-    writer.finalize()
-    inspect(tmp_path / "cache")
-    inspect(tmp_path / "cache", keep=True, sample=1)
-    assert not (tmp_path / "cache/stats").exists()
-    (tmp_path / "cache/stats").write_text("in the way")
-    assert inspect(tmp_path / "cache", keep=True).complete
-    assert (tmp_path / "cache/stats").read_text() == "in the way"
 
 
 def test_sizes_are_those_of_the_files(known: Known) -> None:
@@ -456,7 +254,7 @@ def test_other_truncations_are_reported(method: str, precision: str, tmp_path: P
     )
     mass = np.concatenate([np.exp(s.logprobs).sum(axis=1) for s in known.sequences])
     assert_spread(report.temperatures[0].retained_mass, mass)
-    records = CacheReader(known.path).records
+    records = CacheReader(known.path).index
     errors = [r.kl_error_mean * r.targets for r in records]
     assert report.kl_error_mean == pytest.approx(sum(errors) / report.targets)
     assert report.kl_error_max == max(r.kl_error_max for r in records) > 0
@@ -615,62 +413,3 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # docs/format.md
-
-
-def test_the_format_text_names_every_field_column_and_key() -> None:
-    """Nothing is stored or printed that the document does not explain."""
-    names = []
-    for method, rule in METHODS.items():
-        draws = 4 if rule.has_draws else 0
-        settings = caches.Settings(
-            truncation=Truncation(method=method, draws=draws), vocab_size=100_000
-        )
-        names += [method, *shard_schema(settings.draft().layout).names]
-    names = [re.sub(r"_t[0-9.]+$", "_t{T}", name) for name in names]
-    for cls in (
-        *(Manifest, TeacherInfo, TokenizerInfo, Truncation, Segment, Totals, ShardPlan),
-        *(CommitRecord, Rejected, RowGroup, ByteRange, Report, AtTemperature, Spread, VerifyReport),
-        *(Histogram, ReliabilityBin, AtK, DumpSpeed, WorkerSpeed, Sample, Target, Entry),
-        *(Difference, AtTemperatureDiff, DifferingTarget),
-    ):
-        names += [field.name for field in dataclasses.fields(cls)]
-    missing = sorted({name for name in names if f"`{name}`" not in FORMAT})
-    assert missing == []
-
-
-@pytest.mark.parametrize("precision", ["f32", "f16", "compact"])
-@pytest.mark.parametrize("method", ["topk", "topp"])
-def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -> None:
-    """The code in docs/format.md, run as it stands, gives what the reader gives."""
-    truncation = Truncation(k=5) if method == "topk" else Truncation(method="topp", k=9, p=0.8)
-    settings = caches.Settings(truncation=truncation, vocab_size=70_000, precision=precision)
-    shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
-    caches.write_cache(tmp_path / "cache", settings, shards)
-    recipe, _ = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
-    names: dict[str, Any] = {"cache": tmp_path / "cache"}
-    exec(recipe, names)
-    expected = list(CacheReader(tmp_path / "cache"))
-    np.testing.assert_array_equal(
-        names["token_ids"], np.concatenate([s.token_ids for s in expected])
-    )
-    np.testing.assert_allclose(
-        names["logprobs"], np.concatenate([s.logprobs for s in expected]), rtol=1e-6, atol=2e-6
-    )
-
-
-@pytest.mark.parametrize("vocab_size", [50, 70_000])
-def test_the_recipe_reads_draws(vocab_size: int, tmp_path: Path) -> None:
-    """Those of draws without log probs, each id as often as it was drawn."""
-    truncation = Truncation(method="sample", draws=7)
-    settings = caches.Settings(truncation=truncation, vocab_size=vocab_size)
-    shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
-    caches.write_cache(tmp_path / "cache", settings, shards)
-    recipe, rest = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
-    names: dict[str, Any] = {"cache": tmp_path / "cache"}
-    exec(recipe.split("\n\n\ntoken_ids =")[0] + "\n" + rest, names)
-    drawn = [
-        np.sort(np.repeat(ids[ids >= 0], counts[ids >= 0]))
-        for sequence in shards[0]
-        for ids, counts in zip(sequence.token_ids, sequence.draws, strict=True)
-    ]
-    np.testing.assert_array_equal(names["draws"], drawn)

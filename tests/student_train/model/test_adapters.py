@@ -272,3 +272,18 @@ def test_adapters_that_cannot_be_are_refused(cache: Path, base_path: Path, tmp_p
             student=fresh,
             adapter=dataclasses.replace(LORA, merge=False),
         )
+
+
+def test_all_linear_layers_may_be_named_so() -> None:
+    """As in peft: the same layers as without names."""
+    adapted = [
+        set(trainable_weights(_attached(AdapterConfig(r=2, target_modules=names))))
+        for names in ([], ["all-linear"], ["q_proj"])
+    ]
+    assert adapted[0] == adapted[1] > adapted[2]
+
+
+def _attached(adapter: AdapterConfig) -> Any:
+    student = models.build_model("llama")
+    attach(student, adapter)
+    return student

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.storage import CacheReader, CacheWriter
+from decant.storage.cache.writer import write_cache
 from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
 from decant.teacher_dump.audit.report import AuditReport, report_text
 from decant.teacher_dump.audit.run import audit
@@ -69,13 +70,8 @@ def rewritten(
 ) -> Path:
     """A whole cache of the changed sequences of another, under its (changed) manifest."""
     reader = CacheReader(source)
-    writer = CacheWriter.create(str(out), manifest(draft_of(reader.manifest)), reader.plan)
-    rows: Iterator[ScoredSequence] = iter(reader)
-    for plan in reader.plan:
-        with writer.shard(plan.shard) as shard:
-            for _ in range(plan.num_sequences):
-                shard.write(change(next(rows)))
-    writer.finalize()
+    draft = manifest(draft_of(reader.manifest))
+    write_cache(out, draft, map(change, reader), reader.plan)
     return out
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -26,6 +27,7 @@ from transformers import (
     HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -165,7 +167,7 @@ def head_engine(llama: tuple[Any, Path]) -> Iterator[VllmEngine]:
         vocab_size=VOCAB,
         truncation=Truncation(k=K),
         temperatures=TEMPERATURES,
-        max_length=2 * LENGTH,
+        max_length=LENGTH,
     )
     assert isinstance(engine, VllmEngine)
     yield engine
@@ -217,9 +219,51 @@ def test_a_run_left_unfinished_does_not_mix_with_the_next(
 
 
 def test_a_sequence_longer_than_the_model_is_refused_by_name(head_engine: VllmEngine) -> None:
-    """The model reads LENGTH tokens, whatever max_length says."""
+    """The engine reads LENGTH tokens."""
     with pytest.raises(EngineError, match=f"sample-0 has {LENGTH + 1} tokens.* {LENGTH};"):
         list(head_engine.score(sequences_of([LENGTH + 1]), 0))
+
+
+ROPES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "plain": (LlamaConfig, {}, f"reads at most {LENGTH} tokens .* up to {2 * LENGTH}"),
+    "longrope": (
+        Phi3Config,
+        {
+            "max_position_embeddings": 2 * LENGTH,
+            "original_max_position_embeddings": LENGTH,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 16,
+                "long_factor": [2.0] * 16,
+                "original_max_position_embeddings": LENGTH,
+            },
+        },
+        f"reads at most {LENGTH} tokens .* up to {2 * LENGTH}",
+    ),
+    "dynamic": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        "scales its positions by the length of each text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_lengths_that_vllm_does_not_read_are_refused_at_loading(name: str, tmp_path: Path) -> None:
+    """Not sequence by sequence, when hours have passed; nor read by other factors."""
+    kind, options, message = ROPES[name]
+    AutoModelForCausalLM.from_config(kind(**LLAMA | options)).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=message):
+        open_engine(
+            TeacherConfig(path=str(tmp_path), engine="vllm"),
+            str(tmp_path),
+            vocab_size=VOCAB,
+            truncation=Truncation(k=K),
+            temperatures=(1.0,),
+            max_length=2 * LENGTH,
+        )
 
 
 def check_poison(engine: VllmEngine, model: Any, vocab_size: int) -> None:

@@ -165,6 +165,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         answer("there"),
     ],
     "call last": [user("hello"), answer("", tool_calls=called())],
+    "alone, a tool": [user("hello"), answer(None, tool_calls=called()), RESULT, answer("four")],
+    "alone, a last call": [user("hello"), answer("", tool_calls=called('{"b": "nine"}'))],
     "tools unused": [user("hello"), answer("there")],
     "empty": [user("hello"), answer(""), user("what is"), answer("four")],
     "null": [user("hello"), answer(None)],

@@ -162,7 +162,7 @@ def test_a_killed_worker_and_a_killed_node_lose_only_their_shards(
     assert result.stderr.count("is scored again") == 2, result.stderr
     assert committed(output).items() >= before.items()
     assert_same(output, alone)
-    writers = {int(record.worker.rsplit(":", 1)[1]) for record in CacheReader(output).records}
+    writers = {int(record.worker.rsplit(":", 1)[1]) for record in CacheReader(output).index}
     assert not writers & {worker, other, os.getpid()}
 
 

@@ -290,3 +290,36 @@ def test_a_plan_refuses_what_the_dump_refuses(config: DumpConfig, tmp_path: Path
     source = dataclasses.replace(config.source, path=str(empty))
     with pytest.raises(SourceError, match="no sequence with a target"):
         predict(dataclasses.replace(config, source=source))
+
+
+def test_the_teachers_own_cross_entropy_is_predicted(config: DumpConfig, cache: Path):
+    """The mean of -log p of the actual tokens of the cache, with every sequence in the sample."""
+    predicted = predict(config, sample=90)
+    labels = np.concatenate([s.label_logprob for s in CacheReader(cache)]).astype(np.float64)
+    assert predicted.cross_entropy == pytest.approx(-labels.mean(), abs=1e-5)
+    assert f"cross-entropy        {-labels.mean():.3f} nats per target" in plan_text(
+        predicted, config
+    )
+
+
+def test_a_bos_that_is_not_put_is_warned_of(config: DumpConfig):
+    """The tokenizer has one, which texts begin with only if told so."""
+    (warning,) = [w for w in predict(config, sample=20).warnings if "bos" in w]
+    assert "'<s>', and 20 of 20 sampled sequences do not begin with it" in warning
+    begun = change(config, "sequences.add_bos", True)
+    assert not any("bos" in w for w in predict(begun, sample=20).warnings)
+
+
+def test_a_temperature_that_leaves_most_of_the_mass_is_warned_of(
+    config: DumpConfig, tmp_path: Path
+):
+    """With its retained mass, which is that of the cache; T=1 keeps more than half here."""
+    config = change(config, "temperatures", [1.0, 8.0])
+    predicted = predict(config, sample=90)
+    dump(config)
+    tails = np.concatenate([s.log_tail for s in CacheReader(config.output)])
+    masses = 1 - np.exp(tails.astype(np.float64)).mean(axis=0)
+    assert masses[0] > 0.5 > masses[1]
+    assert predicted.mass == pytest.approx(masses[0], abs=1e-6)
+    (warning,) = [w for w in predicted.warnings if "temperature" in w]
+    assert warning.startswith(f"at temperature 8 the kept entries hold {masses[1]:.2f} of the")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from decant.student_train import EvalConfig, LossConfig, StudentConfig, train
-from decant.student_train.evaluation.alone import evaluate_student
+from decant.student_train.verdict import evaluate_student
 from tests.support.commands import command
 from tests.support.trainings import config
 

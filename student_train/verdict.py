@@ -1,4 +1,4 @@
-"""Evaluate a student that is finished, on a cache, without training it."""
+"""How good is a finished student on the targets of a cache? Nothing is trained."""
 
 import dataclasses
 from pathlib import Path
@@ -12,9 +12,7 @@ from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.student import load_student
-
-STUDENT = "student"
-"""Where a training's output folder has its student."""
+from decant.student_train.outputs.save import STUDENT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
