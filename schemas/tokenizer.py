@@ -10,7 +10,7 @@ from typing import Any
 
 from decant.schemas.strict import FormatError, canonical
 
-SCHEME = "sha256-2:"
+SCHEME = "sha256:v2_"
 """Starts a fingerprint over all that turns a text into ids and back."""
 OLDER_SCHEME = "sha256:"
 """Starts one over vocabulary, merges and special tokens alone, which older caches hold."""
@@ -39,7 +39,7 @@ def tokenizer_fingerprint(tokenizer: Any, *, like: str = "") -> str:
     not count: they change texts, not ids. `like` is a fingerprint to compare with: one of the older
     scheme gets its equal in that scheme.
     """
-    if like.startswith(OLDER_SCHEME):
+    if like and not like.startswith(SCHEME):
         return OLDER_SCHEME + hashlib.sha256(canonical(_older_identity(tokenizer))).hexdigest()
     backend = _backend(tokenizer)
     for name in ("version", "truncation", "padding"):
@@ -61,7 +61,7 @@ def has_fingerprint(tokenizer: Any, fingerprint: str) -> bool:
 
 def are_comparable(one: str, other: str) -> bool:
     """Whether two fingerprints are of one scheme, so that they differ if the tokenizers do."""
-    return one.partition(":")[0] == other.partition(":")[0]
+    return one.startswith(SCHEME) == other.startswith(SCHEME)
 
 
 def first_difference(one: Any, other: Any, texts: tuple[str, ...] = PROBES) -> str:

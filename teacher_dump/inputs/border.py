@@ -64,6 +64,7 @@ class BorderCheck:
         self._seen: dict[str, int] = {}
         self._next: dict[str, int] = {}
         self._warnings = 0
+        self._told_of_bos = False
         self.examples: dict[str, str] = {}
         """Of each kind of record the first one as text, its targets between marks."""
 
@@ -92,11 +93,11 @@ class BorderCheck:
                 "the first record of kind %s (%s), targets between %s and %s:\n%s",
                 *(found.kind, found.record.where, BEGIN, END, text),
             )
-            if self._lacks_bos(found, ids):
+            if not self._told_of_bos and self._lacks_bos(found, ids):
+                self._told_of_bos = True
                 log.warning(
                     "warning: records of kind %s begin without %s, the bos token that the tokenizer"
-                    " has: if the teacher was trained with it, set sequences.add_bos: true"
-                    " (or put it into the chat template)",
+                    " has: if the teacher was trained with it, set sequences.add_bos: true",
                     *(found.kind, self._tokenizer.bos_token),
                 )
         if not problem:

@@ -68,11 +68,12 @@ def warnings(counts: SequenceCounts, max_length: int) -> list[str]:
     """What the tally should not pass without a word."""
     found = []
     if counts.dropped_tokens > WORTH_A_WARNING * counts.held_tokens:
-        found.append(
-            f"{_share(counts.dropped_tokens, counts)} of the tokens are not scored, most of them "
-            f"beyond sequences.max_length={max_length} or in records without targets: raise it, or "
-            "set overlong: split"
+        where = (
+            f"in windows or records without targets of sequences.max_length={max_length}: raise it"
         )
+        if counts.truncated_records:
+            where = f"beyond sequences.max_length={max_length}: raise it, or set overlong: split"
+        found.append(f"{_share(counts.dropped_tokens, counts)} of the tokens are cut, {where}")
     if counts.left_out_records > WORTH_A_WARNING * counts.records:
         found.append(
             f"{counts.left_out_records:,} of {counts.records:,} records are left out whole: "

@@ -155,7 +155,7 @@ def test_an_example_of_each_kind_is_in_the_log(caplog):
 
 
 def test_a_bos_that_is_not_put_is_said(caplog):
-    """Once for each kind, where the tokenizer has one that is not the eos as well."""
+    """Once, where the tokenizer has one that is not the eos as well."""
     tokenizer = build_tokenizer(adds_bos=False)
     run(record("a", text="hello"), record("b", text="b"), tokenizer=tokenizer)
     assert caplog.text.count("records of kind text begin without <s>") == 1
@@ -200,7 +200,9 @@ def test_the_summary_says_what_happened():
     line = summary(counts)
     assert "3,000 tokens cut (75.0 %), 40 records truncated, 5 that the template" in line
     cut, left_out = warnings(counts, 64)
-    assert "75.0 % of the tokens are not scored" in cut and "max_length=64" in cut
+    assert cut.startswith("75.0 % of the tokens are cut, beyond sequences.max_length=64: raise it,")
+    counts.truncated_records, counts.split_records = 0, 40
+    assert "in windows or records without targets" in warnings(counts, 64)[0]
     assert "5 of 100 records are left out whole" in left_out
 
 
