@@ -243,6 +243,3 @@ def test_the_tokenizer_is_kept_with_the_fingerprint_of_a_dump(tmp_path: Path) ->
         )
     with pytest.raises(ValueError, match=r"no tokenizer\.json there"):
         import_cache(config(tmp_path / "dump.parquet", tokenizer=str(tmp_path)), tmp_path / "other")
-
-
-# Import: what is refused
