@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
@@ -27,6 +28,8 @@ class TrainArguments:
 
     dry_run: bool = False
     """Build everything, take one step, print sizes, memory and steps; write nothing."""
+    json: bool = False
+    """End with the summary as JSON in place of a table."""
 
 
 def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
@@ -40,13 +43,19 @@ def run_train(config: TrainConfig, arguments: TrainArguments) -> int:
     if arguments.dry_run:
         from decant.student_train.dry_run import dry_run
 
-        report = dry_run(config)
+        with process.libraries_on_stderr():
+            report = dry_run(config)
         if int(os.environ.get("RANK", "0")) == 0:
             print(report)
         return process.DONE
     from decant.student_train.loop import train
 
-    print(json.dumps(train(config)))
+    with process.libraries_on_stderr():
+        summary = train(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        from decant.student_train.outputs.closing import closing_text
+
+        print(json.dumps(summary) if arguments.json else closing_text(summary, Path(config.output)))
     return process.DONE
 
 

@@ -73,7 +73,7 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
 
 
 def refuse_foreign(config: DumpConfig) -> None:
-    """Raise FileExistsError if the output holds something that is neither a cache nor a started one."""
+    """Raise FileExistsError if the output holds what is neither a cache nor a started one."""
     store = Store(config.output)
     if store.exists(paths.MANIFEST):
         return
