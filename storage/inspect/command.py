@@ -101,7 +101,7 @@ def run_head(arguments: HeadArguments) -> int:
     """Print targets in context; returns the exit code."""
     from decant.schemas import to_json
     from decant.storage.cli.terminal import json_text
-    from decant.storage.inspect.head import head, head_text
+    from decant.storage.inspect.head import head, head_text, marked_sequence
 
     refuse_missing(arguments.url)
     targets = head(
@@ -111,7 +111,11 @@ def run_head(arguments: HeadArguments) -> int:
         targets=arguments.targets,
         entries=arguments.entries,
     )
-    print(json_text(to_json(targets)) if arguments.json else head_text(targets))
+    if arguments.json:
+        print(json_text(to_json(targets)))
+        return process.DONE
+    text = marked_sequence(arguments.url, sequence=arguments.sequence, sample=arguments.sample)
+    print(head_text(targets, text))
     return process.DONE
 
 

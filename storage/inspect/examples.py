@@ -15,6 +15,7 @@ from decant.schemas import ScoredSequence
 from decant.storage.cache import paths
 from decant.storage.cli.terminal import escaped, width
 from decant.storage.files.store import Store
+from decant.storage.inspect.token_bytes import BROKEN, bytes_of, readable
 
 CONTEXT = 24
 """Tokens of context."""
@@ -100,13 +101,22 @@ def with_texts(targets: Iterable[Target], tokenizer: tokenizers.Tokenizer) -> li
     def text(token_id: int) -> str:
         """What a token adds to a text that comes before it: decoders drop a leading space."""
         alone = tokenizer.decode([token_id], skip_special_tokens=False)
+        if BROKEN in alone and (data := bytes_of(tokenizer, [token_id])) is not None:
+            return readable(data)
         twice = tokenizer.decode([token_id, token_id], skip_special_tokens=False)
         return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
+
+    def before(ids: tuple[int, ...]) -> str:
+        """The context, which may begin or end inside of a character."""
+        whole = tokenizer.decode(list(ids), skip_special_tokens=False)
+        if BROKEN in whole and (data := bytes_of(tokenizer, ids)) is not None:
+            return readable(data)
+        return whole
 
     return [
         dataclasses.replace(
             found,
-            context=tokenizer.decode(list(found.context_ids), skip_special_tokens=False),
+            context=before(found.context_ids),
             token=text(found.token_id),
             entries=tuple(dataclasses.replace(e, text=text(e.token_id)) for e in found.entries),
         )

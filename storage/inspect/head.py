@@ -1,9 +1,11 @@
 """The first targets of a sequence as a table: what came before, what came, what was expected."""
 
+import functools
 import os
 
 import numpy as np
 
+from decant.schemas import ScoredSequence
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cli.terminal import WIDTH, clip, fit, width
 from decant.storage.files.store import Store
@@ -16,6 +18,7 @@ from decant.storage.inspect.examples import (
     target,
     with_texts,
 )
+from decant.storage.inspect.marked import BEGIN, END, marked
 
 
 def head(
@@ -32,6 +35,37 @@ def head(
     sample id is looked for from the start. Raises ValueError if there is no such sequence or the
     teacher rejected it, FormatError if the cache is absent or damaged.
     """
+    reader, index, scored = _sequence(url, sequence, sample)
+    for rejected in reader.rejected:
+        if rejected.sequence == index:
+            raise ValueError(
+                f"{url}: sequence {index} (sample {scored.sample_id!r}) has no targets, as the "
+                f"teacher rejected it: {rejected.reason}"
+            )
+    found = [target(scored, i, index, entries) for i in range(min(targets, scored.num_targets))]
+    tokenizer = read_tokenizer(Store(url))
+    return tuple(with_texts(found, tokenizer) if tokenizer else found)
+
+
+def marked_sequence(
+    url: str | os.PathLike[str], *, sequence: int | None = None, sample: str | None = None
+) -> str | None:
+    """The text of the sequence that `head` shows, its targets between marks; None without texts.
+
+    Raises as `head`.
+    """
+    tokenizer = read_tokenizer(Store(url))
+    if tokenizer is None:
+        return None
+    _, _, scored = _sequence(url, sequence, sample)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    return marked(scored.input_ids, scored.is_target, decode)
+
+
+def _sequence(
+    url: str | os.PathLike[str], sequence: int | None, sample: str | None
+) -> tuple[CacheReader, int, ScoredSequence]:
+    """The sequence that is asked for, and its index in the plan."""
     reader = CacheReader(url, allow_incomplete=True)
     index = _of_sample(reader, sample) if sample is not None else sequence
     groups = reader.row_groups()
@@ -46,16 +80,7 @@ def head(
             f"{url} holds no sequence {index}: it has {len(reader)} of the "
             f"{reader.manifest.num_sequences} planned"
         )
-    scored = reader.read(groups[at])[inside]
-    for rejected in reader.rejected:
-        if rejected.sequence == index:
-            raise ValueError(
-                f"{url}: sequence {index} (sample {scored.sample_id!r}) has no targets, as the "
-                f"teacher rejected it: {rejected.reason}"
-            )
-    found = [target(scored, i, index, entries) for i in range(min(targets, scored.num_targets))]
-    tokenizer = read_tokenizer(Store(url))
-    return tuple(with_texts(found, tokenizer) if tokenizer else found)
+    return reader, index, reader.read(groups[at])[inside]
 
 
 def _first(reader: CacheReader) -> int:
@@ -74,8 +99,8 @@ def _of_sample(reader: CacheReader, sample: str) -> int:
     raise ValueError(f"{reader.url} holds no sequence of the sample {sample!r}")
 
 
-def head_text(targets: tuple[Target, ...]) -> str:
-    """A row per target, at most 100 columns wide."""
+def head_text(targets: tuple[Target, ...], text: str | None = None) -> str:
+    """A row per target, at most 100 columns wide, after the `text` with its targets marked."""
     if not targets:
         return "no targets"
     first = targets[0]
@@ -83,7 +108,7 @@ def head_text(targets: tuple[Target, ...]) -> str:
     note = "p: of the token; rank: among the kept entries; tail: mass that is not kept"
     if first.tail_mass is None and first.entries:
         entries = "the most often drawn ids"
-        note = "p: of the token, exact; behind the drawn ids: their share of the draws"
+        note = "p: of the token, exact; after the drawn ids: their share of the draws"
     elif first.tail_mass is None:
         entries, note = "", "p: of the token, exact; no entries are kept"
     head = f"{'pos.':>6} {'context':<26} {'token':<12} {'p':>7} {'rank':>4} {'tail':>7}  {entries}"
@@ -92,7 +117,8 @@ def head_text(targets: tuple[Target, ...]) -> str:
         head.rstrip(),
     ]
     lines += [_line(found).rstrip() for found in targets]
-    return "\n".join([*lines, note])
+    said = [] if text is None else [f"its text, targets between {BEGIN} and {END}:", text, ""]
+    return "\n".join([lines[0], *said, *lines[1:], note])
 
 
 def _line(found: Target) -> str:

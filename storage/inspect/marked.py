@@ -7,13 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from decant.storage.cli.terminal import escaped
+from decant.storage.inspect.token_bytes import BROKEN
 
 BEGIN, END = "⟦", "⟧"
 """Around each stretch of targets."""
 CONTEXT = 8
 """Ids in front of a stretch after which it is decoded: decoders treat a beginning otherwise."""
-BROKEN = "\ufffd"
-"""What a decoder writes for bytes that are no whole character."""
 
 Decode = Callable[[list[int]], str]
 """The text of ids, special tokens included."""

@@ -1,0 +1,62 @@
+"""What a token is as bytes: characters are split over tokens, and half a one has no text."""
+
+import codecs
+import functools
+import re
+from collections.abc import Iterable
+
+import tokenizers
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A byte of tokenizers with byte fallback."""
+BROKEN = "\ufffd"
+"""What a decoder writes for bytes that are not a whole character."""
+
+
+def _as_hex(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    found = error.object[error.start : error.end]
+    return f"<{found.hex(' ').upper()}>", error.end
+
+
+codecs.register_error("decant.hex", _as_hex)
+
+
+def readable(data: bytes) -> str:
+    """Bytes as text; those that are not part of a whole character as `<E3 81>`."""
+    return data.decode("utf-8", errors="decant.hex")
+
+
+def bytes_of(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> bytes | None:
+    """The bytes that tokens stand for, joined; None where one of them is not known as bytes.
+
+    Known are byte-level tokenizers, single bytes of byte fallback, and added tokens as they are.
+    """
+    added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    level = _byte_level()
+    joined = b""
+    for index in ids:
+        token = added.get(index) or tokenizer.id_to_token(index)
+        if token is None:
+            return None
+        if index in added:
+            joined += token.encode()
+        elif single := BYTE_TOKEN.fullmatch(token):
+            joined += bytes.fromhex(single[1])
+        elif all(c in level for c in token):
+            joined += bytes(level[c] for c in token)
+        else:
+            return None
+    return joined
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The byte of each character of the byte-level alphabet.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from 256 on.
+    """
+    itself = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in itself]
+    alphabet = {chr(byte): byte for byte in itself}
+    return alphabet | {chr(256 + n): byte for n, byte in enumerate(others)}
