@@ -56,10 +56,6 @@ class Distributions(Generic[A]):
         every = zip(FIELDS, _every_field(self), strict=True)
         return {name: value for name, value in every if value is not None}
 
-    def mapped(self, function: Callable[[A], A]) -> dict[str, A]:
-        """The known fields, each through a function: a cut, a copy, a move to a device."""
-        return {name: function(value) for name, value in self.known().items()}
-
 
 @dataclass(frozen=True, slots=True)
 class Field:

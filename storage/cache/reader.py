@@ -129,9 +129,7 @@ class CacheReader:
 
     def __iter__(self) -> Iterator[ScoredSequence]:
         for group in self._groups:
-            rows = self.read(group)
-            for i in range(len(rows)):
-                yield rows[i]
+            yield from self.read(group)
 
     def row_groups(self) -> RowGroups:
         """All row groups in plan order."""

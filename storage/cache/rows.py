@@ -3,7 +3,7 @@
 Shapes: R rows (tokens), S sequences, n targets, K slots, T temperatures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,13 @@ class Rows(Distributions[NDArray[Any]]):
         return len(self.sample_ids)
 
     def __getitem__(self, index: int) -> ScoredSequence:
+        return self._sequence(index, self.known())
+
+    def __iter__(self) -> Iterator[ScoredSequence]:
+        known = self.known()
+        return (self._sequence(index, known) for index in range(len(self)))
+
+    def _sequence(self, index: int, known: dict[str, NDArray]) -> ScoredSequence:
         rows = slice(self.row_starts[index], self.row_starts[index + 1])
         targets = slice(self.target_starts[index], self.target_starts[index + 1])
         return ScoredSequence(
@@ -104,7 +111,7 @@ class Rows(Distributions[NDArray[Any]]):
             input_ids=self.input_ids[rows],
             is_target=self.is_target[rows],
             positions=self.positions[targets],
-            **self.mapped(lambda values: values[targets]),
+            **{name: values[targets] for name, values in known.items()},
         )
 
 

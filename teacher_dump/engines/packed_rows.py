@@ -68,22 +68,18 @@ def unpack(
     sequence: TokenSequence, rows: NDArray[np.int32], reduction: Reduction
 ) -> ScoredSequence:
     """Join a token sequence with the packed rows [n, W] of its targets."""
-    widths = reduction.widths
-    ends = np.cumsum(list(widths.values()))
-    assert rows.shape[1] == ends[-1]
     known: dict[str, NDArray] = {}
-    for name, part in zip(widths, np.split(rows, ends[:-1], axis=1), strict=True):
-        words = part[:, 0] if FIELDS[name].axis == ONE else part
+    start = 0
+    for name, width in reduction.widths.items():
+        words = rows[:, start] if FIELDS[name].axis == ONE else rows[:, start : start + width]
         known[name] = np.ascontiguousarray(words).view(FIELDS[name].dtype)
-    return _scored(sequence, known)
+        start += width
+    assert rows.shape[1] == start
+    return scored_sequence(sequence, known)
 
 
-def scored_sequence(sequence: TokenSequence, sparse: Sparse) -> ScoredSequence:
-    """Join a token sequence with the distributions of its targets."""
-    return _scored(sequence, {name: value.cpu().numpy() for name, value in sparse.known().items()})
-
-
-def _scored(sequence: TokenSequence, known: dict[str, NDArray]) -> ScoredSequence:
+def scored_sequence(sequence: TokenSequence, known: dict[str, NDArray]) -> ScoredSequence:
+    """Join a token sequence with what is known of the distributions of its targets."""
     return ScoredSequence(
         sample_id=sequence.sample_id,
         input_ids=sequence.input_ids,

@@ -264,11 +264,15 @@ def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, Sco
     if (row := first_not_finite(flight.sparse)) is not None:
         index = flight.batch[int(np.searchsorted(np.cumsum(flight.counts), row, "right"))]
         raise not_finite(sequences[index], index)
-    parts = _split(flight.sparse, flight.counts)
-    return {
-        index: scored_sequence(sequences[index], part)
-        for index, part in zip(flight.batch, parts, strict=True)
-    }
+    known = {name: value.numpy() for name, value in flight.sparse.known().items()}
+    done: dict[int, ScoredSequence] = {}
+    start = 0
+    for index, count in zip(flight.batch, flight.counts, strict=True):
+        rows = slice(start, start + count)
+        own = {name: values[rows] for name, values in known.items()}
+        done[index] = scored_sequence(sequences[index], own)
+        start += count
+    return done
 
 
 def _joined(parts: list[Sparse]) -> Sparse:
@@ -276,13 +280,3 @@ def _joined(parts: list[Sparse]) -> Sparse:
     return Distributions(
         **joined(parts, lambda chunks: torch.cat(chunks).to("cpu", non_blocking=True))
     )
-
-
-def _split(sparse: Sparse, counts: list[int]) -> list[Sparse]:
-    """Cut the targets of a batch into those of its sequences."""
-    cut = {name: value.split(counts) for name, value in sparse.known().items()}
-    names = list(cut)
-    return [
-        Distributions(**dict(zip(names, row, strict=True)))
-        for row in zip(*cut.values(), strict=True)
-    ]

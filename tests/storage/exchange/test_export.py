@@ -42,9 +42,6 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return CacheReader(path)
 
 
-# Export
-
-
 def lists(values: NDArray, used: NDArray[np.bool_]) -> list[list[Any]]:
     """The entries in use of each target."""
     return [row[keep].tolist() for row, keep in zip(values, used, strict=True)]
@@ -170,6 +167,3 @@ def test_exporting_needs_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 []" and done.stderr == ""
-
-
-# Import: dumps with known distributions

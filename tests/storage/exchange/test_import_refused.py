@@ -173,6 +173,3 @@ def test_options_without_effect_are_errors(tmp_path: Path) -> None:
     rows = distillkit_rows(known_records())
     with pytest.raises(ForeignError, match=r"8 entries, fewer than --k 9: give --k 8 or less"):
         imported(tmp_path, rows, k=9)
-
-
-# Commands
