@@ -14,6 +14,8 @@
 
 With a `--shape` weights and tokens are random. `memory`: the peak of a process, by vocabulary and
 length, and its growth over the dump.
+
+One file, as both benchmarks are run by it in processes of their own.
 """
 
 import argparse

@@ -1,11 +1,15 @@
 """Dumps in tests: their config, their records, what they leave."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import LlamaModel
 
 from decant.storage import CacheReader, verify
 from decant.storage.cache import paths
@@ -14,6 +18,10 @@ from decant.teacher_dump import (
 )
 
 MODULE = "teacher_dump"
+LOADING = 4
+"""Forwards while the teacher is loaded: to look at its head, and at what padding does."""
+HALF = LOADING + 3
+"""Forwards that score some of the shards of `config`."""
 
 
 def change(config: Any, path: str, value: Any) -> Any:
@@ -89,3 +97,21 @@ def rows(cache: str | Path) -> list[tuple[Any, ...]]:
         )
         for sequence in CacheReader(cache)
     ]
+
+
+@contextlib.contextmanager
+def failing_after(forwards: int) -> Iterator[None]:
+    """Every Llama of this process breaks after so many forwards."""
+    left = [forwards]
+
+    def fail(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, LlamaModel):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("the device fell off the bus")
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -3,6 +3,8 @@
 Everything goes over HTTP to a server of the S3 protocol that runs in this process (moto); the
 commands are processes of their own and find it as users would point them at theirs: by AWS_*
 variables.
+
+One file, as the tests share one server and the dumps in it.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""A cache is finished or absent, whole or refused: writer, reader and verify."""
+"""A cache is finished or absent, whole or refused: writer, reader and verify.
+
+One file, as the tests share caches that are written once.
+"""
 
 import dataclasses
 import shutil

@@ -1,4 +1,7 @@
-"""What inspect and verify say equals what the dense distributions give; their commands behave."""
+"""What inspect and verify say equals what the dense distributions give; their commands behave.
+
+One file, as all tests look at one cache, whose report is made once.
+"""
 
 import dataclasses
 import json

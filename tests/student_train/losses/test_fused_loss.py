@@ -1,4 +1,7 @@
-"""The fused head against the plain head and loss: same numbers, same gradients, no [N, V]."""
+"""The fused head against the plain head and loss: same numbers, same gradients, no [N, V].
+
+One file, as every claim is made of the same heads and targets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The divergences against a dense float64 reference, in value and gradient."""
+"""The divergences against a dense float64 reference, in value and gradient.
+
+One file, as every claim is made of every divergence by the same parametrised cases.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Services are real processes or real HTTP servers (`tests.services`), with the transformers engine;
 `tests/teacher_dump/service/test_vllm_serve.py` has those with vLLM.
+
+One file, as the tests share services that are started once.
 """
 
 import dataclasses

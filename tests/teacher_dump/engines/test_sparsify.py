@@ -1,6 +1,8 @@
 """Claims about cutting dense logits down, against dense float64 numpy.
 
 Shapes: n targets, V vocabulary, K slots, T temperatures, m draws.
+
+One file, as every claim is made of every truncation.
 """
 
 import math

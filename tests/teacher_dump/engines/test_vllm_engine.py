@@ -1,6 +1,6 @@
 """The vLLM engine against plain forwards of the same tiny models.
 
-Engines are loaded once per module; the tests that end one come last.
+Engines are loaded once per module, which is why it is one file; the tests that end one come last.
 Shapes: n targets, V vocabulary, K slots.
 """
 

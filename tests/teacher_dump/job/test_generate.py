@@ -26,8 +26,7 @@ from decant.teacher_dump.planning.predict import predict
 from decant.teacher_dump.planning.text import plan_text
 from tests.support import models
 from tests.support.commands import Command, command
-from tests.support.dumps import MODULE, change, save_config, save_records
-from tests.teacher_dump.job.test_dump import rows
+from tests.support.dumps import MODULE, change, rows, save_config, save_records
 
 STOPS = tuple(range(1, 40))
 """Ids that end a response of the test teacher: enough of them that many do end."""
