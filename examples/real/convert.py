@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from decant.storage.files.durable import publish
 from examples.real.fetch import GGUF
 
 PRE_TOKENIZER = "smollm"  # every digit alone, then GPT-2's rule
@@ -48,8 +49,7 @@ def convert(packages: Path, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    publish(temporary, folder)
 
 
 def main() -> None:

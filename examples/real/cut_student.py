@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from decant.storage.files.durable import publish
+
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 COPIED = (
     "tokenizer.json",
@@ -50,8 +52,7 @@ def cut(teacher: Path, student: Path, layers: Sequence[int]) -> int:
     for name in COPIED:
         if (teacher / name).exists():
             shutil.copy(teacher / name, temporary / name)
-    shutil.rmtree(student, ignore_errors=True)
-    temporary.replace(student)
+    publish(temporary, student)
     return sum(tensor.numel() for tensor in tensors.values())
 
 

@@ -13,6 +13,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from decant.storage.files.durable import publish_bytes
+
 MIN_CHARACTERS = 500  # shorter ones are often a signature and half a sentence
 HELDOUT_SHARE = 8  # one top-level module in this many is held out
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
@@ -56,9 +58,7 @@ def write(path: Path, heldout: bool, limit: int) -> int:
     for number, (name, text) in enumerate(chosen):
         lines.append(json.dumps({"id": f"{number}-{name}", "text": text}, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    publish_bytes(path, ("\n".join(lines) + "\n").encode())
     return len(chosen)
 
 

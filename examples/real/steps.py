@@ -15,6 +15,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from decant.storage.files.durable import publish_bytes
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = Path(__file__).resolve().parent
 MODULES = "examples.real."
@@ -78,10 +80,8 @@ class Steps:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
         told = {name: asdict(cost) for name, cost in self.costs.items()}
-        temporary.write_text(json.dumps(told, indent=2) + "\n")
-        temporary.replace(self.path)
+        publish_bytes(self.path, (json.dumps(told, indent=2) + "\n").encode())
 
 
 def _measured(command: list[str], cost: Cost) -> int:
