@@ -10,9 +10,8 @@ from decant.lazy import lazily
 if TYPE_CHECKING:
     from decant.teacher_dump.config import DumpConfig
     from decant.teacher_dump.engines import EngineError, TeacherConfig
-    from decant.teacher_dump.inputs.config import SourceConfig
+    from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
     from decant.teacher_dump.inputs.records import SourceError
-    from decant.teacher_dump.inputs.sequences import SequenceConfig
     from decant.teacher_dump.job.run import dump
     from decant.teacher_dump.job.start import ConfigChanged
 else:
@@ -22,7 +21,7 @@ else:
             "ConfigChanged": "decant.teacher_dump.job.start",
             "DumpConfig": "decant.teacher_dump.config",
             "EngineError": "decant.teacher_dump.engines.seam",
-            "SequenceConfig": "decant.teacher_dump.inputs.sequences",
+            "SequenceConfig": "decant.teacher_dump.inputs.config",
             "SourceConfig": "decant.teacher_dump.inputs.config",
             "SourceError": "decant.teacher_dump.inputs.records",
             "TeacherConfig": "decant.teacher_dump.engines.config",

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from decant.schemas import PRECISIONS, Truncation
 from decant.schemas.truncation import check_temperatures
 from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.inputs.config import SourceConfig
-from decant.teacher_dump.inputs.sequences import SequenceConfig
+from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
 
 LOWEST_TEMPERATURE = 0.01
 """Float32 log probs divided by less keep too few digits for the masses to sum to 1."""

@@ -1,7 +1,10 @@
-"""Which records to read, and whether the teacher answers them itself."""
+"""Which records to read, whether the teacher answers them, and how they become sequences."""
 
 import dataclasses
+import datetime
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from decant.teacher_dump.inputs.kinds import FIELDS
 from decant.teacher_dump.inputs.records import SourceError
@@ -99,6 +102,103 @@ class SourceConfig:
             raise ValueError(f"source fields reads one field twice: {self.fields}")
         if self.format in ("jsonl", "parquet"):
             refuse_hf_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class SequenceConfig:
+    """How records become token sequences."""
+
+    max_length: int = 1024
+    """Longest sequence in tokens, special tokens included."""
+
+    overlong: str = "truncate"
+    """Longer records: truncate, split (into windows "id#1", "id#2", ...), or error."""
+
+    empty: str = "error"
+    """Records without text, messages, or two tokens: error, or drop."""
+
+    duplicates: str = "keep"
+    """Records of the same tokens and targets as an earlier one: keep, or drop; both count them."""
+
+    packing: str = "none"
+    """none, or concat: plain texts joined and cut into windows of exactly max_length."""
+
+    window_head: str = "repeat"
+    """What later windows of a text begin with: repeat (what the tokenizer puts first, such as the
+    bos, as no target), or none."""
+
+    targets: str = "response"
+    """Scored tokens of messages and prompt + response: response, or all."""
+
+    add_bos: bool = False
+    """Start text and prompts with the bos token even if the tokenizer by itself does not."""
+
+    add_eos: bool = True
+    """End text and responses with the eos token even if the tokenizer by itself does not."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, e.g. {enable_thinking: false}."""
+
+    chat_date: str = ""
+    """The date (2026-01-31) for chat templates that ask for today's; they are refused without."""
+
+    chat_template: str = ""
+    """File of a chat template to use in place of the tokenizer's own."""
+
+    max_unrenderable: float = 0.05
+    """Share of the records that may be left out, and counted, because the chat template cannot say
+    what they mean (3 always may); 0: the first one stops the dump."""
+
+    accept_rendering: bool = False
+    """Go on where the tokens do not say what the record says: a template that leaves words out."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown values, and options without effect in this combination."""
+        for name, allowed in (
+            ("overlong", ("truncate", "split", "error")),
+            ("empty", ("error", "drop")),
+            ("duplicates", ("keep", "drop")),
+            ("packing", ("none", "concat")),
+            ("targets", ("response", "all")),
+            ("window_head", ("repeat", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}")
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length is {self.max_length}: expected at least 2, nothing predicts the first"
+            )
+        if self.packing == "concat" and not self.add_eos:
+            raise ValueError("packing: concat ends each document with the eos: set add_eos: true")
+        if self.packing == "concat" and self.overlong != "truncate":
+            raise ValueError(
+                f"overlong: {self.overlong} has no effect with packing: concat, which cuts"
+                " everywhere; leave it out"
+            )
+        if self.window_head != "repeat" and not self.makes_windows:
+            raise ValueError(
+                f"window_head: {self.window_head} has no effect without overlong: split or packing:"
+                " concat; leave it out"
+            )
+        if not 0 <= self.max_unrenderable <= 1:
+            raise ValueError(f"max_unrenderable is {self.max_unrenderable}, must lie in [0, 1]")
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"chat_template_kwargs must hold plain JSON values: {error}; quote dates"
+            ) from error
+        try:
+            datetime.date.fromisoformat(self.chat_date or "2026-01-31")
+        except ValueError as error:
+            raise ValueError(
+                f"chat_date is {self.chat_date!r}: expected a date such as 2026-01-31"
+            ) from error
+
+    @property
+    def makes_windows(self) -> bool:
+        """Whether a text may become several sequences."""
+        return self.overlong == "split" or self.packing == "concat"
 
 
 def refuse_hf_options(config: SourceConfig) -> None:

@@ -27,8 +27,7 @@ from decant.storage.cache import paths
 from decant.storage.files.sealed import publish_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.inputs.config import SourceConfig
-from decant.teacher_dump.inputs.sequences import SequenceConfig
+from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
 from decant.teacher_dump.job.run import dump
 from decant.teacher_dump.job.start import ConfigChanged
 from decant.teacher_dump.tokenizer import load_tokenizer, save_tokenizer, shared_vocab_size

@@ -13,8 +13,7 @@ from decant.student_train import StudentConfig, train
 from decant.student_train.model.student import load_student, load_tokenizer
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.inputs.config import SourceConfig
-from decant.teacher_dump.inputs.sequences import SequenceConfig
+from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
 from decant.teacher_dump.job.run import dump
 from tests.support import models, trainings
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decant.teacher_dump.inputs.config import SequenceConfig
 from decant.teacher_dump.inputs.records import SourceError
-from decant.teacher_dump.inputs.sequences import SequenceConfig
 from tests.support.records import (
     ANSWERS,
     BOS,
