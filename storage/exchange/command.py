@@ -7,7 +7,7 @@ from decant.storage.cache.command import refuse_missing
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Named, Shown, Word
-from decant.storage.exchange.survey import ImportConfig
+from decant.storage.exchange.config import ImportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,11 @@ class ImportArguments(ImportConfig):
     """A .parquet, .jsonl or .arrow file, a directory of them, or a saved Hugging Face dataset."""
     out: Annotated[str, Word("OUT")]
     """The cache: a local directory that does not exist yet."""
-    file_format: Annotated[Literal["distillkit", "axolotl"], Named("format")]
-    """Which tool's columns."""
+    file_format: Annotated[
+        Literal["distillkit", "axolotl", "vllm", "trl", "tinker", "megatron", "llamacpp"],
+        Named("format"),
+    ]
+    """Which tool wrote it."""
     tokenizer: Annotated[str, Shown("DIR")] = ""
     """Directory of the tokenizer of the ids; it is kept in the cache."""
 
