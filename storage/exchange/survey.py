@@ -283,7 +283,7 @@ class Survey:
         if self.over and not self.config.renormalised:
             yield (
                 f"{self.over} of {self.targets} targets have probabilities that add up to more "
-                f"than 1, at worst by {max(self.excess.value, 0):.2g} beyond what rounding explains; "
+                f"than 1, at worst by {max(self.excess.value, 0):.2g} beyond rounding; "
                 "they are scaled down to 1"
             )
         if self.unknown:
