@@ -1,4 +1,4 @@
-"""axolotl's columns: as collected for its KD plug-in, and as prepared for training; in.
+"""axolotl's columns: as collected for its KD plug-in, and as prepared for training; in and out.
 
 A prepared list j is about token j + 1, and renormalised over its entries. Of collected lists the
 last is about the last token.
@@ -6,12 +6,15 @@ last is about the last token.
 
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from decant.storage.cache.rows import Rows
 from decant.storage.exchange.columns import Lists, Row, entries, plain, read_rows
 from decant.storage.exchange.config import ImportConfig
-from decant.storage.exchange.foreign import ForeignError, ForeignRecord
+from decant.storage.exchange.foreign import IGNORED_LABEL, ForeignError, ForeignRecord
+from decant.storage.exchange.peers import Peer, ragged
 
 IDS, LOGPROBS, MASK = "target_token_ids", "target_logprobs", "target_mask"
 FORMAT = "axolotl"
@@ -49,3 +52,40 @@ def _objects(row: Row, name: str) -> Lists:
             f'target_token_ids, or objects of "logprob" and "token": "token_id:N" ({error})'
         ) from error
     return entries(row, name, ids, name, values, starts)
+
+
+def table(peer: Peer, rows: Rows) -> pa.Table:
+    """Rows that its KD plug-in trains from: list j is about token j + 1, as its loss compares them.
+
+    Tokens without a distribution have an empty list before them, and the label -100; its collator
+    fills lists up and masks what it fills.
+    """
+    sequences = [rows[i] for i in range(len(rows))]
+    lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
+    entries, ids, values, labels = [], [], [], []
+    for s in sequences:
+        used = s.token_ids >= 0
+        here = np.zeros(len(s.input_ids), np.int64)
+        here[s.positions - 1] = used.sum(axis=1)
+        entries.append(here)
+        ids.append(s.token_ids[used])
+        values.append(peer.values(s)[used])
+        labels.append(np.where(s.is_target, s.input_ids, IGNORED_LABEL))
+    flat = np.concatenate(values)
+
+    def per_token(items: pa.Array) -> pa.ListArray:
+        return ragged(lengths, items)
+
+    def per_entry(items: pa.Array) -> pa.ListArray:
+        return per_token(ragged(np.concatenate(entries), items))
+
+    return pa.table(
+        {
+            "input_ids": per_token(pa.array(rows.input_ids)),
+            "attention_mask": per_token(pa.array(np.ones(len(rows.input_ids), np.int8))),
+            "labels": per_token(pa.array(np.concatenate(labels).astype(np.int32))),
+            IDS: per_entry(pa.array(np.concatenate(ids))),
+            LOGPROBS: per_entry(pa.array(flat)),
+            MASK: per_entry(pa.array(np.ones(len(flat), np.int8))),
+        }
+    )

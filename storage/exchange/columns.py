@@ -127,7 +127,9 @@ class Row:
         tokens = self.integers("input_ids")
         length, num_lists = len(tokens), len(lists[0])
         wanted = None
-        if "labels" in self.names:
+        if "is_target" in self.names:
+            wanted = self.integers("is_target", length) != 0
+        elif "labels" in self.names:
             wanted = self.integers("labels", length) != IGNORED_LABEL
         lengths = f"{num_lists} lists for {length} tokens"
         if from_end and num_lists > length:

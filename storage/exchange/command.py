@@ -18,10 +18,17 @@ class ExportArguments:
     """The cache: a directory or an fsspec URL."""
     out: Annotated[str, Word("OUT")]
     """A local directory that does not exist yet."""
-    format: Literal["parquet", "hf"] = "parquet"
-    """parquet: a file per shard; hf: opens with datasets.load_from_disk."""
+    to: Literal["lists", "hf", "axolotl", "distillkit"] = "lists"
+    """Who is to read it; hf: lists, for datasets.load_from_disk."""
+    format: Literal["parquet", "hf"] | None = None
+    """parquet: a file per shard, as lists are; hf: opens with datasets.load_from_disk, as the
+    others do."""
     rows: Literal["sequences", "targets"] = "sequences"
-    """What a row is; targets is the form for SQL."""
+    """lists, hf: what a row is; targets is the form for SQL."""
+    temperature: float = 1.0
+    """axolotl: log probs at this stored temperature, for its kd_temperature."""
+    renormalise: bool = False
+    """axolotl: log probs that add up to 1 over the kept ids, as its own preparation makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +58,11 @@ def run_export(arguments: ExportArguments) -> int:
         report = export(
             arguments.url,
             arguments.out,
+            to=arguments.to,
             file_format=arguments.format,
             rows=arguments.rows,
+            temperature=arguments.temperature,
+            renormalise=arguments.renormalise,
             progress=progress,
         )
     print(
@@ -80,8 +90,15 @@ EXPORT = Command(
     text="""
   decant export caches/demo exported
   decant export caches/demo exported --rows targets
-  decant export caches/demo dataset --format hf
+  decant export caches/demo dataset --to hf
+  decant export caches/demo for-axolotl --to axolotl
+  decant export caches/demo for-distillkit --to distillkit
 
+--to lists, hf     all that the cache holds, in plain lists, as below
+--to axolotl       input_ids, attention_mask, labels, target_token_ids,
+                   target_logprobs, target_mask: its KD plug-in trains from them
+--to distillkit    input_ids, attention_mask, labels, token_ids, top_values, all
+                   of one length: its dataset.prepacked trains from them
 --rows sequences   a row per sequence: input_ids, is_target, positions of its n
                    targets, and for each of them a list of token_ids and one of
                    logprobs (float32, natural log)

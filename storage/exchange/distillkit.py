@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from decant.storage.cache.rows import Rows
 from decant.storage.exchange.columns import Lists, Row, plain, read_rows
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.distillkit_codec import (
@@ -19,7 +20,8 @@ from decant.storage.exchange.distillkit_codec import (
     read_codec,
     unpack_bits,
 )
-from decant.storage.exchange.foreign import ForeignError, ForeignRecord
+from decant.storage.exchange.foreign import IGNORED_LABEL, ForeignError, ForeignRecord
+from decant.storage.exchange.peers import NO_VALUE, Peer, ragged
 
 PLAIN = ("token_ids", "top_values")
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
@@ -118,3 +120,51 @@ def _block(row: Row, name: str, kind: pa.DataType | None = None) -> NDArray:
     values = numbers.to_numpy(zero_copy_only=False)
     values = values.view(np.uint64) if of_word else values
     return values.reshape(len(lengths), -1) if len(lengths) else values.reshape(0, 0)
+
+
+def table(peer: Peer, rows: Rows) -> pa.Table:
+    """Rows that it trains from as `prepacked`: all of one length, K entries at every token.
+
+    Its losses mask list j, which is about token j + 1, by labels[j]: that is the token where there
+    is such a list, and -100 elsewhere. `is_target` says which tokens the lists are about.
+    """
+    n, length, slots = len(rows), peer.longest, peer.slots
+    ids = np.tile(np.arange(slots, dtype=np.int32), (n, length, 1))
+    values = np.full((n, length, slots), NO_VALUE, np.float32)
+    tokens, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int8)
+    labels, is_target = np.full((n, length), IGNORED_LABEL, np.int32), np.zeros((n, length), bool)
+    for i in range(n):
+        s = rows[i]
+        tokens[i, : len(s.input_ids)], mask[i, : len(s.input_ids)] = s.input_ids, 1
+        at = s.positions - 1
+        labels[i, at], is_target[i, s.positions] = s.input_ids[at], True
+        used = s.token_ids >= 0
+        ids[i, at] = _filled(s.token_ids)
+        values[i, at] = np.where(used, peer.values(s), NO_VALUE)
+
+    def lists(array: NDArray) -> pa.Array:
+        whole = pa.array(array.reshape(-1))
+        for size in reversed(array.shape[1:]):
+            whole = ragged(np.full(len(whole) // size, size), whole)
+        return whole
+
+    return pa.table(
+        {
+            "input_ids": lists(tokens),
+            "attention_mask": lists(mask),
+            "labels": lists(labels),
+            "is_target": lists(is_target),
+            PLAIN[0]: lists(ids),
+            PLAIN[1]: lists(values),
+        }
+    )
+
+
+def _filled(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Ids [n, K] with unused slots taken by the first ids that the target does not keep."""
+    filled = token_ids.copy()
+    for i in np.flatnonzero((token_ids < 0).any(axis=1)):
+        row = filled[i]
+        free = np.setdiff1d(np.arange(2 * len(row), dtype=np.int32), row)
+        row[row < 0] = free[: (row < 0).sum()]
+    return filled
