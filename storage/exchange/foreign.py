@@ -43,6 +43,8 @@ class ForeignRecord:
     """[m, W] log probs, or logits; -inf = no entry."""
     actual: NDArray[np.float64] | None = None
     """[m] log prob of the actual token where the file has it beside the entries; NaN where not."""
+    floored: NDArray[np.bool_] | None = None
+    """[m] whether `actual` is only an upper bound, the least that the file can say."""
     log_tail: NDArray[np.float64] | None = None
     """[m] log of the mass that the entries leave, where the file has all of it; else None."""
     rounding: float = 0.0
@@ -84,6 +86,7 @@ def make_record(
     span: tuple[int, int] | None = None,
     wanted: NDArray[np.bool_] | None = None,
     actual: NDArray[np.float64] | None = None,
+    floored: NDArray[np.bool_] | None = None,
     log_tail: NDArray[np.float64] | None = None,
     rounding: float = 0.0,
 ) -> ForeignRecord:
@@ -110,6 +113,7 @@ def make_record(
         token_ids=ids[lists],
         values=values[lists],
         actual=None if actual is None else actual[lists],
+        floored=None if floored is None else floored[lists],
         log_tail=None if log_tail is None else log_tail[lists],
         rounding=rounding,
     )

@@ -128,6 +128,7 @@ def _draft(
             "files": files,
             **options,
             "unknown_labels": survey.unknown,
+            "floored_labels": survey.floored,
             "unresolved_tails": 0 if config.renormalised else survey.unresolved,
             "scaled_targets": 0 if config.renormalised else survey.over,
             "fingerprint": identity,

@@ -110,8 +110,8 @@ def read(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
                 labels = tokens[np.clip(np.arange(at, at + lines), 0, header.n_ctx - 1)]
                 here = f"{where}, list {start}"
                 parts.append(_top(here, data.reshape(lines, -1), header.n_vocab, k, labels))
-            ids, values, log_tail, actual = (
-                np.concatenate([part[i] for part in parts]) for i in range(4)
+            ids, values, log_tail, actual, floored = (
+                np.concatenate([part[i] for part in parts]) for i in range(5)
             )
             offset = header.first + 1 + config.shift
             yield make_record(
@@ -123,6 +123,7 @@ def read(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
                 values,
                 vocab_size,
                 actual=actual,
+                floored=floored,
                 log_tail=log_tail,
             )
 
@@ -138,8 +139,8 @@ def _bos(config: ImportConfig, first: int) -> int:
 
 def _top(
     where: str, lines: NDArray[np.uint8], n_vocab: int, k: int, labels: NDArray[np.int64]
-) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Ids [n, k], log probs [n, k], log tail [n], and the actual tokens' log probs [n].
+) -> tuple[NDArray, ...]:
+    """Ids and log probs [n, k], log tail [n], actual tokens' log probs [n], whether at the floor.
 
     The tail is what the kept ids leave of 1, within what the others can hold; all is scaled so that
     it adds up to 1, by less than the step of the codes.
@@ -173,4 +174,5 @@ def _top(
     own = np.take_along_axis(codes, labels[:, None], 1)[:, 0]
     actual = low[:, 0].astype(np.float64) + scale[:, 0].astype(np.float64) * own
     with np.errstate(divide="ignore"):
-        return ids, values - log_total[:, None], np.log(tail) - log_total, actual - log_total
+        log_tail = np.log(tail) - log_total
+    return ids, values - log_total[:, None], log_tail, actual - log_total, own == 0

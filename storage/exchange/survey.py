@@ -63,6 +63,8 @@ class Survey:
     unknown: int = 0
     """Targets whose actual token is not."""
     first_unknown: str = ""
+    floored: int = 0
+    """Targets whose actual token's log prob is only an upper bound."""
     most: _Peak = field(default_factory=_Peak)
     """Entries of a target."""
     fewest: _Peak = field(default_factory=_Peak)
@@ -115,6 +117,8 @@ class Survey:
         self.found += int(known.sum())
         self.renormalised += int((np.abs(mass - 1) <= TOLERANCE).sum())
         self.over += int((mass > 1 + TOLERANCE).sum())
+        if record.floored is not None:
+            self.floored += int(record.floored.sum())
         if record.log_tail is None:
             self.unresolved += int((1 - mass < TAIL_RESOLUTION).sum())
         self._align(record, values[each, counts - 1] if len(each) else mass)
@@ -237,19 +241,21 @@ class Survey:
 
     def _judge_logprobs(self) -> None:
         allowed = max(TOLERANCE, self.config.max_excess)
+        mend = (
+            f"--max-excess {self.excess.value * 1.06:.2g} to scale such lists down to 1 "
+            f"({self.over} of {self.targets} add up to more)"
+        )
         if self.top_value.value > max(TOLERANCE, np.log1p(self.config.max_excess)):
             raise ForeignError(
                 f"{self.top_value.place}: {self.top_value.value:g} is a logit, expected log probs "
-                "over the vocabulary: give --renormalised to import its softmax over the kept ids"
+                "over the vocabulary: give --renormalised to import its softmax over the kept "
+                f"ids, or, if the values were fitted, {mend}"
             )
         if self.excess.value > allowed:
-            worst = self.excess.value
             raise ForeignError(
-                f"{self.excess.place}: probabilities add up to {1 + worst:.6f}, expected at most 1 "
-                f"within {allowed:g} and the rounding of the values: these are no log probs over "
-                f"the vocabulary, or are known too roughly: give --max-excess "
-                f"{worst * 1.001:.2g} to scale such lists down to 1 ({self.over} of "
-                f"{self.targets} add up to more)"
+                f"{self.excess.place}: probabilities add up to {1 + self.excess.value:.6f}, "
+                f"expected at most 1 within {allowed:g} and the rounding of the values: these are "
+                f"no log probs over the vocabulary, or are known too roughly: give {mend}"
             )
         if self.unexplained.value > allowed:
             raise ForeignError(
@@ -285,6 +291,11 @@ class Survey:
                 f"{self.over} of {self.targets} targets have probabilities that add up to more "
                 f"than 1, at worst by {max(self.excess.value, 0):.2g} beyond rounding; "
                 "they are scaled down to 1"
+            )
+        if self.floored:
+            yield (
+                f"{self.floored} of {self.targets} targets' actual tokens are at the floor of what "
+                "the file can say: their label_logprob is an upper bound"
             )
         if self.unknown:
             what = {
