@@ -93,7 +93,7 @@ class Codec:
         if self.polynomial_terms:
             fit = _fit(self._terms(), coefficients, self.term_dtype)
             rest = _rounded(fit + rest, dtype := _wider(self.term_dtype, self.exact_dtype))
-        values = np.concatenate([exact, rest], axis=1, dtype=_computed(dtype))
+        values: NDArray = np.concatenate([exact, rest], axis=1, dtype=_computed(dtype))
         if self.delta_encoding:
             values = np.cumsum(values.astype(np.float32), axis=1, dtype=np.float64)
             values = _rounded(values.astype(np.float32), self.exact_dtype)

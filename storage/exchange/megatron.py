@@ -66,7 +66,8 @@ def read(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
             raise ForeignError(f"{where}: {sorted(microbatches)} microbatches on different ranks")
         for m, dp in itertools.product(range(microbatches.pop()), range(dp_size)):
             parts = [by_rank[cp, dp] for cp in range(cp_size)]
-            values, ids = (_whole(where, [part[i][m] for part in parts]) for i in (0, 1))
+            values = _whole(where, [of_values[m] for of_values, _, _ in parts])
+            ids = _whole(where, [of_ids[m] for _, of_ids, _ in parts])
             rounding = ROUNDING[parts[0][2]]
             for b in range(values.shape[1]):
                 here = f"{where} microbatch {m} rank {dp} sample {b}"
