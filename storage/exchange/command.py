@@ -36,7 +36,8 @@ class ImportArguments(ImportConfig):
     """What to import, how, and where to."""
 
     path: Annotated[str, Word("SRC")]
-    """A .parquet, .jsonl or .arrow file, a directory of them, or a saved Hugging Face dataset."""
+    """What the other tool wrote: a .parquet, .jsonl or .arrow file, a directory of them, a saved
+    Hugging Face dataset; a directory of tars; a .kld file."""
     out: Annotated[str, Word("OUT")]
     """The cache: a local directory that does not exist yet."""
     file_format: Annotated[
@@ -117,22 +118,33 @@ IMPORT = Command(
     text="""
   decant import dump.parquet caches/new --format distillkit \\
       --teacher Qwen/Qwen3-8B --tokenizer models/qwen3-8b
-  decant import last_run_prepared/0a1b caches/new --format axolotl \\
-      --teacher Qwen/Qwen3-8B --tokenizer models/qwen3-8b --renormalised
+  decant import packed caches/new --format distillkit --codec run.yaml \\
+      --teacher Qwen/Qwen3-235B-A22B --tokenizer models/qwen3-235b
+  decant import base.kld caches/new --format llamacpp --k 64 \\
+      --precision compact --teacher Qwen/Qwen3-8B --tokenizer models/qwen3-8b
 
---format distillkit   input_ids, token_ids, top_values; list j is about token
-                      j + 1
+--format distillkit   input_ids with token_ids and top_values, or compressed
+                      (--codec, or compression_config.yaml beside the rows),
+                      also packed; list j is about token j + 1
 --format axolotl      input_ids, target_token_ids, target_logprobs, target_mask
                       as prepared for training (list j is about token j + 1,
                       renormalised); or as collected: input_ids, logprobs and
                       target_token_ids (the last list is about the last token)
-Both honour labels (-100 is not a target) and attention_mask.
+--format vllm         JSON lines with prompt_logprobs and prompt_token_ids, of
+                      the engine, the server or the batch runner
+--format trl          JSON lines: answers of TRL's vLLM server with sequences and
+                      prompt_lengths of the request, or of /generate/
+--format tinker       JSON lines: sample responses with the request's prompt
+--format megatron     the directory of --logits-save-dir, and --tokens
+--format llamacpp     the file of llama-perplexity --kl-divergence-base
+Rows honour labels (-100 is not a target) and attention_mask.
 
 Values must be natural log probs at temperature 1 over the whole vocabulary; the
 mass that is not kept is what they leave of 1. A dump that is renormalised,
 shifted by a token or of logits is refused with the option that imports it all
 the same; the manifest records that option. OUT appears when it is complete.
-docs/exchange.md has the details. Exit code 0, or 2 with one line of why not.
+docs/exchange.md says what is read of each, and what is lost. Exit code 0, or 2
+with one line of why not.
 """,
     arguments=ImportArguments,
     run=run_import,

@@ -127,8 +127,8 @@ PULL = Command(
 
 Copies a cache that was pushed and verifies every byte; DIR appears when it is
 whole. An interrupted pull goes on where it was. To train without a copy, give
-hf://datasets/me/demo-cache wherever a cache is asked for. Exit code 0; 1 if what
-was copied is damaged; 2 with one line of why not.
+hf://datasets/me/demo-cache wherever a cache is asked for. Exit code 0; 1 if
+what was copied is damaged; 2 with one line of why not.
 """,
     arguments=PullArguments,
     run=run_pull,
