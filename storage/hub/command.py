@@ -112,10 +112,11 @@ PUSH = Command(
 The cache is verified, described in a dataset card (figures of inspect, how to
 read it), uploaded, and compared with what arrived. Shards, plan, records,
 tokenizer, kept figures and generated records travel; other files in its
-directory do not. The texts that were scored are in the shards, as token ids and,
-where they are kept, as conversations: whoever can read the repository can read
-them. An interrupted push goes on where it was. A repository that holds another cache or other files is refused. Exit
-code 0; 1 if the cache is damaged; 2 with one line of why not.
+directory do not. The texts that were scored are in the shards as token ids,
+and as conversations where those are kept: whoever can read the repository can
+read them. An interrupted push goes on where it was. A repository that holds another
+cache or other files is refused. Exit code 0; 1 if the cache is damaged; 2 with
+one line of why not.
 """,
     arguments=PushArguments,
     run=run_push,
