@@ -4,13 +4,13 @@ A prepared list j is about token j + 1, and renormalised over its entries. Of co
 last is about the last token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from decant.storage.cache.rows import Rows
+from decant.schemas import ScoredSequence
 from decant.storage.exchange.columns import Lists, Row, entries, plain, read_rows
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import IGNORED_LABEL, ForeignError, ForeignRecord
@@ -54,13 +54,12 @@ def _objects(row: Row, name: str) -> Lists:
     return entries(row, name, ids, name, values, starts)
 
 
-def table(peer: Peer, rows: Rows) -> pa.Table:
+def table(peer: Peer, sequences: Sequence[ScoredSequence]) -> pa.Table:
     """Rows that its KD plug-in trains from: list j is about token j + 1, as its loss compares them.
 
     Tokens without a distribution have an empty list before them, and the label -100; its collator
     fills lists up and masks what it fills.
     """
-    sequences = [rows[i] for i in range(len(rows))]
     lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
     entries, ids, values, labels = [], [], [], []
     for s in sequences:
@@ -71,7 +70,7 @@ def table(peer: Peer, rows: Rows) -> pa.Table:
         ids.append(s.token_ids[used])
         values.append(peer.values(s)[used])
         labels.append(np.where(s.is_target, s.input_ids, IGNORED_LABEL))
-    flat = np.concatenate(values)
+    tokens, flat = np.concatenate([s.input_ids for s in sequences]), np.concatenate(values)
 
     def per_token(items: pa.Array) -> pa.ListArray:
         return ragged(lengths, items)
@@ -81,8 +80,8 @@ def table(peer: Peer, rows: Rows) -> pa.Table:
 
     return pa.table(
         {
-            "input_ids": per_token(pa.array(rows.input_ids)),
-            "attention_mask": per_token(pa.array(np.ones(len(rows.input_ids), np.int8))),
+            "input_ids": per_token(pa.array(tokens)),
+            "attention_mask": per_token(pa.array(np.ones(len(tokens), np.int8))),
             "labels": per_token(pa.array(np.concatenate(labels).astype(np.int32))),
             IDS: per_entry(pa.array(np.concatenate(ids))),
             LOGPROBS: per_entry(pa.array(flat)),

@@ -4,13 +4,13 @@ List j is about token j + 1. Rows of its packer number their documents in `atten
 list of a document is about a token that was cut off, so it has no actual token and is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from decant.storage.cache.rows import Rows
+from decant.schemas import ScoredSequence
 from decant.storage.exchange.columns import Lists, Row, plain, read_rows
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.distillkit_codec import (
@@ -122,19 +122,18 @@ def _block(row: Row, name: str, kind: pa.DataType | None = None) -> NDArray:
     return values.reshape(len(lengths), -1) if len(lengths) else values.reshape(0, 0)
 
 
-def table(peer: Peer, rows: Rows) -> pa.Table:
+def table(peer: Peer, sequences: Sequence[ScoredSequence]) -> pa.Table:
     """Rows that it trains from as `prepacked`: all of one length, K entries at every token.
 
     Its losses mask list j, which is about token j + 1, by labels[j]: that is the token where there
     is such a list, and -100 elsewhere. `is_target` says which tokens the lists are about.
     """
-    n, length, slots = len(rows), peer.longest, peer.slots
+    n, length, slots = len(sequences), peer.longest, peer.slots
     ids = np.tile(np.arange(slots, dtype=np.int32), (n, length, 1))
     values = np.full((n, length, slots), NO_VALUE, np.float32)
     tokens, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int8)
     labels, is_target = np.full((n, length), IGNORED_LABEL, np.int32), np.zeros((n, length), bool)
-    for i in range(n):
-        s = rows[i]
+    for i, s in enumerate(sequences):
         tokens[i, : len(s.input_ids)], mask[i, : len(s.input_ids)] = s.input_ids, 1
         at = s.positions - 1
         labels[i, at], is_target[i, s.positions] = s.input_ids[at], True

@@ -3,7 +3,6 @@
 Decides nothing about values, and nothing about columns: each form's own module makes its tables.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -82,14 +81,20 @@ def export(
     if to in PEERS:
         peer = Peer.of(reader, to, temperature=temperature, renormalise=renormalise)
         make = axolotl.table if to == "axolotl" else distillkit.table
-        table_of: Callable[[Rows], pa.Table] = functools.partial(make, peer)
+
+        def made(group: Rows) -> Iterator[pa.Table]:
+            return (make(peer, sequences) for sequences in peer.batches(group))
+
     else:
         plain = lists.sequences if rows == "sequences" else lists.targets
-        table_of = functools.partial(plain, layout=reader.manifest.layout)
+
+        def made(group: Rows) -> Iterator[pa.Table]:
+            yield plain(group, reader.manifest.layout)
 
     def tables(members: Iterable[int]) -> Iterator[pa.Table]:
         for i in members:
-            yield table_of(reader.read(groups[i])).replace_schema_metadata(metadata)
+            for table in made(reader.read(groups[i])):
+                yield table.replace_schema_metadata(metadata)
             if progress:
                 progress(i + 1, len(groups))
 

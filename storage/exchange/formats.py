@@ -1,9 +1,21 @@
 """Which tool's files are read where: the one list of formats that an import knows."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from decant.storage.exchange import axolotl, distillkit, llamacpp, megatron, tinker, trl, vllm
+from decant.storage.exchange import (
+    axolotl,
+    distillkit,
+    distillkit_codec,
+    llamacpp,
+    megatron,
+    tinker,
+    trl,
+    vllm,
+)
 from decant.storage.exchange.columns import table_files
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import ForeignRecord
@@ -36,6 +48,14 @@ def source_files(config: ImportConfig) -> list[Path]:
 def stated_vocab_size(config: ImportConfig) -> int:
     """V as the source itself says it; 0 where it does not."""
     return llamacpp.read_header(config).n_vocab if config.file_format == "llamacpp" else 0
+
+
+def found_settings(config: ImportConfig) -> dict[str, Any]:
+    """What an import was told, or found beside the source, that the options do not show."""
+    if config.file_format != "distillkit":
+        return {}
+    codec = distillkit_codec.read_codec(config.codec, config.path)
+    return {"codec": json.loads(json.dumps(dataclasses.asdict(codec)))} if codec else {}
 
 
 def stated_nucleus(config: ImportConfig) -> float:

@@ -20,6 +20,7 @@ from decant.storage.cache.writer import write_cache
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import ForeignRecord
 from decant.storage.exchange.formats import (
+    found_settings,
     read_foreign,
     source_files,
     stated_nucleus,
@@ -103,11 +104,11 @@ def _draft(
         "normalised_over": "kept ids" if config.renormalised else "vocabulary",
         "unknown_label": config.unknown_label,
     }
-    options |= {
-        name: getattr(config, name)
-        for name, default in (("max_excess", 0.0), ("codec", ""), ("bos", -1))
-        if getattr(config, name) != default
-    }
+    if config.max_excess:
+        options["max_excess"] = config.max_excess
+    if config.bos >= 0:
+        options["bos"] = config.bos
+    options |= found_settings(config)
     identity = xxhash.xxh3_128(canonical({**options, "files": files})).hexdigest()
     return Manifest.draft(
         teacher=TeacherInfo(

@@ -19,7 +19,6 @@ from decant.storage.exchange.tokenizer_files import TokenizerFiles
 
 MAGIC = b"_logits_"
 HEADER = 20
-LEVELS = 65_535
 ROWS = 16
 """Lines held at a time: 5 MB at a vocabulary of 150,000."""
 

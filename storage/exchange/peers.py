@@ -3,6 +3,7 @@
 Shapes: L tokens of a sequence, n targets, K slots.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence
 from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.rows import Rows
 
+MOST_ENTRIES = 1 << 22
+"""Of a table whose sequences are all of one length."""
 NO_VALUE = -1e9
 """Of places without an entry: e^-1e9 is 0, and nothing computed from it is NaN."""
 
@@ -53,6 +57,12 @@ class Peer:
             column=manifest.temperatures.index(temperature),
             renormalise=renormalise,
         )
+
+    def batches(self, rows: Rows) -> Iterator[list[ScoredSequence]]:
+        """The sequences of a row group, few at a time where all are filled up to the longest."""
+        each = max(MOST_ENTRIES // (self.longest * self.slots), 1) if self.longest else len(rows)
+        for start in range(0, len(rows), max(each, 1)):
+            yield [rows[i] for i in range(start, min(start + each, len(rows)))]
 
     def values(self, sequence: ScoredSequence) -> NDArray[np.float32]:
         """[n, K] log probs at the temperature, over the vocabulary or the kept ids."""

@@ -114,7 +114,7 @@ class Survey:
             self.first_unknown = self.first_unknown or record.place(int(np.argmin(known)))
             self.unknown += int((~known).sum())
         self.targets += len(known)
-        self.found += int(known.sum())
+        self.found += int((record.token_ids == record.labels[:, None]).any(axis=1).sum())
         self.renormalised += int((np.abs(mass - 1) <= TOLERANCE).sum())
         self.over += int((mass > 1 + TOLERANCE).sum())
         if record.floored is not None:

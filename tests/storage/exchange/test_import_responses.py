@@ -168,6 +168,8 @@ def test_distillkits_codecs_are_decoded_as_it_decodes_them(name: str, tmp_path: 
     found = sequences(source, tmp_path / "cache", "distillkit")
     decoded = pq.read_table(FIXTURES / "distillkit" / "decoded" / f"{name}.parquet").to_pylist()
     codec = read_codec("", str(source))
+    told = CacheReader(tmp_path / "cache").manifest.source["codec"]
+    assert told["k"] == K and told["exact_k"] == codec.exact_k
     assert isinstance(codec, LegacyCodec if name == "legacy" else Codec)
     steps = {"residuals": 2.0**-10}  # of float16; the others compute in float32
     for sequence, row in zip(found, decoded, strict=True):
@@ -385,7 +387,7 @@ def test_other_files_than_llamacpps_are_refused(tmp_path: Path) -> None:
         config(source, "llamacpp", codec="x")
 
 
-@pytest.mark.parametrize("file_format", ["llamacpp", "vllm"])
+@pytest.mark.parametrize("file_format", ["llamacpp", "vllm", "tinker"])
 def test_shifted_rows_are_recognised_by_the_actual_tokens(file_format: str, tmp_path: Path) -> None:
     """Where every list holds nearly every id, their log probs tell."""
     generator = np.random.default_rng(5)
@@ -397,8 +399,13 @@ def test_shifted_rows_are_recognised_by_the_actual_tokens(file_format: str, tmp_
     shifted = [Known(r.input_ids, np.roll(r.dense, 1, axis=0)) for r in records]
     if file_format == "llamacpp":
         source = files.kld_base(tmp_path / "base.kld", shifted)
-    else:
+    elif file_format == "vllm":
         source = files.json_lines(tmp_path / "answers.jsonl", files.vllm_outputs(shifted))
+    else:  # the actual tokens' own log probs are right, the lists are not
+        lines = files.tinker_prompts(shifted)
+        for line, right in zip(lines, files.tinker_prompts(records), strict=True):
+            line["prompt_logprobs"] = right["prompt_logprobs"]
+        source = files.json_lines(tmp_path / "answers.jsonl", lines)
     options = {"k": V} if file_format == "llamacpp" else {}
     with pytest.raises(ForeignError, match="the rows are shifted; give --shift -1") as caught:
         import_cache(config(source, file_format, **options), tmp_path / "cache")
