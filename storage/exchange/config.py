@@ -40,7 +40,7 @@ class ImportConfig:
     unknown_label: str = "refuse"
     """refuse | bound | skip targets whose actual token is not among the entries."""
     max_excess: float = 0.0
-    """Scale lists whose probabilities add up to at most this much more than 1 down to 1."""
+    """Scale lists whose probabilities miss 1 by at most this much, as fitted ones do, to 1."""
     shift: int = 0
     """Move every list by so many tokens from where the format puts it."""
     logprobs_field: str = "logprobs"

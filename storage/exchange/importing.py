@@ -131,7 +131,7 @@ def _draft(
             "unknown_labels": survey.unknown,
             "floored_labels": survey.floored,
             "unresolved_tails": 0 if config.renormalised else survey.unresolved,
-            "scaled_targets": 0 if config.renormalised else survey.over,
+            "scaled_targets": 0 if config.renormalised else survey.scaled,
             "fingerprint": identity,
         },
         sequences={
@@ -172,13 +172,14 @@ def _scored(config: ImportConfig, record: ForeignRecord, k: int, vocab_size: int
         moved = np.logaddexp.reduce(values[:, :k], axis=1)
         log_tail = np.full(len(targets), -np.inf)
     else:
-        mass = np.exp(values).sum(axis=1)
-        moved = np.where(mass > 1 + TOLERANCE, np.log(np.maximum(mass, 1)), 0)
+        if record.log_tail is None:
+            log_tail = _log_tail(values, k, vocab_size)
+        else:
+            log_tail = record.log_tail[targets]
+        total = np.exp(values[:, :k]).sum(axis=1) + np.exp(log_tail)
+        moved = np.where(np.abs(total - 1) > TOLERANCE, np.log(total), 0)
+        log_tail = log_tail - moved
     values, own = values - moved[:, None], own - moved
-    if record.log_tail is not None and not config.renormalised:
-        log_tail = record.log_tail[targets] - moved
-    elif not config.renormalised:
-        log_tail = _log_tail(values, k, vocab_size)
     logprobs = values[:, :k].astype(np.float32)
     last = _last(logprobs)
     bound = np.where(np.isfinite(log_tail), np.minimum(last, log_tail), last)

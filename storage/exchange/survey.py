@@ -72,8 +72,8 @@ class Survey:
     top_value: _Peak = field(default_factory=_Peak)
     excess: _Peak = field(default_factory=_Peak)
     """Mass above 1, less what the rounding of the file's values can add."""
-    over: int = 0
-    """Targets whose probabilities add up to more than 1."""
+    scaled: int = 0
+    """Targets whose probabilities add up to more than 1, or to less than what is left explains."""
     lost_mass: _Peak = field(default_factory=_Peak)
     """Mass that the entries leave."""
     unexplained: _Peak = field(default_factory=_Peak)
@@ -100,7 +100,7 @@ class Survey:
             last -= added & (counts > 1)
             unexplained = 1 - mass - (self.vocab_size - counts) * p[each, last] - rounded
         if record.log_tail is not None:
-            unexplained = np.zeros(len(known))
+            unexplained = -rounded
         for peak, quantity in (
             (self.most, counts),
             (self.fewest, -counts),
@@ -116,7 +116,7 @@ class Survey:
         self.targets += len(known)
         self.found += int((record.token_ids == record.labels[:, None]).any(axis=1).sum())
         self.renormalised += int((np.abs(mass - 1) <= TOLERANCE).sum())
-        self.over += int((mass > 1 + TOLERANCE).sum())
+        self.scaled += int(((mass > 1 + TOLERANCE) | (unexplained + rounded > TOLERANCE)).sum())
         if record.floored is not None:
             self.floored += int(record.floored.sum())
         if record.log_tail is None:
@@ -242,8 +242,8 @@ class Survey:
     def _judge_logprobs(self) -> None:
         allowed = max(TOLERANCE, self.config.max_excess)
         mend = (
-            f"--max-excess {self.excess.value * 1.06:.2g} to scale such lists down to 1 "
-            f"({self.over} of {self.targets} add up to more)"
+            f"--max-excess {max(self.excess.value, self.unexplained.value) * 1.06:.2g} to scale "
+            f"such lists to 1 ({self.scaled} of {self.targets})"
         )
         if self.top_value.value > max(TOLERANCE, np.log1p(self.config.max_excess)):
             raise ForeignError(
@@ -261,7 +261,8 @@ class Survey:
             raise ForeignError(
                 f"{self.unexplained.place}: {self.unexplained.value:.6f} of the mass is neither in "
                 "the entries nor can be in the other ids, each no more probable than the last "
-                f"entry: expected the most probable ids of a vocabulary of {self.vocab_size}"
+                f"entry: expected the most probable ids of a vocabulary of {self.vocab_size}; if "
+                f"the values were fitted, give {mend}"
             )
         judged = self.targets >= JUDGED_TARGETS and self.fewest_entries < self.vocab_size
         judged = judged and self.config.file_format != "llamacpp"
@@ -286,11 +287,11 @@ class Survey:
                 "renormalised: every tail is 0 and probabilities are too high by what was cut "
                 "off; a student trained on this cache is overconfident"
             )
-        if self.over and not self.config.renormalised:
+        if self.scaled and not self.config.renormalised:
+            worst = max(self.excess.value, self.unexplained.value, 0)
             yield (
-                f"{self.over} of {self.targets} targets have probabilities that add up to more "
-                f"than 1, at worst by {max(self.excess.value, 0):.2g} beyond rounding; "
-                "they are scaled down to 1"
+                f"{self.scaled} of {self.targets} targets have probabilities that miss 1, at worst "
+                f"by {worst:.2g} beyond rounding; they are scaled to 1"
             )
         if self.floored:
             yield (
