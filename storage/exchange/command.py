@@ -132,8 +132,8 @@ IMPORT = Command(
                       target_token_ids (the last list is about the last token)
 --format vllm         JSON lines with prompt_logprobs and prompt_token_ids, of
                       the engine, the server or the batch runner
---format trl          JSON lines: answers of TRL's vLLM server with sequences and
-                      prompt_lengths of the request, or of /generate/
+--format trl          JSON lines: answers of TRL's vLLM server, with sequences
+                      and prompt_lengths of the request, or of /generate/
 --format tinker       JSON lines: sample responses with the request's prompt
 --format megatron     the directory of --logits-save-dir, and --tokens
 --format llamacpp     the file of llama-perplexity --kl-divergence-base

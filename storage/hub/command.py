@@ -114,9 +114,9 @@ read it), uploaded, and compared with what arrived. Shards, plan, records,
 tokenizer, kept figures and generated records travel; other files in its
 directory do not. The texts that were scored are in the shards as token ids,
 and as conversations where those are kept: whoever can read the repository can
-read them. An interrupted push goes on where it was. A repository that holds another
-cache or other files is refused. Exit code 0; 1 if the cache is damaged; 2 with
-one line of why not.
+read them. An interrupted push goes on where it was. A repository that holds
+another cache or other files is refused. Exit code 0; 1 if the cache is damaged;
+2 with one line of why not.
 """,
     arguments=PushArguments,
     run=run_push,
