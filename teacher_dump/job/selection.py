@@ -16,7 +16,7 @@ from decant.teacher_dump.inputs.records import Mask, TokenSequence
 
 
 def select_targets(scored: ScoredSequence, share: float) -> ScoredSequence:
-    """The sequence with a share of its targets: those of the highest entropy, of equal ones the first.
+    """The sequence with a share of its targets: the highest in entropy, of equal ones the first.
 
     The entropy is the teacher's at T=1 over the kept entries and all the rest as one class, or over
     the whole vocabulary where draws are all that is stored.
