@@ -142,7 +142,7 @@ class SequenceConfig:
 
     keep_messages: bool = True
     """Keep the words of conversations in the cache, from which students of other tokenizers render
-    their own: 1 to 3 bytes a target; other records have none."""
+    their own: 2.3 bytes a target on the answers of the demo; other records have none."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, e.g. {enable_thinking: false}."""
