@@ -1,9 +1,9 @@
-"""A fifth of the targets: what selecting positions saves and costs, on the study's setting.
+"""A fifth or half of the targets: what selecting them saves and costs, on the study's setting.
 
 Dumps the study's text with every target and with the fifth of which the teacher's entropy is
-highest, and trains the study's student on all targets, on a fifth of each microbatch chosen by
-either entropy or by the loss, and from the smaller cache. Every
-finished run is a line of `selection.jsonl`, which a rerun skips; the table comes from that file.
+highest, and trains the study's student on all targets, on a part of each microbatch chosen by
+either entropy or by the loss, and from the smaller cache. Every finished run is a line of
+`selection.jsonl`, which a rerun skips; the table comes from that file.
 """
 
 import dataclasses
@@ -25,13 +25,16 @@ from examples.reproduce.study import CACHES, command, evaluate, is_whole, make_s
 SHARE = 0.2
 STEPS, FEW = 24, 4
 RUNS = {
-    "all targets": ("whole", ""),
-    "teacher's entropy": ("whole", "teacher_entropy"),
-    "student's entropy": ("whole", "student_entropy"),
-    "loss": ("whole", "loss"),
-    "teacher's entropy, at the dump": ("fifth", ""),
+    "all targets": ("whole", "", 1.0),
+    "teacher's entropy": ("whole", "teacher_entropy", SHARE),
+    "student's entropy": ("whole", "student_entropy", SHARE),
+    "loss": ("whole", "loss", SHARE),
+    "teacher's entropy, at the dump": ("fifth", "", 1.0),
+    "half, by teacher's entropy": ("whole", "teacher_entropy", 0.5),
+    "half, by student's entropy": ("whole", "student_entropy", 0.5),
+    "half, by loss": ("whole", "loss", 0.5),
 }
-"""Name -> cache, and what targets are selected by at each step."""
+"""Name -> cache, what targets are selected by at each step, and how many."""
 
 
 def prepare(work: Path, fast: bool) -> None:
@@ -58,14 +61,14 @@ def prepare(work: Path, fast: bool) -> None:
 
 def measure(name: str, work: Path, steps: int, seed: int) -> dict[str, Any]:
     """Train one student, time it and evaluate it."""
-    cache, by = RUNS[name]
+    cache, by, share = RUNS[name]
     output = work / "runs" / f"selection-{list(RUNS).index(name)}-{seed}"
     config = TrainConfig(
         cache=str(work / f"cache-{cache}"),
         output=str(output),
         student=StudentConfig(path=str(work / "student")),
         loss=LossConfig(kind="fkl"),
-        selection=SelectionConfig(by=by, share=SHARE) if by else SelectionConfig(),
+        selection=SelectionConfig(by=by, share=share) if by else SelectionConfig(),
         steps=steps,
         batch_size=4,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=3),
