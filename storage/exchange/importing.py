@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo, Truncation
 from decant.schemas.strict import canonical
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.cache.writer import write_cache
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import ForeignRecord
@@ -27,7 +28,6 @@ from decant.storage.exchange.formats import (
     stated_vocab_size,
 )
 from decant.storage.exchange.survey import TAIL_RESOLUTION, TOLERANCE, Survey
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import staged_directory
 from decant.storage.files.store import Store
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.exchange.config import DENSE_K, ImportConfig
 from decant.storage.exchange.foreign import ForeignError, ForeignRecord, make_record
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
 
 MAGIC = b"_logits_"
 HEADER = 20
