@@ -36,7 +36,7 @@ from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
 from decant.teacher_dump.inputs.sources import iter_records
 from decant.teacher_dump.progress import progress
-from decant.teacher_dump.teacher import Teacher
+from decant.teacher_dump.teacher import Teacher, stable_identity
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def describe_generation(
     generate |= {name: float(generate[name]) for name in ("temperature", "top_p")}
     settings = {
         "prompts": source["fingerprint"],
-        "teacher": teacher.info.fingerprint,
+        "teacher": stable_identity(teacher),
         "dtype": teacher.info.dtype,
         "engine": config.teacher.engine,
         "stop_ids": list(stop_ids(teacher)),
@@ -240,6 +240,7 @@ def open_sampler(config: DumpConfig, teacher: Teacher) -> Generator:
         teacher.model_path,
         sampling=sampling,
         max_length=config.sequences.max_length,
+        tokenizer=teacher.tokenizer,
     )
 
 
