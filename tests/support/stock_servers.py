@@ -47,8 +47,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_teacher(path: Path, **options: Any) -> Any:
-    """Save a tiny teacher without padding rows, its tokenizer beside it; returns the model."""
+    """Save a tiny teacher without padding rows, its tokenizer beside it; returns the model.
+
+    Special tokens are never among its most probable: llama.cpp's server has no text for them.
+    """
     model = models.build_model(vocab_size=V, hidden_size=64, **options)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:2] = 0
     model.save_pretrained(path)
     tokenizer = build_tokenizer()
     assert len(tokenizer) == V
