@@ -91,7 +91,7 @@ class TeacherConfig:
     model: str = ""
     """openai: name of the model at the server; needed where it serves several."""
     api: str = "auto"
-    """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo + logprobs)."""
+    """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo, logprobs)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

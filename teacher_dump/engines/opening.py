@@ -85,9 +85,10 @@ def open_engine(
     """Load the teacher at local path `model_path` in the configured engine.
 
     With engines http and openai there is no path; the servers' teacher must have this
-    `fingerprint`, if one is given, and openai needs its `tokenizer`. `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
-    `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
-    not installed or cannot give this truncation or these temperatures.
+    `fingerprint`, if one is given, and openai needs its `tokenizer`. `vocab_size` is the shared
+    vocabulary: logits beyond it are cut before normalisation. `max_length` is the longest sequence
+    that will be scored. Raises EngineError if the engine is not installed or cannot give this
+    truncation or these temperatures.
     """
     if truncation.slots > vocab_size:
         raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")

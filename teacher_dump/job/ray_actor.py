@@ -98,8 +98,8 @@ class ShardActor:
         ours, theirs = teacher.info.fingerprint, writer.manifest.teacher.fingerprint
         if fingerprint_like(ours, theirs) != theirs:
             raise ValueError(
-                f"{teacher.model_path or teacher.info.name} has fingerprint {ours} here, but the cache's teacher has "
-                f"{theirs}: copy the same files to every node"
+                f"{teacher.model_path or teacher.info.name} has fingerprint {ours} here, but the "
+                f"cache's teacher has {theirs}: copy the same files to every node"
             )
         return writer, open_teacher(self._config, teacher)
 

@@ -30,6 +30,7 @@ from decant.teacher_dump.engines.remote.loop import EventLoop
 from decant.teacher_dump.engines.seam import EngineError, not_finite
 from decant.teacher_dump.inputs.records import TokenSequence
 
+
 class HttpEngine:
     """A teacher behind one or several services."""
 

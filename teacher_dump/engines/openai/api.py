@@ -59,9 +59,7 @@ class Api(Protocol):
         """The body that asks for the top `k` >= 1 of every token of a prompt."""
         ...
 
-    def rows(
-        self, form: Form, answer: Any, ids: NDArray[np.int32]
-    ) -> list[TokenEntries | None]:
+    def rows(self, form: Form, answer: Any, ids: NDArray[np.int32]) -> list[TokenEntries | None]:
         """What an answer says of tokens 1 to L - 1; None where it says nothing of one.
 
         Raises AnswerError if the server read other tokens.
@@ -104,6 +102,4 @@ def response_of(ids: Any, sampling: Sampling) -> Response:
         raise AnswerError(
             f"it sampled id {max(ids)}, teacher.tokenizer has ids below {sampling.vocab_size}"
         )
-    return Response(
-        token_ids=np.array(ids, np.int32), finish_reason="stop" if stops else "length"
-    )
+    return Response(token_ids=np.array(ids, np.int32), finish_reason="stop" if stops else "length")

@@ -62,9 +62,7 @@ class CompletionsApi:
         }
         return body | {"return_tokens_as_token_ids": True} if form.names_ids else body
 
-    def rows(
-        self, form: Form, answer: Any, ids: NDArray[np.int32]
-    ) -> list[TokenEntries | None]:
+    def rows(self, form: Form, answer: Any, ids: NDArray[np.int32]) -> list[TokenEntries | None]:
         """Of each token its text, its log prob, and log probs by text of the most probable."""
         given = member(answer, "choices", 0, "logprobs")
         tokens, actual, top = (
@@ -130,9 +128,7 @@ class CompletionsApi:
             return
         way = "adds tokens, such as special ones" if count > len(ids) else "leaves some out"
         hint = ", or its tokenizer is another one" if form.sends_text else ""
-        raise AnswerError(
-            f"it read {count} tokens of {len(ids)} sent: the server {way}{hint}"
-        )
+        raise AnswerError(f"it read {count} tokens of {len(ids)} sent: the server {way}{hint}")
 
     def _check_text(self, form: Form, text: Any, index: int, place: int) -> None:
         if not isinstance(text, str):

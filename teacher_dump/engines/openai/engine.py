@@ -22,7 +22,6 @@ from decant.teacher_dump.engines.openai.probe import Probe, Refused, ServerCard
 from decant.teacher_dump.engines.packed_rows import scored_sequence
 from decant.teacher_dump.engines.remote.loop import EventLoop
 from decant.teacher_dump.engines.seam import (
-    EngineError,
     SequenceError,
     Unavailable,
     not_finite,
@@ -51,9 +50,7 @@ class Connection:
         self.num_ahead = config.requests * len(config.endpoints)
         try:
             probe = Probe(tokenizer, vocab_size)
-            self.client: ServerClient = self._loop.call(
-                _open_client(config, probe, fingerprint, k)
-            )
+            self.client: ServerClient = self._loop.call(_open_client(config, probe, fingerprint, k))
             self.way, self.card = self._loop.call(self.client.connect())
         except BaseException:
             self.close()

@@ -347,15 +347,15 @@ class Looker:
                 "for, so that nothing is known of all others"
             )
 
-    async def _last(
-        self, way: Api, form: Form, ids: NDArray[np.int32], k: int
-    ) -> dict[int, float]:
+    async def _last(self, way: Api, form: Form, ids: NDArray[np.int32], k: int) -> dict[int, float]:
         """The most probable in place of the last token; those without an id are left out."""
         entries = (await self._rows(way, form, ids, k))[-1]
         if entries is None:
             return {}
         pairs = [(index, value) for index, value in entries.top if not isinstance(index, str)]
-        best = sorted(pairs, key=lambda pair: -pair[1])[: k if len(pairs) == len(entries.top) else -1]
+        best = sorted(pairs, key=lambda pair: -pair[1])[
+            : k if len(pairs) == len(entries.top) else -1
+        ]
         return dict(best)
 
     async def _rows(

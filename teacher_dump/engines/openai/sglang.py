@@ -33,9 +33,7 @@ class SglangApi:
             "return_text_in_logprobs": k == 1,  # for the texts of a probe
         }
 
-    def rows(
-        self, form: Form, answer: Any, ids: NDArray[np.int32]
-    ) -> list[TokenEntries | None]:
+    def rows(self, form: Form, answer: Any, ids: NDArray[np.int32]) -> list[TokenEntries | None]:
         """Of each token [log prob, id, text], and such triples of the most probable ones."""
         info = member(answer, "meta_info")
         actual, top = (member(info, f"input_{name}_logprobs") for name in ("token", "top"))
@@ -49,7 +47,9 @@ class SglangApi:
             if not entries:
                 rows.append(None)
                 continue
-            pairs: list[tuple[int | str, Any]] = [(_id(member(pair, 1)), member(pair, 0)) for pair in entries]
+            pairs: list[tuple[int | str, Any]] = [
+                (_id(member(pair, 1)), member(pair, 0)) for pair in entries
+            ]
             rows.append(TokenEntries(token_id=entry[1], logprob=member(entry, 0), top=pairs))
         return rows
 

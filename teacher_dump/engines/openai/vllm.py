@@ -33,9 +33,7 @@ class VllmApi:
             "return_token_ids": True,
         }
 
-    def rows(
-        self, form: Form, answer: Any, ids: NDArray[np.int32]
-    ) -> list[TokenEntries | None]:
+    def rows(self, form: Form, answer: Any, ids: NDArray[np.int32]) -> list[TokenEntries | None]:
         """Of each token an object by id: k entries, and the actual token where it is not one."""
         choice = member(answer, "choices", 0)
         given = member(choice, "prompt_logprobs")
@@ -52,7 +50,8 @@ class VllmApi:
     def texts(self, answer: Any) -> list[str] | None:
         """Of tokens 1 to L - 1; vLLM writes the actual token first."""
         rows = member(answer, "choices", 0, "prompt_logprobs")
-        return [str(next(iter(row.values()), {}).get("decoded_token")) for row in rows[1:] if row]
+        first = [next(iter(row.values())) for row in rows[1:] if row]
+        return [str(member(entry, "decoded_token")) for entry in first]
 
     def sample_request(self, form: Form, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         """Every setting is said, so that no default of the server's has a part in it."""
@@ -84,9 +83,7 @@ def _entries(row: Any, index: int) -> TokenEntries | None:
         return None
     if not isinstance(row, dict) or str(index) not in row:
         raise AnswerError(f"its prompt_logprobs say nothing of id {index} where it was sent")
-    return TokenEntries(
-        token_id=index, logprob=member(row, str(index), "logprob"), top=_pairs(row)
-    )
+    return TokenEntries(token_id=index, logprob=member(row, str(index), "logprob"), top=_pairs(row))
 
 
 def _pairs(row: dict[str, Any]) -> list[tuple[int | str, Any]]:

@@ -20,8 +20,8 @@ from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, dump
 from decant.teacher_dump.audit.command import AuditArguments
 from decant.teacher_dump.audit.run import audit
 from decant.teacher_dump.engines import EngineError, open_engine
-from decant.teacher_dump.engines.opening import open_generator
 from decant.teacher_dump.engines.openai.client import ServerClient
+from decant.teacher_dump.engines.opening import open_generator
 from decant.teacher_dump.engines.remote import client as remote_client
 from decant.teacher_dump.engines.seam import Prompt, Sampling, Unavailable
 from decant.teacher_dump.inputs.config import GenerateConfig
@@ -179,9 +179,9 @@ def test_a_url_may_end_with_v1(vllm: StockServer, path: Path) -> None:
 def test_of_several_models_one_is_named(vllm: StockServer, path: Path) -> None:
     """By teacher.model, which must be one that is served."""
     vllm.names = ["tiny", "other"]
-    with pytest.raises(Unavailable, match="serves tiny, other: set teacher.model"):
+    with pytest.raises(Unavailable, match=r"serves tiny, other: set teacher.model"):
         describe_teacher(stock_config(path, vllm))
-    with pytest.raises(Unavailable, match="teacher.model is third: name one of them"):
+    with pytest.raises(Unavailable, match=r"teacher.model is third: name one of them"):
         describe_teacher(stock_config(path, vllm, model="third"))
     assert describe_teacher(stock_config(path, vllm, model="other")).info.name == "other (r)"
 
@@ -199,9 +199,7 @@ def test_the_limit_of_entries_is_found(vllm: StockServer, path: Path, limit: int
         opened(path, vllm, k=64)
 
 
-def test_a_server_that_cuts_without_a_word_has_a_limit_too(
-    vllm: StockServer, path: Path
-) -> None:
+def test_a_server_that_cuts_without_a_word_has_a_limit_too(vllm: StockServer, path: Path) -> None:
     """It answers 200 with fewer entries than were asked for."""
 
     def cut(answer: dict[str, Any]) -> None:
@@ -257,7 +255,7 @@ def test_a_dump_is_resumed_by_the_same_teacher_alone(
     assert record.exists()
     record.unlink()
     vllm.spoil, vllm.model = None, models.build_model(vocab_size=V, hidden_size=64, seed=5)
-    with pytest.raises(ConfigChanged, match="teacher.fingerprint: the cache has 'probe:"):
+    with pytest.raises(ConfigChanged, match=r"teacher.fingerprint: the cache has 'probe:"):
         dump(config)
 
 
@@ -278,9 +276,7 @@ def test_a_plan_is_cut_from_what_the_server_gives(
             predict(with_teacher(config, config.teacher, **changes), 6)
 
 
-def test_audit_by_a_stock_server(
-    vllm: StockServer, path: Path, job: DumpConfig
-) -> None:
+def test_audit_by_a_stock_server(vllm: StockServer, path: Path, job: DumpConfig) -> None:
     """A cache of its own agrees with it."""
     config = with_teacher(job, stock_config(path, vllm))
     dump(config)
@@ -373,7 +369,7 @@ def test_keys(vllm: StockServer, path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SERVER_KEY", KEY)
     config = stock_config(path, vllm, api_key_env="SERVER_KEY")
     assert describe_teacher(config).info.name == "tiny (r)"
-    with pytest.raises(Unavailable, match="wants an API key .*set teacher.api_key_env"):
+    with pytest.raises(Unavailable, match=r"wants an API key .*set teacher.api_key_env"):
         describe_teacher(stock_config(path, vllm))
     monkeypatch.setenv("SERVER_KEY", KEY + "!")
     with pytest.raises(Unavailable, match=r"does not accept the API key in \$SERVER_KEY") as caught:

@@ -75,7 +75,7 @@ def model(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def vllm(path: Path) -> Iterator[Server]:
-    """vLLM's own server with its own limits."""
+    """VLLM's own server with its own limits."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     port = free_port()
@@ -165,7 +165,7 @@ def test_vllm_says_who_it_is(vllm: Server, path: Path) -> None:
     assert teacher.info.engine.startswith("openai vllm 0.")
     assert teacher.max_positions == models.MAX_POSITIONS - 1
     assert teacher.max_entries == 20
-    with pytest.raises(Unavailable, match="at most 20 entries.*--max-logprobs 64"):
+    with pytest.raises(Unavailable, match=r"at most 20 entries.*--max-logprobs 64"):
         opened(config, 64)
 
 

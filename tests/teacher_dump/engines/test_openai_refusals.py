@@ -299,12 +299,15 @@ def test_a_dump_lists_what_a_server_refuses(vllm: StockServer, path: Path, tmp_p
         source=SourceConfig(path=str(records)),
         truncation=Truncation(k=8),
     )
-    with pytest.raises(ValueError, match="max_length is 1024, but tiny .r. takes at most 63 pos"):
+    with pytest.raises(ValueError, match=r"max_length is 1024, but tiny .r. takes at most 63 pos"):
         dump(config)
-    real, vllm._answer = vllm._answer, lambda b: (  # type: ignore[method-assign]
-        (400, {"error": {"message": "maximum context length"}})
-        if len(b["prompt"]) > 60
-        else real(b)
+    real, vllm._answer = (
+        vllm._answer,
+        lambda b: (  # type: ignore[method-assign]
+            (400, {"error": {"message": "maximum context length"}})
+            if len(b["prompt"]) > 60
+            else real(b)
+        ),
     )
     vllm.context = 4096
     manifest = dump(config)
@@ -353,7 +356,7 @@ def test_sglang_answers_of_its_documented_form() -> None:
     }
     api, ids = SglangApi(), np.array([5, 7, 9], np.int32)
     rows = api.rows(Form(model=""), {"text": "", "meta_info": info}, ids)
-    with pytest.raises(AnswerError, match="leaves token 2 itself, at -2.0000, out of the most"):
+    with pytest.raises(AnswerError, match=r"leaves token 2 itself, at -2.0000, out of the most"):
         answers.top_entries(rows, np.array([True, True]), 2, 10)
     top = answers.top_entries(rows, np.array([True, False]), 2, 10)
     assert top.token_ids[0].tolist() == [7, 3]
@@ -365,7 +368,7 @@ def test_sglang_answers_of_its_documented_form() -> None:
 
 
 def test_the_actual_token_is_one_entry_more() -> None:
-    """vLLM gives k + 1 entries where it is not among the top k; k are kept."""
+    """Of vLLM come k + 1 entries where it is not among the top k; k are kept."""
     row = {"9": {"logprob": -4.0}, "1": {"logprob": -0.5}, "2": {"logprob": -1.5}}
     answer = {"choices": [{"prompt_logprobs": [None, row]}]}
     rows = VllmApi().rows(Form(model="m"), answer, np.array([3, 9], np.int32))
