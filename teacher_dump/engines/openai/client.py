@@ -12,7 +12,8 @@ from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.openai.answers import AnswerError
 from decant.teacher_dump.engines.openai.api import Api, Form
 from decant.teacher_dump.engines.openai.fingerprint import difference, fingerprint_of
-from decant.teacher_dump.engines.openai.probe import Looker, Probe, Refused, ServerCard
+from decant.teacher_dump.engines.openai.look import Looker
+from decant.teacher_dump.engines.openai.probe import Probe, Refused, ServerCard
 from decant.teacher_dump.engines.remote.client import Client, Endpoint
 from decant.teacher_dump.engines.seam import EngineError, Unavailable
 
