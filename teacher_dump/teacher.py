@@ -51,6 +51,8 @@ class Teacher:
     """Entries per target that its servers are known to give; 0 = as many as there are ids."""
     entries_limit: str = ""
     """What would let them give more; "" if no limit was found."""
+    sample_entries: int = 0
+    """Entries per target beyond which more than is asked for only brings refusals; 0 = none."""
 
 
 def describe_teacher(config: TeacherConfig) -> Teacher:
@@ -144,6 +146,7 @@ def _describe_stock(config: TeacherConfig) -> Teacher:
         max_positions=card.max_length,
         max_entries=card.max_entries,
         entries_limit=card.limit,
+        sample_entries=card.max_entries if card.has_ids else 1,
     )
 
 

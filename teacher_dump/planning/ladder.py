@@ -47,8 +47,8 @@ def reference_truncation(truncation: Truncation, teacher: Teacher) -> Truncation
     A teacher that gives few entries sets its size.
     """
     k = min(teacher.shared_vocab_size, max(REFERENCE_K, 2 * truncation.k))
-    if teacher.max_entries:
-        k = min(k, max(teacher.max_entries, truncation.slots))
+    if teacher.sample_entries:
+        k = min(k, max(teacher.sample_entries, truncation.slots))
     return Truncation(k=k)
 
 

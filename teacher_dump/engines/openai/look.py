@@ -170,6 +170,8 @@ class Looker:
             theirs = member(await self._ask("POST", "/tokenize", body), "tokens")
         except (AnswerError, Refused):
             return await self._check_texts(way, form)
+        if not isinstance(theirs, list):
+            return await self._check_texts(way, form)
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), -1)
             raise Unavailable(
@@ -238,11 +240,12 @@ class Looker:
         entries = (await self._rows(way, form, ids, k))[-1]
         if entries is None:
             return {}
-        pairs = [(index, value) for index, value in entries.top if not isinstance(index, str)]
-        best = sorted(pairs, key=lambda pair: -pair[1])[
-            : k if len(pairs) == len(entries.top) else -1
-        ]
-        return dict(best)
+        last_kept = _values(entries)[:k][-1]  # behind it comes the actual token alone
+        return {
+            index: value
+            for index, value in entries.top
+            if not isinstance(index, str) and value >= last_kept
+        }
 
     async def _rows(
         self, way: Api, form: Form, ids: NDArray[np.int32], k: int

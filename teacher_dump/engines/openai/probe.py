@@ -57,6 +57,11 @@ class ServerCard:
     """Log probs of the probe's tokens."""
 
     @property
+    def has_ids(self) -> bool:
+        """Whether entries are named by ids; texts may be of several."""
+        return self.api != "completions" or self.form.names_ids
+
+    @property
     def name(self) -> str:
         """What a manifest calls the teacher."""
         model = self.form.model or "unnamed"

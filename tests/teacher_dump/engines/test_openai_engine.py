@@ -134,7 +134,7 @@ def test_every_kind_of_server_gives_a_plain_forward(
     engine = opened(path, server)
     expected = {"ids": "completions", "text": "completions"}.get(server.kind, server.kind)
     assert engine.card.api == expected
-    assert engine.card.form.sends_text == (server.kind == "text")
+    assert engine.card.form.sends_text == (server.kind == "text") == (not engine.card.has_ids)
     sequences = sequences_of(20)
     layout = Layout(
         slots=K,
