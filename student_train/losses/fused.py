@@ -92,6 +92,8 @@ def fused_linear_divergence(
     in the inputs' dtype, or autocast's; logits, losses and sums of gradients are float32. Backward
     may run once: the gradients are handed over, not copied.
     """
+    if labels_N is not None:
+        labels_N = torch.as_tensor(labels_N, device=hidden_NH.device).to(torch.int64)
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
     for weight_name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if isinstance(weight, Tensor) and weight.shape != (len(targets),):
