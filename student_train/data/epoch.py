@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from decant.student_train.data.batch import Batch
@@ -16,7 +17,8 @@ S = TypeVar("S")
 class OnePass(Generic[S]):
     """The steps of a stream up to the end of the pass that it is in.
 
-    `len` is how many are left, also while it is iterated.
+    `len` is how many the next iteration gives. Iterated again after the end, it gives the next
+    pass; left in between, the rest of this one.
     """
 
     def __init__(
@@ -30,14 +32,15 @@ class OnePass(Generic[S]):
             raise ValueError(f"num_microbatches must be at least 1, found {num_microbatches}")
         self._stream, self._num_microbatches = stream, num_microbatches
         self._packing, self._given = packing, given
-        self._end = (stream.consumed // stream.num_sequences + 1) * stream.num_sequences
 
     def __len__(self) -> int:
         size = self._stream.sequences_per_step * self._num_microbatches
-        return max(0, -(-(self._end - self._stream.consumed) // size))
+        left = self._stream.num_sequences - self._stream.consumed % self._stream.num_sequences
+        return -(-left // size)
 
     def __iter__(self) -> Iterator[S]:
+        count = len(self)
         steps = self._stream.steps(self._num_microbatches, self._packing)
         with contextlib.closing(steps):
-            while len(self):
-                yield self._given(next(steps))
+            for microbatches in islice(steps, count):
+                yield self._given(microbatches)

@@ -132,8 +132,12 @@ class SparseTargets:
     def _as_tensors(self) -> SparseTargets:
         """The same with tensors where arrays of numpy were given."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        arrays = {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
-        return dataclasses.replace(self, **{n: torch.from_numpy(v) for n, v in arrays.items()})
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(value)
+            for name, value in values.items()
+            if isinstance(value, np.ndarray)
+        }
+        return dataclasses.replace(self, **tensors)
 
     def _check_layout(self) -> None:
         if self.token_ids.ndim != 2 or self.token_ids.shape[1] == 0:

@@ -70,7 +70,9 @@ class CacheDataset(Dataset[Found]):
         self.epoch = 0
         """Of the order in which a sampler gives the sequences."""
         self._ends = np.cumsum(self.order.sizes)
-        self._forget()
+        self._kept: OrderedDict[int, Future[StoredRows]] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -134,7 +136,7 @@ class CacheDataset(Dataset[Found]):
 
     def _reading(self, group: int) -> Future[StoredRows]:
         if self._process != os.getpid():  # a loader's worker has none of its parent's threads
-            self._forget()
+            self._kept, self._threads, self._process = OrderedDict(), None, os.getpid()
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -145,11 +147,6 @@ class CacheDataset(Dataset[Found]):
         while len(self._kept) > 2 * self.order.lanes + 1:  # those in turn, and those to come
             self._kept.popitem(last=False)
         return reading
-
-    def _forget(self) -> None:
-        self._kept: OrderedDict[int, Future[StoredRows]] = OrderedDict()
-        self._threads: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         """For the workers of a loader that are started anew."""

@@ -40,7 +40,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
 class Distilling:
     """To be mixed into a `Trainer`, before it among the bases; `distil` once it is made."""
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True
     """The loss is divided by the targets of the whole step: the trainer leaves it alone."""
     accelerator: Accelerator
     args: TrainingArguments
