@@ -275,6 +275,29 @@ class SparseTargets:
         log_p = self.logprobs / temperature - self.log_z[:, None]
         return torch.where(self.is_real(), log_p, LOG_FLOOR).clamp(min=LOG_FLOOR)
 
+    def with_tail_on(self, labels: Tensor, temperature: float) -> SparseTargets:
+        """The targets with the mass of the tail given to `labels` [N], K + 1 slots of them.
+
+        A label that is kept has both; one that is not has a slot of its own.
+        """
+        if labels.shape != (len(self),) or bool((labels < 0).any()):
+            shape = tuple(labels.shape)
+            raise ValueError(f"labels must be [{len(self)}] ids, one for each target, got {shape}")
+        assert self.logprobs is not None
+        is_label = self.token_ids == labels[:, None]
+        is_kept = is_label.any(1, keepdim=True)
+        log_p = self.logprobs / temperature - self.log_z[:, None]
+        tail = self.log_tail[:, None]
+        log_p = torch.where(is_label, torch.logaddexp(log_p, tail.expand_as(log_p)), log_p)
+        log_p = torch.cat([log_p, torch.where(is_kept, -torch.inf, tail)], dim=1)
+        own = torch.where(is_kept, PADDING_ID, labels[:, None])
+        return dataclasses.replace(
+            self,
+            token_ids=torch.cat([self.token_ids, own], dim=1),
+            logprobs=temperature * (log_p + self.log_z[:, None]),
+            log_tail=torch.full_like(self.log_tail, -torch.inf),
+        )
+
     def kept_mass(self, temperature: float = 1.0) -> Tensor:
         """Return [N]: Σ p_T over the kept ids."""
         return torch.where(self.is_real(), self.log_p(temperature).exp(), 0.0).sum(1)

@@ -133,7 +133,7 @@ class Distiller(nn.Module):
             return self._fused(inputs, batch, targets, num_targets, options)
         logits_NV = self.student(**inputs).logits.flatten(0, 1).index_select(0, batch.predictors)
         total = num_targets or max(batch.num_targets, 1)
-        kd_N = sparse_divergence(logits_NV, targets, **options)
+        kd_N = sparse_divergence(logits_NV, targets, labels=batch.labels, **options)
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
