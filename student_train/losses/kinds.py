@@ -77,6 +77,8 @@ def _check_tail(kind: str, tail: str, options: dict[str, Any]) -> None:
         return
     if kind in RANKINGS:
         raise ValueError(f"{kind} compares kept ids alone: tail={tail!r} has no effect, leave it")
+    if (kind, tail) == ("tail_kl", "uniform"):
+        raise ValueError("tail_kl ranks ids, and tail='uniform' makes those of the tail alike")
     if options.get("bound") == "upper":
         raise ValueError(f"acceptance: bound='upper' is of tail='bucket', got tail={tail!r}")
     ends_in_rkl = options.get("beta") == 1 if kind == "jsd" else options.get("lam") == 0

@@ -21,6 +21,8 @@ def allows(kind: str, tail: str, options: dict[str, float | str]) -> bool:
     """Whether a kind goes with a tail mode, by the table in docs/losses.md; `label` aside."""
     if tail == "label":
         return False
+    if (kind, tail) == ("tail_kl", "uniform"):
+        return False
     ranks = kind in ("hinge", "logistic")
     return tail == "bucket" or not (ranks or options.get("bound") == "upper")
 

@@ -164,6 +164,7 @@ def test_rankings_ask_for_the_order_alone(kind: str) -> None:
         ("tail_kl", {"head": 1.5}, "head must be a whole number >= 1, got 1.5"),
         ("tail_kl", {"head": 3}, "head 3 of 3 kept ids leaves no tail"),
         ("tail_kl", {"head": 1, "beta": -1.0}, "beta must be >= 0, got -1.0"),
+        ("tail_kl", {"tail": "uniform", "head": 1}, "tail_kl ranks ids, and tail='uniform'"),
         ("rkl", {"tail": "label"}, r"the probability 0, where rkl .* is infinite: use fkl, jsd"),
         ("jsd", {"tail": "label", "beta": 1.0}, "is infinite"),
         ("skew_rkl", {"tail": "label", "lam": 0.0}, "is infinite"),
