@@ -44,6 +44,8 @@ class Distilling:
     """The loss is divided by the targets of the whole step: the trainer leaves it alone."""
     accelerator: Accelerator
     args: TrainingArguments
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     state: Any
     model: Any
     optimizer: Any
@@ -61,6 +63,11 @@ class Distilling:
         """
         self.loss = loss or LossConfig()
         refuse_without_effect(self.args)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or split_models(self.accelerator):
+            raise ValueError(
+                "several processes train by DDP here; for FSDP2 and DeepSpeed: accelerate launch "
+                "-m decant.student_train"
+            )
         held = heldout if isinstance(heldout, dict) else {"": heldout} if heldout else {}
         for dataset in (train, *held.values()):
             check_dataset(dataset, self.loss)
@@ -254,6 +261,12 @@ def check_dataset(dataset: Any, loss: LossConfig) -> None:
         )
 
 
+def split_models(accelerator: Accelerator) -> bool:
+    """Whether one model or one sequence is split over devices."""
+    split = getattr(accelerator, "parallelism_config", None)
+    return split is not None and any((split.tp_enabled, split.cp_enabled, split.sp_enabled))
+
+
 def refuse_without_effect(args: TrainingArguments) -> None:
     """Raise ValueError for arguments that would be passed over, and for what shares no batch."""
     for name, silent in WITHOUT_EFFECT.items():
@@ -263,9 +276,4 @@ def refuse_without_effect(args: TrainingArguments) -> None:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs and would copy the student to each: launch with "
             "torchrun or accelerate launch, or let CUDA_VISIBLE_DEVICES name one"
-        )
-    if getattr(args, "fsdp", None) or args.deepspeed:
-        raise ValueError(
-            "several processes train by DDP here; for FSDP2 and DeepSpeed: accelerate launch -m "
-            "decant.student_train"
         )

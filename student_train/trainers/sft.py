@@ -43,6 +43,8 @@ class DistillationSFTTrainer(Distilling, SFTTrainer):
         `peft_config` among them makes an adapter as TRL does. `loss` and `packing` are as in
         `TrainConfig`; lengths and masks are the cache's. Raises as `DistillationTrainer`.
         """
+        if not isinstance(args, SFTConfig):
+            raise ValueError(f"args must be an SFTConfig, found {type(args).__name__}")
         for name, silent in WITHOUT_EFFECT.items():
             if getattr(args, name) != silent:
                 hint = "give the trainer packing='rows'" if name == "packing" else "leave it out"

@@ -119,7 +119,7 @@ def _divergence(
         whole = slice(0, -1 if has_bucket and options.get("bound") == "upper" else None)
         return -torch.minimum(p, q)[whole].sum().log()
     if kind == "acceptance_hybrid":
-        share = math.exp(-number.get("eta", 3.0) * float(torch.minimum(p, q).sum()))
+        share = math.exp(-number.get("eta", 3.0) * float(torch.minimum(p, q).sum().detach()))
         return share * kl(p, q) + (1 - share) * torch.abs(p - q).sum() / 2
     if kind in ("hinge", "logistic"):
         return over_pairs(kind, p, q, len(p) - has_bucket, number.get("margin"))

@@ -324,6 +324,21 @@ def test_sft_settings_for_data_are_refused(folder: Path) -> None:
             )
 
 
+def test_sharded_students_are_for_our_own_loop(folder: Path) -> None:
+    """FSDP and DeepSpeed are refused before training, and arguments of another trainer."""
+    for kind in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        trainer = trainer_of(folder, "sharded")
+        setattr(trainer, kind, True)
+        with pytest.raises(ValueError, match="for FSDP2 and DeepSpeed: accelerate launch"):
+            trainer.distil(trainer.train_dataset, None, LOSS, "none")
+    with pytest.raises(ValueError, match="args must be an SFTConfig, found TrainingArguments"):
+        DistillationSFTTrainer(
+            student_of(folder),
+            trainer_arguments(folder / "x"),
+            train_dataset=CacheDataset(folder / "cache"),
+        )
+
+
 def test_prompt_tuning_is_refused(folder: Path) -> None:
     """Its tokens would move the places of the targets."""
     tuned = get_peft_model(
