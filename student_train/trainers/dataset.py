@@ -169,17 +169,20 @@ class RowGroupSampler(Sampler[int]):
         world_size: int = 1,
         start: int = 0,
         read_ahead: bool = True,
+        dealt: tuple[int, int, int] = (1, 0, 1),
     ) -> None:
         """`start` skips so many of this rank's indices of the first epoch that is iterated.
 
-        `read_ahead` is to be off where a loader has workers: these read for themselves.
+        `read_ahead` is to be off where a loader has workers: these read for themselves. `dealt`
+        (batch size, process, processes) says which of the indices accelerate will leave to this
+        process: only what these need is read ahead.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if not 0 <= start <= len(dataset) // world_size:
             raise ValueError(f"start {start} of an epoch of {len(dataset) // world_size}")
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self._start, self._read_ahead = start, read_ahead
+        self._start, self._read_ahead, self._dealt = start, read_ahead, dealt
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration gives."""
@@ -194,11 +197,14 @@ class RowGroupSampler(Sampler[int]):
         order = self.dataset.order.epoch(self.dataset.epoch, start * self.world_size)
         mine = islice(order, self.rank, None, self.world_size)
         ahead: deque[Entry] = deque()
+        batch_size, process, processes = self._dealt
+        seen = 0
         for _ in range(count):
             while len(ahead) <= self.dataset.order.lanes and (entry := next(mine, None)):
-                if self._read_ahead:
+                if self._read_ahead and seen // batch_size % processes == process:
                     self.dataset.read_ahead(entry.visit[1])
                 ahead.append(entry)
+                seen += 1
             yield self.dataset.index_of(ahead.popleft())
 
 

@@ -129,7 +129,15 @@ class Distilling:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return RowGroupSampler(dataset, read_ahead=self.args.dataloader_num_workers == 0)
+        return RowGroupSampler(
+            dataset,
+            read_ahead=self.args.dataloader_num_workers == 0,
+            dealt=(
+                self.args.train_batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            ),
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """This process's share of a held-out dataset, in stored order."""
@@ -152,6 +160,8 @@ class Distilling:
 
         With the numbers of the loss at the last step. Nothing is predicted.
         """
+        if not isinstance(dataloader, HeldoutLoader):
+            raise ValueError("nothing is predicted here: call evaluate(a CacheDataset)")
         steps = max(self.state.max_steps, 1)
         terms = self.loss.at(steps - 1, steps)
         device = self.accelerator.device

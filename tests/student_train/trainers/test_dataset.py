@@ -104,6 +104,20 @@ def test_a_row_group_is_read_once_an_epoch(groups_cache: Path) -> None:
         assert len(reads) == len(set(reads)) == 2 * 9  # a footer and a row group of each shard
 
 
+def test_a_process_reads_what_it_takes(groups_cache: Path) -> None:
+    """Of batches that accelerate deals out, each process reads the row groups of its own."""
+    needed: list[set[int]] = []
+    for process in range(2):
+        dataset = CacheDataset(groups_cache, lanes=4)
+        reads: list[tuple[int, int]] = []
+        dataset.reader = CacheReader(groups_cache, listener=functools.partial(noted, reads))
+        sampler = RowGroupSampler(dataset, dealt=(3, process, 2))
+        mine = [dataset[index] for i, index in enumerate(sampler) if i // 3 % 2 == process]
+        needed.append({shard for shard, _ in reads})
+        assert needed[-1] == {int(item.rows.sample_ids[0].split("-")[0]) for item in mine}
+    assert needed[0] != needed[1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_gives_the_batches_of_the_stream(groups_cache: Path, workers: int) -> None:
     """Through torch's own loader, with and without worker processes."""

@@ -145,6 +145,8 @@ def test_evaluation_is_the_mean_over_targets(folder: Path, alone: Any) -> None:
     assert found["eval_heldout_divergence"] == pytest.approx(sums[0] / sums[2], rel=1e-5)
     assert found["eval_heldout_ce"] == pytest.approx(sums[1] / sums[2], rel=1e-5)
     assert found["eval_loss"] == pytest.approx((sums[0] + 0.3 * sums[1]) / sums[2], rel=1e-5)
+    with pytest.raises(ValueError, match=r"call evaluate\(a CacheDataset\)"):
+        alone.predict(dataset)
     named = alone.evaluate({"a": dataset})
     assert named["eval_a_loss"] == found["eval_loss"]
     logged = [entry for entry in alone.state.log_history if "eval_loss" in entry]
