@@ -91,7 +91,7 @@ class Divergence:
             return targets
         if labels is None:
             raise ValueError("tail='label' needs the labels, which get the tail's mass")
-        return targets.with_tail_on(labels, self.temperature)
+        return targets.with_tail_on(labels, vocab_size, self.temperature)
 
     def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: SparseTargets) -> Tensor:
         """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.

@@ -275,14 +275,17 @@ class SparseTargets:
         log_p = self.logprobs / temperature - self.log_z[:, None]
         return torch.where(self.is_real(), log_p, LOG_FLOOR).clamp(min=LOG_FLOOR)
 
-    def with_tail_on(self, labels: Tensor, temperature: float) -> SparseTargets:
+    def with_tail_on(self, labels: Tensor, vocab_size: int, temperature: float) -> SparseTargets:
         """The targets with the mass of the tail given to `labels` [N], K + 1 slots of them.
 
-        A label that is kept has both; one that is not has a slot of its own.
+        A label that is kept has both; one that is not has a slot of its own. Raises ValueError
+        unless there is an id of the student's vocabulary for each target.
         """
-        if labels.shape != (len(self),) or bool((labels < 0).any()):
-            shape = tuple(labels.shape)
-            raise ValueError(f"labels must be [{len(self)}] ids, one for each target, got {shape}")
+        if labels.shape != (len(self),) or bool(((labels < 0) | (labels >= vocab_size)).any()):
+            raise ValueError(
+                f"tail='label' needs [{len(self)}] labels, one id below {vocab_size} for each "
+                f"target, got {tuple(labels.shape)} from {labels.amin()} to {labels.amax()}"
+            )
         assert self.logprobs is not None
         is_label = self.token_ids == labels[:, None]
         is_kept = is_label.any(1, keepdim=True)

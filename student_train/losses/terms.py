@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decant.student_train.losses.targets import LOG_FLOOR
+
 # Nothing, inside a logsumexp: unlike -inf it has a zero gradient, not a NaN.
 LOG_NOTHING = -1e30
 # Probabilities and differences of them that a ranking takes for 0.
@@ -63,17 +65,22 @@ def _akl(log_p: Tensor, log_q: Tensor, **rule: Any) -> Tensor:
     return weight_head * forward + weight_tail * reverse
 
 
+def _is_nothing(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Classes that both sides give nothing, unused slots among them: no mass to sum up."""
+    return (log_p <= LOG_FLOOR) & (log_q <= LOG_FLOOR)
+
+
 def _tail_kl(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, head: float, beta: float) -> Tensor:
     """KL over the `head` most probable classes and the rest as one, and beta times what is left."""
     num_ranked = log_p.shape[1] - has_bucket
     top = log_p[:, :num_ranked].topk(min(int(head), num_ranked), dim=1).indices
     in_head = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, top, True)
     terms = _kl_terms(log_p, log_q)
+    in_rest = ~(in_head | _is_nothing(log_p, log_q))
     rest_p, rest_q = (
-        torch.where(in_head, LOG_NOTHING, log_x).logsumexp(1) for log_x in (log_p, log_q)
+        torch.where(in_rest, log_x, LOG_NOTHING).logsumexp(1) for log_x in (log_p, log_q)
     )
-    has_rest = ~in_head.all(1)
-    of_rest = torch.where(has_rest, _kl_terms(rest_p, rest_q), 0.0)
+    of_rest = torch.where(in_rest.any(1), _kl_terms(rest_p, rest_q), 0.0)
     coarse = torch.where(in_head, terms, 0.0).sum(1) + of_rest
     return coarse + beta * (torch.where(in_head, 0.0, terms).sum(1) - of_rest)
 
@@ -81,6 +88,7 @@ def _tail_kl(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, head: float, bet
 def _acceptance(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, bound: str) -> Tensor:
     """-log Σ min(p, q); `upper` leaves the bucket out."""
     both = torch.minimum(log_p, log_q)
+    both = torch.where(_is_nothing(log_p, log_q), LOG_NOTHING, both)
     return -(both[:, :-1] if has_bucket and bound == "upper" else both).logsumexp(1)
 
 

@@ -96,6 +96,27 @@ def test_the_bounds_enclose_the_acceptance() -> None:
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.05
 
 
+@pytest.mark.parametrize("kind", ["acceptance", "tail_kl"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_unused_slots_do_not_help_a_student_that_is_far_off(kind: str, tail: str) -> None:
+    """Thousands of nats away they neither bound the loss nor take its gradient."""
+    teacher, student = random_logits(50, 3, 9), random_logits(51, 3, 9)
+    student[:, int(teacher.sum(0).argmin())] += 5_000.0
+    kept = reference.top_kept(teacher, [3, 2, 3])
+    found = []
+    for slots in (3, 6):
+        x = student.float().requires_grad_()
+        targets = reference.targets_of(teacher, kept, num_slots=slots)
+        options = reference.SMALL.get(kind, {})
+        found.append(
+            value_and_gradient(sparse_divergence(x, targets, kind, tail=tail, **options), x)
+        )
+    torch.testing.assert_close(found[0], found[1])
+    assert found[0][0].isfinite().all()
+    if (kind, tail) == ("tail_kl", "bucket"):
+        assert found[0][0].min() > 100 and found[0][1].abs().max() > 0.1
+
+
 def test_the_hybrid_holds_its_share_constant() -> None:
     """Its gradient is that of λ KL + (1-λ) TV with λ = exp(-eta Σ min(p, q)) held where it is."""
     teacher, student = random_logits(44, 4, 9), random_logits(45, 4, 9)
@@ -146,7 +167,7 @@ def test_rankings_ask_for_the_order_alone(kind: str) -> None:
         q = swapped.detach().softmax(1)
         assert float(loss) == pytest.approx(gap + float(q[0, 1] - q[0, 0]), rel=1e-5)
     one = reference.targets_of(teacher, [[0]])
-    assert float(sparse_divergence(swapped, one, kind)) == 0
+    assert float(sparse_divergence(swapped.detach(), one, kind)) == 0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +190,8 @@ def test_rankings_ask_for_the_order_alone(kind: str) -> None:
         ("jsd", {"tail": "label", "beta": 1.0}, "is infinite"),
         ("skew_rkl", {"tail": "label", "lam": 0.0}, "is infinite"),
         ("fkl", {"tail": "label"}, "tail='label' needs the labels"),
-        ("fkl", {"tail": "label", "labels": [0, -100]}, "ids, one for each target"),
+        ("fkl", {"tail": "label", "labels": [0, -100]}, "one id below 6 for each .* -100 to 0"),
+        ("fkl", {"tail": "label", "labels": [0, 6]}, "one id below 6 for each .* from 0 to 6"),
         ("akl", {"head_rule": 3}, "head_rule must be one of official, nucleus, got 3"),
     ],
 )
