@@ -26,6 +26,7 @@ from decant.student_train import LossConfig, OptimizerConfig, StudentConfig, Tra
 from decant.student_train.trainers import CacheDataset, DistillationTrainer
 
 LOSS = LossConfig(kind="fkl", ce_weight=0.1)
+HEADER = ("round", "student_train_s", "trainer_s", "ratio", "curves_apart")
 SETTLING = 2
 """Steps of a run that are not counted."""
 
@@ -110,13 +111,12 @@ def main() -> None:
         second, other = measured(theirs, options)
         apart = max(abs(a - b) / a for a, b in zip(curve, other, strict=True))
         rows.append((number, first, second, second / first, apart))
+        save("trainers.csv", HEADER, rows)
         print(
             "round {}: student_train {:.3f} s, Trainer {:.3f} s, {:.3f}, {:.1e}".format(*rows[-1])
         )
     ratio = statistics.median(row[3] for row in rows)
     print(f"Trainer over student_train: {ratio:.3f} (median), curves apart {rows[0][4]:.1e}")
-    header = ("round", "student_train_s", "trainer_s", "ratio", "curves_apart")
-    save("trainers.csv", header, rows)
 
 
 if __name__ == "__main__":

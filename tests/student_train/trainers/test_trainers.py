@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,8 +158,11 @@ def test_two_processes_train_like_one(folder: Path, alone: Any) -> None:
 
     So does the plain loop of `examples/loops`, where rank and world size are said once.
     """
-    command = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
-    command += ["-m", "tests.support.trainer_job", str(folder), "29612"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "tests.support.trainer_job", str(folder), port]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *command],
         cwd=ROOT,
