@@ -120,8 +120,10 @@ class SparseTargets:
         temperature pass for free. On a GPU the check waits for the device: validate before `to`.
         Raises ValueError with the first offending row and its numbers.
         """
-        if self.checked_for == (vocab_size, float(temperature)):
-            return self
+        if self.checked_for is not None:
+            smaller, at = self.checked_for
+            if smaller <= vocab_size and at == float(temperature):
+                return self
         targets = self._as_tensors()
         targets._check_layout()
         targets = dataclasses.replace(targets, token_ids=targets.token_ids.to(torch.int64))
