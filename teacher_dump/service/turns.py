@@ -1,11 +1,11 @@
-"""Whose request comes next: the clients take turns, however many requests one of them has sent.
+"""Whose request comes next: of those who wait, the client for which least has been done.
 
-When no more can wait, the client that takes up most gives way: its newest request is put off.
-Knows no requests, only what they cost. Everything runs in one asyncio event loop.
+However many requests one sends, and however large, the others get as much done. When no more can
+wait, the client that takes up most gives way: its newest request is put off. Knows no requests, only
+what they cost. Everything runs in one asyncio event loop.
 """
 
 import asyncio
-import collections
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -33,8 +33,11 @@ class Turns:
         """
         self._free, self._limits = width, limits
         self._held: set[_Request] = set()
-        self._waiting: collections.OrderedDict[str, list[_Request]] = collections.OrderedDict()
-        """Of each client, the one whose turn was longest ago first."""
+        self._waiting: dict[str, list[_Request]] = {}
+        self._done: dict[str, float] = {}
+        """Of each client that is here, its shares so far, from where it came in."""
+        self._level = 0.0
+        """Where a client comes in: as one that has had as much as whoever came last in turn."""
 
     @contextlib.asynccontextmanager
     async def turn(self, client: str, cost: tuple[int, ...]) -> AsyncIterator[None]:
@@ -43,6 +46,7 @@ class Turns:
         request = _Request(client, share, asyncio.get_running_loop().create_future())
         self._make_room(request)
         self._held.add(request)
+        self._done.setdefault(client, self._level)
         try:
             await self._wait(request)
             try:
@@ -51,10 +55,13 @@ class Turns:
                 self._pass_on()
         finally:
             self._held.discard(request)
+            if all(other.client != client for other in self._held):
+                self._done.pop(client, None)
 
     async def _wait(self, request: _Request) -> None:
         if self._free:
             self._free -= 1
+            self._begin(request)
             return
         self._waiting.setdefault(request.client, []).append(request)
         try:
@@ -93,16 +100,20 @@ class Turns:
                 del self._waiting[request.client]
 
     def _pass_on(self) -> None:
-        """Give a turn to the client whose last was longest ago."""
+        """Give a turn to the client for which least has been done."""
         while self._waiting:
-            client, queue = self._waiting.popitem(last=False)
-            request = queue.pop(0)
-            if queue:
-                self._waiting[client] = queue
+            client = min(self._waiting, key=lambda name: self._done[name])
+            request = self._waiting[client][0]
+            self._drop(request)
             if not request.turn.done():
+                self._begin(request)
                 request.turn.set_result(None)
                 return
         self._free += 1
+
+    def _begin(self, request: _Request) -> None:
+        self._level = max(self._level, self._done[request.client])
+        self._done[request.client] += max(request.share)
 
 
 def _sums(shares: Iterable[tuple[float, ...]]) -> list[float]:

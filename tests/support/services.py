@@ -75,6 +75,10 @@ class ServedTeacher:
         self._command.signal_when(lambda: True, signal.SIGTERM)
         return self._command.result().code
 
+    def said(self) -> str:
+        """Its log so far."""
+        return self._command.stderr() + self._command.stdout()
+
     def _is_ready(self) -> bool:
         with contextlib.suppress(urllib.error.URLError, OSError):
             return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
