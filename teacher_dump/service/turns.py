@@ -1,8 +1,8 @@
 """Whose request comes next: of those who wait, the client for which least has been done.
 
 However many requests one sends, and however large, the others get as much done. When no more can
-wait, the client that takes up most gives way: its newest request is put off. Knows no requests, only
-what they cost. Everything runs in one asyncio event loop.
+wait, the client that takes up most gives way: its newest request is put off. Knows what requests
+cost and nothing else of them. Everything runs in one asyncio event loop.
 """
 
 import asyncio
