@@ -12,7 +12,7 @@ from aiohttp import web
 
 from decant.teacher_dump.config import ServiceLimits
 from decant.teacher_dump.service.room import Full, Place, Room
-from decant.teacher_dump.service.routes import Answer, note, refused
+from decant.teacher_dump.service.routes import RETRY_SECONDS, Answer, note, refused
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -33,7 +33,7 @@ class Door(web.Server):
     def __init__(self, handler: Handler, limits: ServiceLimits) -> None:
         """Every whole head goes to `handler`, which is cancelled when its client leaves."""
         super().__init__(
-            handler,  # type: ignore[arg-type]
+            handler,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
@@ -77,7 +77,7 @@ class Connection(web.RequestHandler):
         try:
             self._place = self._door.room.enter(1, self._give_way, NEW_SECONDS)
         except Full:
-            self._refuse(503, "too many connections are open")
+            self._refuse(429, "too many connections are open")
             return
         self._wait(self._door.limits.client_seconds)
 
@@ -146,7 +146,7 @@ class Connection(web.RequestHandler):
             self._socket.abort()
 
     def _give_way(self) -> None:
-        self._refuse(408, "idle or slow while others wait for a connection")
+        self._refuse(429, "too many connections are open, and this one is idle or slow")
 
     def _late(self) -> None:
         if self._has_begun:
@@ -162,6 +162,7 @@ class Connection(web.RequestHandler):
         if self._socket is not None and not self._socket.is_closing():
             head = (
                 f"HTTP/1.1 {status} Refused\r\nContent-Type: {answer.media_type}\r\n"
+                f"Retry-After: {RETRY_SECONDS}\r\n"
                 f"Content-Length: {len(answer.body)}\r\nConnection: close\r\n\r\n"
             )
             self._socket.write(head.encode() + answer.body)

@@ -162,14 +162,20 @@ class Service:
                 413,
                 f"a score request has {shown(length)} bytes, at most {self.limits.max_body_bytes}",
             )
-        size = int(length)
+        size, is_pressed = int(length), False
+
+        def give_way() -> None:
+            nonlocal is_pressed
+            is_pressed = True
+            scope.reschedule(0)
+
         try:
             async with asyncio.timeout(self.limits.seconds(size)) as scope:
-                with self._bodies.holding(
-                    size, lambda: scope.reschedule(0), PRESSED_SECONDS + size / PRESSED_BYTES
-                ):
+                with self._bodies.holding(size, give_way, PRESSED_SECONDS + size / PRESSED_BYTES):
                     return await read()
         except TimeoutError as error:
+            if is_pressed:
+                raise Refusal(429, "too many requests are received, this one slowly") from error
             raise Refusal(408, f"a score request of {size} bytes does not come in time") from error
         except Full as error:
             raise Refusal(429, "too many requests are being received") from error

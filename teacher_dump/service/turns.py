@@ -27,7 +27,7 @@ class Turns:
     """Lets `width` requests in at a time, of clients in turn."""
 
     def __init__(self, width: int, limits: tuple[int, ...]) -> None:
-        """`limits` bounds the sums of the costs of those that are in or wait.
+        """`limits` bounds the sums of the costs of those that are in or wait: number, then work.
 
         A single request beyond them is let in if it is the only one.
         """
@@ -113,7 +113,7 @@ class Turns:
 
     def _begin(self, request: _Request) -> None:
         self._level = max(self._level, self._done[request.client])
-        self._done[request.client] += max(request.share)
+        self._done[request.client] += max(request.share[1:])  # many small ones are no more work
 
 
 def _sums(shares: Iterable[tuple[float, ...]]) -> list[float]:

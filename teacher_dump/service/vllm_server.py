@@ -45,6 +45,7 @@ from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.service.routes import (
     HEALTH_PATH,
     PATHS,
+    RETRY_SECONDS,
     Answer,
     Refusal,
     Service,
@@ -352,7 +353,7 @@ class Guard:
             answer = refused(refusal.status, str(refusal))
             self._note(scope, answer)
             if not began:
-                headers = {"Connection": "close"}
+                headers = {"Connection": "close", "Retry-After": str(RETRY_SECONDS)}
                 response = Response(
                     answer.body, answer.status, headers, media_type=answer.media_type
                 )
@@ -363,7 +364,7 @@ class Guard:
         if self._key and not is_authorised(headers.get("authorization"), self._key):
             raise Refusal(401, "the API key is missing or wrong")
         if self._num_open >= self._limits.max_connections:
-            raise Refusal(503, "too many requests are open")
+            raise Refusal(429, "too many requests are open")
         length, most = headers.get("content-length", "0"), self._limits.max_body_bytes
         if not (length.isascii() and length.isdecimal()):
             raise Refusal(400, "Content-Length is no number")

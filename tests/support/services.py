@@ -77,7 +77,7 @@ class ServedTeacher:
 
     def said(self) -> str:
         """Its log so far."""
-        return self._command.stderr() + self._command.stdout()
+        return self._command.stderr()
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(urllib.error.URLError, OSError):

@@ -195,7 +195,7 @@ class Client:
             raise Away(text, min(float(max(wait, 1)), LONGEST_WAIT))
         if status in (502, 503, 504):
             raise Away(f"status {status}: {text}")
-        if status >= 500:
+        if status == 408 or status >= 500:
             raise Lost(f"status {status}: {text}", is_there=True)
         if status == 409:  # restarted with another teacher since it was met, which it now shows
             await self._meet(endpoint)
