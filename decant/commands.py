@@ -64,6 +64,23 @@ CACHE = (
         "decant.storage.cache.command:MIGRATE",
     ),
 )
+EDIT = (
+    Entry(
+        "subset",
+        "Some sequences of a cache, by id, condition or share, as a cache.",
+        "decant.storage.edit.command:SUBSET",
+    ),
+    Entry(
+        "merge",
+        "Several caches of one teacher as one.",
+        "decant.storage.edit.command:MERGE",
+    ),
+    Entry(
+        "dedupe",
+        "A cache without the sequences that repeat another's tokens.",
+        "decant.storage.edit.command:DEDUPE",
+    ),
+)
 STUDENT = (
     Entry(
         "train",
@@ -86,6 +103,7 @@ START = (
 ALL: Table = (
     ("score a teacher", TEACHER),
     ("look at a cache", CACHE),
+    ("make a cache of others", EDIT),
     ("train a student", STUDENT),
     ("begin", START),
 )

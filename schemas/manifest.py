@@ -185,6 +185,22 @@ class Manifest:
         newer = dataclasses.replace(self, format_version=FORMAT_VERSION, cache_id="")
         return dataclasses.replace(newer, cache_id=newer.identity_hash())
 
+    def derived(self, *, source: dict[str, Any], sequences: dict[str, Any]) -> "Manifest":
+        """The start of another cache of rows of this one, in the present format version.
+
+        Its plan, counts and id are to be filled in.
+        """
+        return dataclasses.replace(
+            self,
+            format_version=FORMAT_VERSION,
+            cache_id="",
+            source=source,
+            sequences=sequences,
+            totals=None,
+            records=None,
+            rejected=(),
+        )
+
     @property
     def is_final(self) -> bool:
         """Whether every shard of the plan is committed and sealed."""

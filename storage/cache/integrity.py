@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import xxhash
 
-from decant.schemas import CommitRecord, FormatError, Rejected, ShardPlan
+from decant.schemas import CommitRecord, FormatError, Manifest, Rejected, ShardPlan
 from decant.schemas.manifest import MAX_LISTED
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows
@@ -36,15 +36,19 @@ class VerifyReport:
 
 
 def verify(
-    url: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    url: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    manifest: Manifest | None = None,
 ) -> VerifyReport:
     """Check everything that can be checked without the teacher; never raises for bad data.
 
     `progress` is called with (shards done, shards in all). An incomplete cache is a problem.
+    `manifest` is taken for the cache's own where that is not published yet.
     """
     try:
         hashes = _WholeHash(Store(url))
-        reader = CacheReader(url, allow_incomplete=True, listener=hashes.take)
+        reader = CacheReader(url, allow_incomplete=True, listener=hashes.take, manifest=manifest)
         reader.plan  # noqa: B018  read here: damage to it is one problem, not an exception later
     except FormatError as error:
         return VerifyReport(str(url), 0, 0, 0, 0, (str(error),))

@@ -14,6 +14,7 @@ from decant.schemas import (
     ByteRange,
     CommitRecord,
     FormatError,
+    Manifest,
     Rejected,
     ScoredSequence,
     ShardPlan,
@@ -48,16 +49,18 @@ class CacheReader:
         *,
         allow_incomplete: bool = False,
         listener: Callable[[int, int, bytes], None] | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         """Open a cache.
 
-        `listener` is called with (shard, offset, bytes) of all that is fetched of shards.
+        `listener` is called with (shard, offset, bytes) of all that is fetched of shards;
+        `manifest` is taken for the cache's own where that is not published yet.
         Raises FormatError if it is absent, damaged, or not complete (unless `allow_incomplete`,
         which gives the sequences of the committed shards, renumbered from 0).
         """
         self._store, self._listener = Store(url), listener
         self.url = self._store.url
-        self.manifest = read_manifest(self._store)
+        self.manifest = manifest or read_manifest(self._store)
         self._set_index(self._index(allow_incomplete))
         self._schema = shard_schema(self.manifest.layout)
         self._recent: dict[int, CommitRecord] = {}

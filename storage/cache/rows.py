@@ -115,10 +115,13 @@ class Rows(Distributions[NDArray[Any]]):
         )
 
 
-def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> pa.Table:
+def encode(
+    sequences: Sequence[ScoredSequence], first: int, layout: Layout, *, decoded: bool = False
+) -> pa.Table:
     """One table of whole sequences whose plan indices start at `first`.
 
-    The sequences must have passed `storage.check.check_sequence`.
+    The sequences must have passed `storage.check.check_sequence`. Those that were `decoded` from
+    rows of this layout are given the bytes that they had there.
     """
     lengths = np.array([len(s.input_ids) for s in sequences])
     is_target = np.concatenate([s.is_target for s in sequences])
@@ -152,7 +155,7 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
     if layout.has_logprobs:
         ids = np.where(used, token_ids, 0)
         logprobs, log_tail = known["logprobs"], known["log_tail"]
-        if layout.precision == "compact":
+        if layout.precision == "compact" and not decoded:
             log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
         columns["topk_logprob"] = blob(
             encode_logprobs(logprobs, used, layout.precision, layout.code)

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -54,6 +55,18 @@ ROW_GROUP_BYTES = 1 << 24
 """The same in bytes of ids and log probs before compression: fewer rows where K is large."""
 RECORDS_AT_ONCE = 16
 """Commit records that are fetched together: on an object store each one is a round trip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Carried:
+    """What the commit record of a shard says whose sequences come from shards of other caches."""
+
+    kl_error_mean: float
+    kl_error_max: float
+    seconds: float
+    """Of the scoring."""
+    worker: str
+    """Who scored."""
 
 
 class CacheWriter:
@@ -154,8 +167,14 @@ class ShardWriter:
         *,
         replace: bool = False,
         row_group_rows: int = ROW_GROUP_ROWS,
+        carried: Carried | None = None,
     ) -> None:
-        """Prepare; nothing is touched before the context is entered."""
+        """Prepare; nothing is touched before the context is entered.
+
+        With `carried` the sequences to come are decoded ones of caches of the same layout: their
+        values are stored with the bytes that they had there.
+        """
+        self._carried = carried
         self._store, self._manifest, self._plan = store, manifest, plan
         self._replace = replace
         self._layout = manifest.layout
@@ -184,7 +203,8 @@ class ShardWriter:
 
     def write(self, sequence: ScoredSequence) -> None:
         """Append one sequence. Raises FormatError naming the sample if it is not valid."""
-        check_sequence(sequence, self._layout)
+        precision = self._layout.precision if self._carried else "f32"
+        check_sequence(sequence, self._layout, precision=precision)
         length = len(sequence.input_ids)
         if (
             self._buffered_rows + length > self._group_rows
@@ -220,26 +240,35 @@ class ShardWriter:
                 f"sample {sample_id}: is_target must be bool [{len(input_ids)}] with token 0 "
                 f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
             )
+        nothing = _without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout)
+        self.write_rejected(nothing, int(is_target.sum()), reason)
+
+    def write_rejected(self, sequence: ScoredSequence, targets: int, reason: str) -> None:
+        """Append a sequence without targets, as many of which were lost, for a reason of one line.
+
+        Raises FormatError if it is not valid.
+        """
         done = sum(group[1] for group in self._groups) + len(self._buffer)
         rejected = Rejected(
             sequence=self._plan.first_sequence + done,
-            sample_id=sample_id,
-            targets=int(is_target.sum()),
+            sample_id=sequence.sample_id,
+            targets=targets,
             reason=reason,
         )
-        self.write(_without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout))
+        self.write(sequence)
         self._rejected.append(rejected)
 
     def _flush(self) -> None:
         first = self._plan.first_sequence + sum(group[1] for group in self._groups)
-        table = rows_codec.encode(self._buffer, first, self._layout)
+        decoded = self._carried is not None
+        table = rows_codec.encode(self._buffer, first, self._layout, decoded=decoded)
         self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
-        if self._layout.has_logprobs and self._layout.precision != "f32":
-            decoded = rows_codec.decode(table, self._layout).logprobs
-            assert decoded is not None
+        if self._layout.has_logprobs and self._layout.precision != "f32" and not decoded:
+            stored = rows_codec.decode(table, self._layout).logprobs
+            assert stored is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]
-            error = decoding_error(np.concatenate(given), decoded)
+            error = decoding_error(np.concatenate(given), stored)
             self._error_sum += float(error.sum())
             self._error_max = max(self._error_max, float(error.max(initial=0)))
         self._groups.append((len(table), len(self._buffer), scored))
@@ -298,6 +327,12 @@ class ShardWriter:
                     RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
                 )
             end = groups[-1].data.offset + groups[-1].data.length if groups else 0
+            said = self._carried or Carried(
+                kl_error_mean=self._error_sum / max(targets, 1),
+                kl_error_max=self._error_max,
+                seconds=round(time.monotonic() - self._start, 3),
+                worker=f"{socket.gethostname()}:{os.getpid()}",
+            )
             return CommitRecord(
                 shard=plan.shard,
                 cache_id=self._manifest.cache_id,
@@ -310,10 +345,10 @@ class ShardWriter:
                 xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
                 row_groups=tuple(groups),
                 footer=byte_range(whole, end, len(whole)),
-                kl_error_mean=self._error_sum / max(targets, 1),
-                kl_error_max=self._error_max,
-                seconds=round(time.monotonic() - self._start, 3),
-                worker=f"{socket.gethostname()}:{os.getpid()}",
+                kl_error_mean=said.kl_error_mean,
+                kl_error_max=said.kl_error_max,
+                seconds=said.seconds,
+                worker=said.worker,
             )
 
 

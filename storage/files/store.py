@@ -193,9 +193,12 @@ class Store:
                     raise
         self._fs.put_file(str(file), where)
 
-    def copy(self, source: "Store", name: str) -> None:
-        """Publish the file of this name of another store here; a hard link where that works."""
-        with self.staged(name) as temporary:
+    def copy(self, source: "Store", name: str, new_name: str = "") -> None:
+        """Publish a file of another store here, by a `new_name` if one is given.
+
+        It is a hard link where that works.
+        """
+        with self.staged(new_name or name) as temporary:
             if source.is_local and self.is_local:
                 with contextlib.suppress(OSError):  # another file system, or one without links
                     os.link(source.path(name), temporary)
