@@ -3,7 +3,8 @@
 A shard that stays as it is becomes a hard link, where the file system has them; any other is
 written anew with the bytes that its rows have. Nothing has the new cache's name before all of it is
 there and verified: a local one is filled beside its place and moved there, on an object store the
-manifest comes last. What a killed run leaves is completed by the same command, and cleared by another.
+manifest comes last. What a killed run leaves is completed by the same command, and cleared by
+another.
 """
 
 import contextlib
