@@ -77,7 +77,8 @@ class Distiller(nn.Module):
         `terms` are the numbers of the step, by default those at the begin of a run.
         """
         terms = terms or self.loss.at(0, 1)
-        return opened(super().__call__(Sealed((batch, terms)), num_targets))
+        found: FusedLoss = opened(super().__call__(Sealed((batch, terms)), num_targets))
+        return found
 
     def measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         """What the student is worth on a batch; logits are held for some targets at a time."""
@@ -140,23 +141,39 @@ class Distiller(nn.Module):
         return self._at_head(inputs, batch, loss_of)
 
     def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
-        inputs, vocab_size = _inputs(batch), self.vocab_size
+        def sums(logits_of: Callable[[slice], Tensor]) -> HeldoutSums:
+            return sums_of_chunks(logits_of, batch, terms, self.vocab_size)
+
+        found: HeldoutSums = self.with_logits(batch, sums)
+        return found
+
+    def with_logits(
+        self, batch: Batch, function: Callable[[Callable[[slice], Tensor]], Any]
+    ) -> Any:
+        """What `function` makes of the logits of a batch's targets.
+
+        It is given what gives the logits [R, V] of some of them, so that no more need be held.
+        """
+        inputs = _inputs(batch)
         if self.head is None:
             logits_NV = self.student(**inputs).logits.flatten(0, 1)
-            logits_NV = logits_NV.index_select(0, batch.predictors)
-            return sums_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
+            return function(logits_NV.index_select(0, batch.predictors).__getitem__)
         scale, softcap = self.head["logit_scale"], self.head["softcap"]
 
-        def sums_of(hidden_NH: Tensor, head: nn.Linear) -> HeldoutSums:
+        def scaled(product_RV: Tensor) -> Tensor:
+            logits_RV = scale * product_RV
+            return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
+
+        def at_head(hidden_NH: Tensor, head: nn.Linear) -> Any:
+            if (
+                getattr(self.student, "is_quantized", False)
+                and type(head.weight) is not nn.Parameter
+            ):
+                return function(lambda rows: scaled(head(hidden_NH[rows]).float()))
             product = wide_linear(hidden_NH, head.weight, head.bias)
+            return function(lambda rows: scaled(product(rows)))
 
-            def logits_of(rows: slice) -> Tensor:
-                logits_RV = scale * product(rows)
-                return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
-
-            return sums_of_chunks(logits_of, batch, terms, vocab_size)
-
-        return self._at_head(inputs, batch, sums_of)
+        return self._at_head(inputs, batch, at_head)
 
     def _at_head(
         self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]
