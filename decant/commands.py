@@ -22,6 +22,16 @@ TEACHER = (
         "decant.teacher_dump.audit.command:AUDIT",
     ),
     Entry(
+        "rescore",
+        "Score the sequences of a cache again: another k, another teacher.",
+        "decant.teacher_dump.rescore.command:RESCORE",
+    ),
+    Entry(
+        "add-temperature",
+        "Score the sequences of a cache again at more temperatures.",
+        "decant.teacher_dump.rescore.command:ADD_TEMPERATURE",
+    ),
+    Entry(
         "serve",
         "Offer a teacher to dumps on other machines.",
         "decant.teacher_dump.service.command:SERVE",

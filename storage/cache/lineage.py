@@ -17,11 +17,16 @@ MEANING = ("normalised_over", "unknown_label")
 
 
 def source_of(
-    operation: str, options: Mapping[str, Any], origins: Sequence[tuple[str, Manifest]]
+    operation: str,
+    options: Mapping[str, Any],
+    origins: Sequence[tuple[str, Manifest]],
+    *,
+    meaning: bool = True,
 ) -> dict[str, Any]:
     """`source` of the manifest of a cache that an operation makes of others, (url, manifest) each.
 
-    The meaning of imported values must be the same in all of them.
+    With `meaning` their values go along, and what an import says of these, which must be the same
+    in all of them.
     """
     manifests = [manifest for _, manifest in origins]
     lineage = {
@@ -41,10 +46,10 @@ def source_of(
         ],
     }
     paths = [str(manifest.source.get("path", "")) for manifest in manifests]
-    meaning = {name: manifests[0].source[name] for name in MEANING if name in manifests[0].source}
+    said = manifests[0].source if meaning else {}
     return {
         "path": ", ".join(dict.fromkeys(path for path in paths if path)),
-        **meaning,
+        **{name: said[name] for name in MEANING if name in said},
         "fingerprint": xxhash.xxh3_128(canonical(lineage)).hexdigest(),
         LINEAGE: lineage,
     }

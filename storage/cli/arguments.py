@@ -67,6 +67,8 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         return
     if _is_several(option):
         about |= {"action": "append", "default": None}
+        item = get_args(kind)[0]
+        about |= {"type": item} if item in (int, float) else {}
     if kind is not bool:
         about["required"] = option.default is REQUIRED
     parser.add_argument(flag(option), dest=option.key, **about)

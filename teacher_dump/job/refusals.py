@@ -4,10 +4,12 @@ import os
 import re
 from pathlib import Path, PurePath
 
+from decant.schemas import tokenizer_fingerprint
 from decant.storage import Store
 from decant.storage.cache import paths
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.inputs.cached import is_cache, open_cache
 from decant.teacher_dump.inputs.sources import source_files
 from decant.teacher_dump.job.responses import (
     refuse_generation,
@@ -43,6 +45,8 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
         )
     if without:
         config.truncation.check_without_logprobs(config.temperatures)
+    if is_cache(config.source):
+        _refuse_other_tokenizer(config, teacher)
     length, limit = config.sequences.max_length, teacher.max_positions
     if limit and length > limit:
         raise ValueError(
@@ -70,6 +74,19 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
                 f"the source file {file} lies inside the output {output}: choose an output of its "
                 "own"
             )
+
+
+def _refuse_other_tokenizer(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError if the ids of the cache that is the source are not the teacher's."""
+    stored = open_cache(config.source).manifest.tokenizer.fingerprint
+    if not stored or teacher.tokenizer is None:
+        return
+    own = tokenizer_fingerprint(teacher.tokenizer, like=stored)
+    if own != stored:
+        raise ValueError(
+            f"the ids of {config.source.path} are of another tokenizer (fingerprint {stored}) than "
+            f"that of {teacher.info.name} ({own}): the teacher would read other texts"
+        )
 
 
 def refuse_foreign(config: DumpConfig) -> None:
