@@ -12,6 +12,7 @@ from decant.schemas import CommitRecord, FormatError, Manifest, Rejected, ShardP
 from decant.schemas.manifest import MAX_LISTED
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows
+from decant.storage.cache.extension import moving, names_of
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.rows import Rows
 from decant.storage.files.sealed import read_json
@@ -73,6 +74,7 @@ def verify(
 
 def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
     manifest = reader.manifest
+    extension = moving(store)
     committed = set(reader.index.shards.tolist())
     missing = [plan.shard for plan in reader.plan if plan.shard not in committed]
     if missing:
@@ -110,7 +112,10 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         for record in reader.index:
             name = paths.record(record.shard)
             try:
-                if read_json(store, name) != record.to_json(manifest.format_version):
+                beside = read_json(store, name)
+                if extension:  # while it is moved in, records are those of either cache
+                    beside["cache_id"] = manifest.cache_id
+                if beside != record.to_json(manifest.format_version):
                     yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
             except FormatError as error:
                 yield str(error)
@@ -126,6 +131,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         elif (found := store.hash(path)) != expected:
             yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
     known = {name(p.shard) for p in reader.plan for name in (paths.shard, paths.record)}
+    known |= set(names_of(extension)) if extension else set()
     for name in store.names(paths.SHARDS):
         is_temporary = name.startswith(".")  # of a killed or running writer: absent by definition
         if not is_temporary and f"{paths.SHARDS}/{name}" not in known:

@@ -80,9 +80,16 @@ class CacheWriter:
 
     @classmethod
     def create(
-        cls, url: str | os.PathLike[str], draft: Manifest, plan: Iterable[ShardPlan]
+        cls,
+        url: str | os.PathLike[str],
+        draft: Manifest,
+        plan: Iterable[ShardPlan],
+        *,
+        number: int = 0,
     ) -> "CacheWriter":
         """Start a cache: seal the plan, then publish the manifest.
+
+        `number` of the plan's file is another than 0 for one that has taken others' place.
 
         `draft` is a `Manifest.draft`; its plan, counts and id are filled in here.
         Raises FileExistsError if the directory holds a cache already, or if another process starts
@@ -93,7 +100,7 @@ class CacheWriter:
             raise FileExistsError(f"{store.url} already holds a cache")
         shards = list(plan)
         entries = [to_json(s) for s in shards]
-        segment = publish_segment(store, paths.segment(paths.PLAN), entries, new=True)
+        segment = publish_segment(store, paths.segment(paths.PLAN, number), entries, new=True)
         manifest = dataclasses.replace(
             draft,
             plan=segment,

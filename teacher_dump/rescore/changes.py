@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from decant.schemas import Manifest, Truncation
+from decant.schemas import PRECISIONS, Manifest, Truncation
 from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader
 from decant.teacher_dump.config import DumpConfig
@@ -43,12 +43,13 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
     """
     manifest = CacheReader(url).manifest
     sequences = manifest.sequences
-    default = {f.name: f.default for f in dataclasses.fields(DumpConfig)}
-    shard_targets = changes.shard_targets or sequences.get("shard_targets")
-    without = not METHODS[changes.method or manifest.truncation.method].has_logprobs
-    precision = changes.precision or manifest.precision
-    if without or precision not in ("f32", "f16", "compact"):
-        precision = changes.precision or default["precision"]
+    truncation = _truncation(manifest.truncation, changes)
+    without = not truncation.rule.has_logprobs
+    more: dict[str, Any] = {}
+    if shard_targets := changes.shard_targets or sequences.get("shard_targets"):
+        more["shard_targets"] = int(shard_targets)
+    if changes.precision or (manifest.precision in PRECISIONS and not without):
+        more["precision"] = changes.precision or manifest.precision
     return DumpConfig(
         output=out,
         teacher=teacher_of(manifest, teacher),
@@ -58,10 +59,9 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
             overlong="error",
             add_bos=bool(sequences.get("add_bos")),
         ),
-        truncation=_truncation(manifest.truncation, changes),
+        truncation=truncation,
         temperatures=_temperatures(manifest, changes, without),
-        precision=precision,
-        shard_targets=int(shard_targets or default["shard_targets"]),
+        **more,
     )
 
 

@@ -120,8 +120,8 @@ def _score(arguments: AgainArguments, changes: Changes, *, same_teacher: bool) -
     from decant.storage.cli.terminal import megabytes
     from decant.teacher_dump.engines.quiet import quiet_transformers
     from decant.teacher_dump.job.refusals import refuse_misfits
-    from decant.teacher_dump.rescore.changes import refuse_other_teacher, rescore_config
     from decant.teacher_dump.job.run import Worker, dump
+    from decant.teacher_dump.rescore.changes import refuse_other_teacher, rescore_config
     from decant.teacher_dump.teacher import describe_teacher, hash_weights
 
     refuse_missing(arguments.url)
