@@ -14,14 +14,12 @@ from typing import Any
 from decant.schemas import FORMAT_VERSION, CommitRecord, FormatError, Manifest, ShardPlan
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows
+from decant.storage.cache.lineage import EXTENSIONS
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.records import committed_shards, read_manifest, read_records
 from decant.storage.cache.writer import CacheWriter
 from decant.storage.files.sealed import publish_json
 from decant.storage.files.store import Store
-
-EXTENSIONS = "extensions"
-"""Field of the manifest's `source`: what the cache was extended by, a step for each time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,8 @@ from decant.schemas import Manifest
 from decant.schemas.strict import canonical
 
 LINEAGE = "lineage"
+EXTENSIONS = "extensions"
+"""Field of `source`: what the cache was extended by, a step for each time."""
 MEANING = ("normalised_over", "unknown_label")
 """What an import says of the values themselves; it goes where they go."""
 
@@ -72,11 +74,13 @@ def sequences_of(manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def lineage_text(source: Mapping[str, Any]) -> str:
-    """In one line, how a cache was made of others; "" if it was not."""
+    """In one line, how a cache was made of others, and extended; "" if it was neither."""
+    parts = []
     lineage = source.get(LINEAGE)
-    if not isinstance(lineage, dict):
-        return ""
-    origins = [str(origin["url"]) for origin in lineage["from"]]
-    options = {name: value for name, value in lineage["options"].items() if value not in ("", None)}
-    said = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"{lineage['operation']} of {', '.join(origins)}" + (f" ({said})" if said else "")
+    if isinstance(lineage, dict):
+        origins = ", ".join(str(origin["url"]) for origin in lineage["from"])
+        known = {name: value for name, value in lineage["options"].items() if value != ""}
+        said = ", ".join(f"{name} {value}" for name, value in known.items())
+        parts.append(f"{lineage['operation']} of {origins}" + (f" ({said})" if said else ""))
+    parts += [f"extended by {step['source'].get('path')}" for step in source.get(EXTENSIONS, ())]
+    return "; ".join(parts)

@@ -227,6 +227,7 @@ class ShardWriter:
         input_ids: NDArray[np.int32],
         is_target: NDArray[np.bool_],
         reason: str,
+        messages: str | None = None,
     ) -> None:
         """Append a sequence that the teacher cannot score: its rows are kept, its targets lost.
 
@@ -247,7 +248,8 @@ class ShardWriter:
                 f"sample {sample_id}: is_target must be bool [{len(input_ids)}] with token 0 "
                 f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
             )
-        nothing = _without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout)
+        ids = np.asarray(input_ids, np.int32)
+        nothing = _without_targets(sample_id, ids, messages, self._layout)
         self.write_rejected(nothing, int(is_target.sum()), reason)
 
     def write_rejected(self, sequence: ScoredSequence, targets: int, reason: str) -> None:
@@ -409,7 +411,7 @@ def one_line(reason: str) -> str:
 
 
 def _without_targets(
-    sample_id: str, input_ids: NDArray[np.int32], layout: Layout
+    sample_id: str, input_ids: NDArray[np.int32], messages: str | None, layout: Layout
 ) -> ScoredSequence:
     sizes = 0, layout.slots, len(layout.temperatures)
     nothing: dict[str, NDArray] = {
@@ -420,5 +422,6 @@ def _without_targets(
         input_ids=input_ids,
         is_target=np.zeros(len(input_ids), np.bool_),
         positions=np.zeros(0, np.int32),
+        messages=messages,
         **nothing,
     )

@@ -74,6 +74,7 @@ def merge(
         source=source_of("merge", {"on_duplicate": on_duplicate}, origins),
         sequences=sequences_of(manifests),
     )
+    draft = dataclasses.replace(draft, messages=any(m.messages for m in manifests))
     size = max(plan.num_targets for cache in caches for plan in cache.plan)
     groups = grouped(pieces, size) if on_duplicate == "keep-first" else [[p] for p in pieces]
     shards = new_shards(groups, draft)

@@ -57,7 +57,8 @@ def cached_records(config: SourceConfig) -> Iterator[Record]:
                 "attention_mask": np.ones(len(ids), np.int8),
             }
             where = f"{config.path} sequence {group.first_sequence + index}"
-            yield Record(sample_id, fields, where)
+            said = rows.messages[index] if rows.messages else ""
+            yield Record(sample_id, fields, where, said)
         left -= len(rows)
 
 

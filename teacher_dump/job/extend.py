@@ -91,6 +91,8 @@ def open_or_extend(
     """
     source = describe_source(config.source)
     settings = sequence_settings(config, teacher)
+    keeping = dataclasses.replace(config.sequences, keep_messages=base.manifest.messages)
+    config = dataclasses.replace(config, sequences=keeping)
     _refuse_unfit(config, source, teacher, base)
     if store.exists(paths.MANIFEST):
         writer = CacheWriter(store.url)

@@ -14,6 +14,7 @@ from decant.schemas import NO_LOGPROBS, Truncation
 from decant.storage import CacheReader, Store, verify
 from decant.storage.cache import paths
 from decant.storage.cache.rows import encode
+from decant.storage.cache.writer import write_cache
 from decant.storage.edit.derived import make, staging_of
 from decant.storage.edit.merge import Unlike, merge
 from decant.storage.edit.subset import Choice, dedupe, subset
@@ -51,7 +52,7 @@ def write(path: Path, settings: caches.Settings, seed: int = 0, *, reject: int =
             caches.random_sequence(
                 generator,
                 settings,
-                length=12 + 3 * i,
+                length=(12 if settings.vocab_size < 1000 else 3) + 3 * i,
                 prompt=1 + 2 * (i % 2),
                 spread=spread,
                 sample_id=f"{seed}-{shard}-{i}",
@@ -214,6 +215,26 @@ def test_duplicates_of_a_merge(tmp_path: Path) -> None:
     assert_rows(tmp_path / "all", stored(a) + stored(b))
 
 
+def test_conversations_go_where_their_sequences_go(tmp_path: Path) -> None:
+    """Also into one cache with sequences of a cache that keeps none."""
+    a = write(tmp_path / "a", FORMS["topk-compact"], 0)
+    said = '{"messages":[{"role":"user","content":"hello"}]}'
+    talks = [
+        dataclasses.replace(s, sample_id=f"talk {s.sample_id}", messages=said)
+        for shard in caches.random_shards(FORMS["topk-compact"], num_shards=1)
+        for s in shard
+    ]
+    draft = dataclasses.replace(FORMS["topk-compact"].draft(), messages=True)
+    write_cache(tmp_path / "talks", draft, talks)
+    both = [CacheReader(a), CacheReader(tmp_path / "talks")]
+    make(tmp_path / "both", merge(both)[0])
+    assert verify(tmp_path / "both").ok
+    make(
+        tmp_path / "part", subset(CacheReader(tmp_path / "both"), Choice(where="sequence > 10"))[0]
+    )
+    assert [s.messages for s in CacheReader(tmp_path / "part")] == [None, said, said, said, said]
+
+
 def test_commands_say_what_they_would_do_and_do_it(tmp_path: Path) -> None:
     """A dry run writes nothing and predicts the counts; what exists is never overwritten."""
     a, new = write(tmp_path / "a", FORMS["topk-compact"]), tmp_path / "new"
@@ -264,7 +285,7 @@ def test_a_new_cache_has_a_place_of_its_own(tmp_path: Path) -> None:
     assert verify(a).ok
 
 
-@pytest.mark.parametrize("step", [2, 30, 62, 82, 90])
+@pytest.mark.parametrize("step", [2, 62, 82, 90])
 def test_killed_at_any_step_it_is_absent_and_then_complete(step: int, tmp_path: Path) -> None:
     """Whatever step SIGKILL comes before: nothing of the name is there, the same command ends."""
     a, b = write(tmp_path / "a", FORMS["topk-f32"], 0), write(tmp_path / "b", FORMS["topk-f32"], 1)

@@ -9,24 +9,33 @@ import pytest
 
 from decant.schemas import Truncation
 from decant.storage import CacheReader, verify
-from decant.storage.cache.reader import CacheReader as Reader
 from decant.teacher_dump import DumpConfig, dump
 from tests.support import models
 from tests.support.commands import command
 from tests.support.dumps import change, save_records
 
 
-def sequences(url: Path) -> list[tuple[str, bytes, bytes]]:
-    return [(s.sample_id, s.input_ids.tobytes(), s.is_target.tobytes()) for s in Reader(url)]
+def sequences(url: Path) -> list[tuple[str, bytes, bytes, str | None]]:
+    """Sample id, tokens, targets and conversation of each."""
+    return [
+        (s.sample_id, s.input_ids.tobytes(), s.is_target.tobytes(), s.messages)
+        for s in CacheReader(url)
+    ]
 
 
 @pytest.fixture(scope="module")
 def chats(dump_config: DumpConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with prompts that are no targets, in three shards; never write to it."""
+    """A cache of conversations, in several shards; never write to it."""
     folder = tmp_path_factory.mktemp("chats")
     records = [
-        {"id": f"r {i}", "prompt": " ".join(models.WORDS[: 3 + i % 4]), "response": "lazy dog " * i}
-        for i in range(1, 12)
+        {
+            "id": f"r {i}",
+            "messages": [
+                {"role": "user", "content": " ".join(models.WORDS[: 3 + i % 4])},
+                {"role": "assistant", "content": "lazy dog " * i},
+            ],
+        }
+        for i in range(1, 8)
     ]
     path = save_records(folder / "records.jsonl", *records)
     config = change(dump_config, "source.path", str(path))
@@ -41,7 +50,7 @@ def test_rescoring_changes_what_was_asked_for_alone(chats: Path, tmp_path: Path)
     assert planned.code == 0 and not (tmp_path / "new").exists(), planned.stderr
     done = command("decant", *words)
     assert done.code == 0, done.stderr
-    assert sequences(tmp_path / "new") == sequences(chats)
+    assert sequences(tmp_path / "new") == sequences(chats) and sequences(chats)[0][3]
     old, new = CacheReader(chats), CacheReader(tmp_path / "new")
     assert verify(tmp_path / "new").ok
     assert new.manifest.truncation == Truncation(k=24)
