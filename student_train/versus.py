@@ -224,10 +224,22 @@ def _look(distiller: Distiller, batch: Batch, indices: list[int], gathered: Gath
             gathered.offer(float(badness[row]), candidate)
 
     distiller.with_logits(batch, figures)
+    _refuse_broken(torch.cat([part["ce"] for part in parts]).numpy(), owner, indices)
     whole = {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
     for at, sequence in enumerate(indices):
         own = slice(starts[at], starts[at + 1])
         gathered.add(sequence, {name: values[own] for name, values in whole.items()})
+
+
+def _refuse_broken(ce: NDArray[np.float64], owner: NDArray[np.int64], indices: list[int]) -> None:
+    """Raise ValueError where the model gives no finite log prob."""
+    bad = np.flatnonzero(~np.isfinite(ce))
+    if len(bad):
+        raise ValueError(
+            f"the model gives the actual token of {len(bad)} targets of sequence "
+            f"{indices[owner[bad[0]]]} the log prob {-ce[bad[0]]}: its weights or its dtype "
+            "(--dtype float32) do not work"
+        )
 
 
 def _report(

@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from decant.schemas import (
     CommitRecord,
     FormatError,
-    Layout,
     Manifest,
     Rejected,
     RowGroup,
@@ -32,13 +31,12 @@ from decant.schemas import (
     shard_schema,
     to_json,
 )
-from decant.schemas.distributions import FIELDS
-from decant.schemas.shards import REASON_LENGTH
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_sequence
 from decant.storage.cache.logprobs import decoding_error
 from decant.storage.cache.parquet import DENSE, byte_range, extent, parquet_options
+from decant.storage.cache.plan import plan_of
 from decant.storage.cache.records import (
     committed_shards,
     read_manifest,
@@ -46,6 +44,7 @@ from decant.storage.cache.records import (
     read_record,
     seal,
 )
+from decant.storage.cache.rejected import one_line, without_targets
 from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
 
@@ -249,7 +248,7 @@ class ShardWriter:
                 f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
             )
         ids = np.asarray(input_ids, np.int32)
-        nothing = _without_targets(sample_id, ids, messages, self._layout)
+        nothing = without_targets(sample_id, ids, messages, self._layout)
         self.write_rejected(nothing, int(is_target.sum()), reason)
 
     def write_rejected(self, sequence: ScoredSequence, targets: int, reason: str) -> None:
@@ -382,46 +381,3 @@ def write_cache(
             for sequence in itertools.islice(source, entry.num_sequences):
                 shard.write(sequence)
     return writer.finalize()
-
-
-def plan_of(shards: Iterable[Sequence[ScoredSequence]]) -> list[ShardPlan]:
-    """The plan of a cache that holds these sequences in these shards."""
-    plan: list[ShardPlan] = []
-    first = 0
-    for index, sequences in enumerate(shards):
-        plan.append(
-            ShardPlan(
-                shard=index,
-                first_sequence=first,
-                num_sequences=len(sequences),
-                num_tokens=sum(len(s.input_ids) for s in sequences),
-                num_targets=sum(s.num_targets for s in sequences),
-                input_xxh3_128="",
-            )
-        )
-        first += len(sequences)
-    return plan
-
-
-def one_line(reason: str) -> str:
-    """A reason as a record holds it: one line of printable text, cut where it is too long."""
-    line = " ".join(reason.split())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"
-
-
-def _without_targets(
-    sample_id: str, input_ids: NDArray[np.int32], messages: str | None, layout: Layout
-) -> ScoredSequence:
-    sizes = 0, layout.slots, len(layout.temperatures)
-    nothing: dict[str, NDArray] = {
-        name: np.zeros(FIELDS[name].shape(*sizes), FIELDS[name].dtype) for name in layout.fields
-    }
-    return ScoredSequence(
-        sample_id=sample_id,
-        input_ids=input_ids,
-        is_target=np.zeros(len(input_ids), np.bool_),
-        positions=np.zeros(0, np.int32),
-        messages=messages,
-        **nothing,
-    )

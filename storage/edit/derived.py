@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import FORMAT_VERSION, CommitRecord, FormatError, Manifest, ShardPlan, to_json
+from decant.schemas import (
+    FORMAT_VERSION,
+    CommitRecord,
+    FormatError,
+    Layout,
+    Manifest,
+    ShardPlan,
+    to_json,
+)
 from decant.storage.cache import paths
 from decant.storage.cache.integrity import verify
 from decant.storage.cache.reader import CacheReader
@@ -122,7 +130,7 @@ def new_shards(groups: Sequence[Sequence[Piece]], draft: Manifest) -> tuple[NewS
             len(pieces) == 1
             and pieces[0].keep is None
             and old.first_sequence == first
-            and pieces[0].cache.manifest.layout == draft.layout
+            and _bytes_of(pieces[0].cache.manifest) == _bytes_of(draft)
         )
         plan = ShardPlan(
             shard=len(shards),
@@ -135,6 +143,11 @@ def new_shards(groups: Sequence[Sequence[Piece]], draft: Manifest) -> tuple[NewS
         shards.append(NewShard(plan, tuple(pieces), is_link))
         first += plan.num_sequences
     return tuple(shards)
+
+
+def _bytes_of(manifest: Manifest) -> Layout:
+    """What the bytes of a shard follow from."""
+    return manifest.layout
 
 
 def make(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,13 @@ def test_what_cannot_be_measured_is_one_line(
     cache = str(kept["top"])
     with pytest.raises(FormatError, match="tokenizer"):
         measure_models([str(other_teacher_path)], cache)
+    broken = load(student)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[7, 3] = torch.nan  # type: ignore[operator]
+    shutil.copytree(student, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="the log prob nan"):
+        measure_models([str(tmp_path / "broken")], cache)
     for more, said in (
         (["--model", str(tmp_path / "none")], "cannot be"),
         (["--model", str(tmp_path / "none.gguf")], "no such file"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,21 +75,29 @@ def write(path: Path, settings: caches.Settings, seed: int = 0, *, reject: int =
     return path
 
 
-def stored(url: Path) -> list[dict[str, list]]:
-    """The stored values of each sequence: what Parquet holds, nothing decoded."""
+IDS = ("topk_lo", "topk_mid", "topk_hi")
+"""Columns of ids, which a shard may number in its own way."""
+
+
+def stored(url: Path) -> list[dict[str, Any]]:
+    """Of each sequence the stored values of all columns but the ids', and all decoded ones."""
     reader = CacheReader(url)
-    found: dict[int, dict[str, list]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for group in reader.row_groups():
-        table = reader.read_table(group).to_pydict()
-        for row, index in enumerate(table.pop("sequence")):
-            its = found.setdefault(index, {name: [] for name in table})
-            for name, values in table.items():
-                its[name].append(values[row])
+        table = reader.read_table(group)
+        columns = table.drop_columns([name for name in IDS if name in table.column_names])
+        values = columns.to_pydict()
+        for row, index in enumerate(values.pop("sequence")):
+            its = found.setdefault(index, {name: [] for name in values})
+            for name, column in values.items():
+                its[name].append(column[row])
     assert sorted(found) == list(range(len(reader)))
+    for index, sequence in enumerate(reader):
+        found[index]["decoded"] = {n: v.tobytes() for n, v in sequence.known().items()}
     return [found[i] for i in range(len(reader))]
 
 
-def assert_rows(new: Path, old: list[dict[str, list]]) -> None:
+def assert_rows(new: Path, old: list[dict[str, Any]]) -> None:
     """The cache is whole, and its stored rows are these."""
     report = verify(new)
     assert report.ok, report.problems
