@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decant.storage import CacheReader, verify
+from decant.storage import CacheReader, Store, verify
 from decant.storage.cache import paths
 from decant.teacher_dump import DumpConfig, dump
 from decant.teacher_dump.job.run import Worker
@@ -117,6 +117,15 @@ def test_readers_see_the_old_cache_until_the_new_one_is_whole(cache: Path, given
     dump(into(given.more, cache), extend="refuse")
     assert_extended(cache, given)
     assert started and len(list(opened)) == 16
+
+
+def test_on_an_object_store(given: Given) -> None:
+    """The same, where files are copied and nothing is locked."""
+    url = "memory://extended/cache"
+    dump(dataclasses.replace(given.first, output=url))
+    dump(dataclasses.replace(given.more, output=url), extend="refuse")
+    assert verify(url).ok and rows(url) == rows(given.base) + rows(given.alone)
+    assert paths.EXTENSION not in Store(url).names("")
 
 
 def test_several_workers_extend_together(cache: Path, given: Given) -> None:
