@@ -143,9 +143,9 @@ def _measured(
     worst: int,
     step: Callable[[int], None],
 ) -> tuple[ModelReport, Gathered]:
-    model = load_measured(path, options, reader)
+    model, vocab_size = load_measured(path, options, reader)
     device = model.get_input_embeddings().weight.device
-    distiller = Distiller(model, LossConfig(), reader.manifest.shared_vocab_size)
+    distiller = Distiller(model, LossConfig(), vocab_size)
     gathered = Gathered(worst)
     done = 0
     with torch.no_grad():

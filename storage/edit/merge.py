@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import Manifest, to_json
+from decant.schemas import FormatError, Manifest, to_json
 from decant.storage.cache.lineage import MEANING, sequences_of, source_of
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.rows import Rows
+from decant.storage.cache.same_tokenizer import same_ids
 from decant.storage.edit.derived import Blueprint, Piece, new_shards
 from decant.storage.edit.figures import id_hashes, token_hashes
 from decant.storage.edit.survey import Survey, grouped, survey
 
 ON_DUPLICATE = ("refuse", "keep-first", "keep-all")
+TOKENIZER = "tokenizer.fingerprint"
 UNKNOWN = "unknown"
 """Fingerprint of the teacher of an imported cache."""
 Progress = Callable[[int, int], None]
@@ -90,12 +92,21 @@ def refuse_unlike(caches: Sequence[CacheReader]) -> None:
         differing = [
             f"{name} is {ours[name]!r} and {theirs[name]!r}"
             for name in ours
-            if ours[name] != theirs[name]
+            if ours[name] != theirs[name] and not (name == TOKENIZER and _same_ids(first, other))
         ]
         if differing:
             raise Unlike(
                 f"{first.url} and {other.url} cannot be one cache: " + "; ".join(differing)
             )
+
+
+def _same_ids(ours: CacheReader, theirs: CacheReader) -> bool:
+    """Whether every id means the same, whatever else the tokenizers choose."""
+    try:
+        same_ids(ours, theirs)
+    except FormatError:
+        return False
+    return True
 
 
 def _likeness(manifest: Manifest) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def _likeness(manifest: Manifest) -> dict[str, Any]:
         "teacher.fingerprint": teacher.fingerprint,
         "teacher.dtype": teacher.dtype,
         "teacher.vocab_size": teacher.vocab_size,
-        "tokenizer.fingerprint": manifest.tokenizer.fingerprint,
+        TOKENIZER: manifest.tokenizer.fingerprint,
         "shared_vocab_size": manifest.shared_vocab_size,
         **{f"truncation.{k}": v for k, v in dataclasses.asdict(manifest.truncation).items()},
         "temperatures": list(manifest.temperatures),

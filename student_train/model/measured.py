@@ -16,7 +16,7 @@ from decant.storage import CacheReader
 from decant.student_train.config.student import AdapterConfig
 from decant.student_train.config.verdict import ModelOptions
 from decant.student_train.model.adapters import load_options, put_on
-from decant.student_train.model.student import absent_weights, load_tokenizer
+from decant.student_train.model.student import absent_weights, load_tokenizer, student_vocab_size
 from decant.student_train.model.tokenizer import check_student_tokenizer
 
 GGUF = ".gguf"
@@ -26,8 +26,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
 
 
-def load_measured(path: str, options: ModelOptions, reader: CacheReader) -> PreTrainedModel:
-    """The model at `path`, in evaluation mode, its tokenizer compared with the cache's.
+def load_measured(
+    path: str, options: ModelOptions, reader: CacheReader
+) -> tuple[PreTrainedModel, int]:
+    """The model at `path`, in evaluation mode, and how many of its ids its softmax is over.
+
+    Its tokenizer is compared with the cache's; what it has more than that belongs to the tail.
 
     Raises FormatError with the first difference if the ids mean something else, ValueError if the
     model cannot be loaded as asked, or not all of its weights are there.
@@ -41,7 +45,7 @@ def load_measured(path: str, options: ModelOptions, reader: CacheReader) -> PreT
     looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
     if looks_local and not Path(folder).expanduser().exists():
         raise FileNotFoundError(f"model {folder} cannot be loaded: no such file or directory")
-    _check_tokenizer(folder, source, options, reader)
+    tokenizer = _check_tokenizer(folder, source, options, reader)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +84,8 @@ def load_measured(path: str, options: ModelOptions, reader: CacheReader) -> PreT
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a cast at every forward
-    return model.eval()
+    vocab_size = student_vocab_size(model, tokenizer, reader, "bucket")
+    return model.eval(), vocab_size
 
 
 def form_of(model: PreTrainedModel, path: str) -> str:
@@ -122,12 +127,15 @@ def _base_of(path: str) -> str:
 
 def _check_tokenizer(
     path: str, source: dict[str, Any], options: ModelOptions, reader: CacheReader
-) -> None:
-    """Raise unless the model's ids are the cache's; a cache without a tokenizer cannot say."""
+) -> Any | None:
+    """The model's tokenizer, whose ids are the cache's; None where that is not to be compared.
+
+    Raises FormatError if they mean something else. A cache without a tokenizer cannot say.
+    """
     theirs = load_tokenizer(reader, trust_remote_code=options.trust_remote_code)
     if theirs is None:
         log.warning("%s has no tokenizer: that of %s is not compared", reader.url, path)
-        return
+        return None
     if options.tokenizer:
         source = {"pretrained_model_name_or_path": options.tokenizer}
     try:
@@ -139,8 +147,12 @@ def _check_tokenizer(
         ) from error
     if "gguf_file" in source:
         _check_vocabulary(theirs, own, path, reader)
-    else:
-        check_student_tokenizer(theirs, own, options.tokenizer or path, reader.url)
+        return None
+    size = reader.manifest.shared_vocab_size
+    found, same = check_student_tokenizer(theirs, own, options.tokenizer or path, reader.url, size)
+    if text := same.text():
+        log.info("the tokenizer of %s means the same by every id; it differs in: %s", path, text)
+    return found
 
 
 def _check_vocabulary(theirs: Any, own: Any, path: str, reader: CacheReader) -> None:

@@ -127,7 +127,11 @@ def is_part(config: DumpConfig, manifest: Manifest) -> bool:
 def _refuse_unfit(config: DumpConfig, source: dict[str, Any], teacher: Teacher, base: Base) -> None:
     """Raise ConfigChanged unless the config scores as the cache was scored."""
     ours = identity(config, source, teacher, base.manifest.tokenizer.fingerprint)
-    same = {n: v for n, v in ours.items() if not n.startswith(("source.", "sequences."))}
+    same = {
+        name: value
+        for name, value in ours.items()
+        if name == "sequences.target_share" or not name.startswith(("source.", "sequences."))
+    }
     differing = changes(base.manifest, same)
     if differing:
         raise ConfigChanged(
@@ -170,7 +174,8 @@ def _started(
         records = source_records(config, teacher, source["fingerprint"])
         shards = sharded(config, teacher, counts, progress, records, accept=base.accept)
         for shard, sequences in enumerate(shards, base.manifest.num_shards):
-            plan.append(write_input(store, shard, first, sequences))
+            share = config.sequences.target_share
+            plan.append(write_input(store, shard, first, sequences, share))
             first += len(sequences)
         log.info("inputs: %s", summary(counts))
         if base.skipped:

@@ -4,9 +4,11 @@ import os
 import re
 from pathlib import Path, PurePath
 
-from decant.schemas import tokenizer_fingerprint
+from decant.schemas import check_same_tokenizer
+from decant.schemas.tokenizer import has_fingerprint
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.cached import is_cache, open_cache
@@ -78,15 +80,18 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
 
 def _refuse_other_tokenizer(config: DumpConfig, teacher: Teacher) -> None:
     """Raise ValueError if the ids of the cache that is the source are not the teacher's."""
-    stored = open_cache(config.source).manifest.tokenizer.fingerprint
-    if not stored or teacher.tokenizer is None:
+    reader = open_cache(config.source)
+    stored, size = reader.manifest.tokenizer.fingerprint, reader.manifest.shared_vocab_size
+    if not stored or teacher.tokenizer is None or has_fingerprint(teacher.tokenizer, stored):
         return
-    own = tokenizer_fingerprint(teacher.tokenizer, like=stored)
-    if own != stored:
+    try:
+        kept = TokenizerFiles.of_cache(reader)
+        check_same_tokenizer(kept, teacher.tokenizer, reader.url, vocab_size=size)
+    except ValueError as error:
         raise ValueError(
-            f"the ids of {config.source.path} are of another tokenizer (fingerprint {stored}) than "
-            f"that of {teacher.info.name} ({own}): the teacher would read other texts"
-        )
+            f"the ids of {config.source.path} are of another tokenizer than that of "
+            f"{teacher.info.name}: {error}"
+        ) from error
 
 
 def refuse_foreign(config: DumpConfig) -> None:

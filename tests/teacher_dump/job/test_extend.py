@@ -181,6 +181,7 @@ def test_known_sample_ids(cache: Path, given: Given, tmp_path: Path) -> None:
     [
         ("truncation.k", 8, r"truncation\.k: the cache has 16, this run gives 8"),
         ("temperatures", [1.0], "temperatures: the cache has"),
+        ("sequences.target_share", 0.5, r"sequences\.target_share: the cache has 1"),
         ("teacher.path", "seed 7", r"teacher\.fingerprint: the cache has"),
     ],
 )
