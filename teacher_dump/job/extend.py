@@ -26,7 +26,7 @@ from decant.teacher_dump.job.start import (
     sequence_settings,
     start_over,
 )
-from decant.teacher_dump.teacher import Teacher
+from decant.teacher_dump.teacher import Teacher, fingerprint_like
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,8 @@ def is_part(config: DumpConfig, manifest: Manifest) -> bool:
 def _refuse_unfit(config: DumpConfig, source: dict[str, Any], teacher: Teacher, base: Base) -> None:
     """Raise ConfigChanged unless the config scores as the cache was scored."""
     ours = identity(config, source, teacher, base.manifest.tokenizer.fingerprint)
+    stored = base.manifest.teacher.fingerprint
+    ours["teacher.fingerprint"] = fingerprint_like(ours["teacher.fingerprint"], stored)
     same = {
         name: value
         for name, value in ours.items()

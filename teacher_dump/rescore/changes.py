@@ -9,8 +9,9 @@ from decant.schemas import PRECISIONS, Manifest, Truncation
 from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader
 from decant.teacher_dump.config import DumpConfig
-from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS, TeacherConfig
+from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS, REMOTE, TeacherConfig
 from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
+from decant.teacher_dump.teacher import fingerprint_like
 
 UNKNOWN = "unknown"
 """Fingerprint of the teacher of an imported cache."""
@@ -68,7 +69,7 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
 def teacher_of(manifest: Manifest, teacher: TeacherConfig) -> TeacherConfig:
     """The teacher to score with: where nothing is said, as the cache was scored."""
     changed: dict[str, Any] = {}
-    if teacher.engine == "http":
+    if teacher.engine in REMOTE:
         return teacher
     dtype, _, quantization = manifest.teacher.dtype.partition("+")
     if teacher.path == OF_CACHE:
@@ -135,7 +136,7 @@ def _longest(url: str) -> int:
 def refuse_other_teacher(manifest: Manifest, fingerprint: str, url: str) -> None:
     """Raise ValueError unless the teacher is the one that the cache was scored by."""
     stored = manifest.teacher.fingerprint
-    if stored != fingerprint:
+    if stored != fingerprint_like(fingerprint, stored):
         known = f"has fingerprint {stored}" if stored != UNKNOWN else "was imported: it is unknown"
         raise ValueError(
             f"another teacher than that of {url}: the one given has fingerprint {fingerprint}, "

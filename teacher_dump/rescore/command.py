@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Hidden, Named, Shown, Word
-from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.config import REMOTE, TeacherConfig
 from decant.teacher_dump.rescore.changes import OF_CACHE, Changes
 
 
@@ -21,7 +21,7 @@ class AgainArguments(TeacherConfig):
     """The new cache; the same command again goes on where it stopped."""
     teacher: Annotated[str, Shown("PATH")] = ""
     """Directory or hub id of the teacher; by default the one that CACHE names, in its dtype. With
-    engine http the URL of a service."""
+    engine http or openai the URL of a server."""
     limit: int = 0
     """Only the first sequences, this many; 0 = all."""
     worker_index: int = 0
@@ -43,11 +43,11 @@ class AgainArguments(TeacherConfig):
     def config(self) -> TeacherConfig:
         """The teacher. Raises ValueError where its options do not go together."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(TeacherConfig)}
-        is_http = self.engine == "http"
-        if is_http and not self.teacher:
-            raise ValueError("--engine http needs --teacher http://host:port")
-        given["path"] = "" if is_http else self.teacher or OF_CACHE
-        given["endpoints"] = (self.teacher,) if is_http else ()
+        is_remote = self.engine in REMOTE
+        if is_remote and not self.teacher:
+            raise ValueError(f"--engine {self.engine} needs --teacher http://host:port")
+        given["path"] = "" if is_remote else self.teacher or OF_CACHE
+        given["endpoints"] = (self.teacher,) if is_remote else ()
         return TeacherConfig(**given)
 
 
