@@ -6,6 +6,7 @@ capped (probed on the model, not assumed) go through the model's logits instead.
 Shapes: B sequences, L length, H hidden, N targets, V vocabulary.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
 from decant.student_train.model.hooks import Sealed, call_as, opened
 from decant.student_train.model.probes import refuse_sight_of_later_tokens
+from decant.student_train.model.routers import routers_of
 from decant.student_train.model.student import layer_classes
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Distiller(nn.Module):
         name = type(student).__name__
         self.head: dict[str, Any] | None = None
         """Options of the fused loss for this student's head; None if its own logits are used."""
+        self.routers = routers_of(student, loss.router_weight)
+        """The load-balancing loss of a mixture of experts, if it has one and it has a weight."""
         try:
             self.head = linear_head(student)
             log.info("student %s: head fused with the loss", name)
@@ -107,16 +111,32 @@ class Distiller(nn.Module):
         }
         kd_weight, ce_weight = (_weights(w, batch) for w in (terms.kd_weight, terms.ce_weight))
         targets = batch.targets_at(terms.temperature)
+        if self.routers:
+            inputs["output_router_logits"] = True
         if self.head is not None:
             options |= {**self.head, "kd_weight": kd_weight, "ce_weight": ce_weight}
             return self._fused(inputs, batch, targets, num_targets, options)
-        logits_NV = self.student(**inputs).logits.flatten(0, 1).index_select(0, batch.predictors)
+        outputs = self.student(**inputs)
+        logits_NV = outputs.logits.flatten(0, 1).index_select(0, batch.predictors)
         total = num_targets or max(batch.num_targets, 1)
         kd_N = sparse_divergence(logits_NV, targets, **options)
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
-        return FusedLoss(loss=loss, kd=kd_N.detach().sum() / total, ce=ce_N.detach().sum() / total)
+        kd, ce = (values_N.detach().sum() / total for values_N in (kd_N, ce_N))
+        out = FusedLoss(loss=loss, kd=kd, ce=ce)
+        return self._with_routers(out, outputs, batch, num_targets)
+
+    def _with_routers(
+        self, out: FusedLoss, outputs: Any, batch: Batch, num_targets: float | None
+    ) -> FusedLoss:
+        """The loss with that of the routers, weighed by the batch's share of the step's targets."""
+        if self.routers is None:
+            return out
+        share = batch.num_targets / (num_targets or max(batch.num_targets, 1))
+        router = share * self.routers.loss(outputs.router_logits, batch.attention_mask)
+        loss = out.loss + self.routers.weight * router.to(out.loss)
+        return dataclasses.replace(out, loss=loss, router=router.detach())
 
     def _fused(
         self,
@@ -137,7 +157,10 @@ class Distiller(nn.Module):
                 **options,
             )
 
-        return self._at_head(inputs, batch, loss_of)
+        def with_routers(out: FusedLoss, outputs: Any) -> FusedLoss:
+            return self._with_routers(out, outputs, batch, num_targets)
+
+        return self._at_head(inputs, batch, loss_of, with_routers)
 
     def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         inputs, vocab_size = _inputs(batch), self.vocab_size
@@ -156,21 +179,28 @@ class Distiller(nn.Module):
 
             return sums_of_chunks(logits_of, batch, terms, vocab_size)
 
-        return self._at_head(inputs, batch, sums_of)
+        return self._at_head(inputs, batch, sums_of, lambda sums, _: sums)
 
     def _at_head(
-        self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]
+        self,
+        inputs: dict[str, Any],
+        batch: Batch,
+        function: Callable[[Tensor, Any], Any],
+        completed: Callable[[Any, Any], Any],
     ) -> Any:
-        """What `function` makes of the last hidden states of the predictors and of the head."""
+        """What `function` makes of the last hidden states of the predictors and of the head.
+
+        `completed` makes the result of that and of all that the student's body gave.
+        """
         head = self.student.get_output_embeddings()
 
         def at_head(hidden_NH: Tensor) -> Any:
             return function(hidden_NH, head)
 
         def of_student() -> Any:
-            hidden_BLH = self.student.base_model(**inputs).last_hidden_state
-            hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, batch.predictors)
-            return call_as(head, at_head, hidden_NH)
+            outputs = self.student.base_model(**inputs)
+            hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
+            return completed(call_as(head, at_head, hidden_NH), outputs)
 
         return call_as(self.student, of_student)
 
