@@ -107,7 +107,7 @@ def refuse_disagreement(config: TrainConfig, accelerator: Accelerator) -> None:
         return
     output = Path(config.output)
     options = leaves(dataclasses.asdict(config))
-    urls = [share.cache for share in config.mixture] or [config.cache]
+    urls = [share.cache for share in config.mixture] or [config.cache] * (not config.follow)
     if config.eval.cache:
         urls.append(config.eval.cache)
     refuse_differing(

@@ -49,7 +49,13 @@ def fake_quantise(student: PreTrainedModel, config: QatConfig) -> None:
 
 
 def save_quantised(
-    source: Path, target: Path, config: QatConfig, student: nn.Module, weights: Mapping[str, Tensor]
+    source: Path,
+    target: Path,
+    config: QatConfig,
+    student: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the student saved in `source` into a folder, its layers as they rounded in training.
 
@@ -67,9 +73,10 @@ def save_quantised(
         if isinstance(module, nn.Linear) and name not in layers
     ]
     settings = TorchAoConfig(_settings(config), modules_to_not_convert=left)
-    made = AutoModelForCausalLM.from_pretrained(source, dtype="auto", quantization_config=settings)
+    loading: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
+    made = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, **loading)
     made.save_pretrained(target)
-    found = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    found = AutoModelForCausalLM.from_pretrained(target, **loading)
     rounded = {
         name.removesuffix(".weight"): tensor
         for name, tensor in found.named_parameters()

@@ -81,7 +81,8 @@ def save_student(
             with writing(quantised, STAYS):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                save_quantised(target, temporary, qat, student, weights)
+                trusted = {"trust_remote_code": trust_remote_code}
+                save_quantised(target, temporary, qat, student, weights, **trusted)
                 _complete(temporary, quantised, tokenizer, card)
     accelerator.wait_for_everyone()
 
