@@ -118,10 +118,11 @@ def _settings(config: QatConfig) -> Any:
     except ImportError as error:
         raise ImportError("student.qat needs torchao: pip install 'decant[qat]'") from error
     groups = PerGroup(config.group_size)
+    four_bits: torch.dtype = vars(torch)["int4"]  # of which the type checker knows nothing
     if config.scheme == "int4":
-        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+        return IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=groups)
     if config.scheme == "int8_dynamic":
         return Int8DynamicActivationIntxWeightConfig(
             weight_dtype=torch.int8, weight_granularity=PerAxis(0)
         )
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=groups)
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=groups)

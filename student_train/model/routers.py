@@ -41,10 +41,12 @@ def routers_of(student: PreTrainedModel, weight: float | None) -> Routers | None
     """
     name = type(student).__name__
     balance = vars(sys.modules[type(student).__module__]).get("load_balancing_loss_func")
-    known = [getattr(student, key, None) for key in ("num_experts", "num_experts_per_tok")]
+    num_experts, num_chosen = (
+        getattr(student, key, None) for key in ("num_experts", "num_experts_per_tok")
+    )
     settings = student.config.get_text_config()
     coefficient = getattr(settings, "router_aux_loss_coef", None)
-    if balance is None or None in known:
+    if balance is None or num_experts is None or num_chosen is None:
         if weight:
             raise ValueError(f"loss.router_weight {weight}: {name} has no loss of its routers")
         if coefficient:
@@ -55,7 +57,7 @@ def routers_of(student: PreTrainedModel, weight: float | None) -> Routers | None
     if not weight:
         return None
     routers = Routers(
-        weight=float(weight), balance=balance, num_experts=int(known[0]), num_chosen=int(known[1])
+        weight=float(weight), balance=balance, num_experts=num_experts, num_chosen=num_chosen
     )
     tokens = torch.arange(1, 9, device=student.get_input_embeddings().weight.device).unsqueeze(0)
     asked: dict[str, Any] = {"input_ids": tokens % settings.vocab_size, "use_cache": False}
