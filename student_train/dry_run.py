@@ -167,7 +167,8 @@ def _step(
 ) -> None:
     """A step as a training takes it. Weights move, in memory alone."""
     run.model.train()
-    num_targets = sum_over_processes(accelerator, sum(b.num_targets for b in microbatches))
+    kept = config.selection.kept_of(batch.num_targets for batch in microbatches)
+    num_targets = sum_over_processes(accelerator, kept)
     terms = config.loss.at(run.first_step, run.steps, overrides(config))
     for i, batch in enumerate(microbatches):
         with microbatch(accelerator, run.model, is_last=i == len(microbatches) - 1):

@@ -29,6 +29,7 @@ from decant.student_train.model.student import (
     compile_layers,
     fingerprint,
     load_student,
+    student_vocab_size,
 )
 from decant.student_train.outputs.checkpoint import CHECKPOINTS, Checkpoints
 from decant.student_train.outputs.metrics import METRICS
@@ -41,7 +42,12 @@ from decant.student_train.outputs.resuming import (
     refuse_other_config,
 )
 from decant.student_train.outputs.save import STUDENT, SUMMARY
-from decant.student_train.prepare_data import heldout_streams, overrides, training_stream
+from decant.student_train.prepare_data import (
+    heldout_streams,
+    overrides,
+    refuse_unknown_entropy,
+    training_stream,
+)
 from decant.student_train.runtime.distributed import (
     is_deepspeed,
     of_first_process,
@@ -181,6 +187,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Open the data, build or load the student, resume. Raises ValueError if they do not fit."""
     stream = training_stream(config, accelerator)
     reader = stream.reader
+    refuse_unknown_entropy(config, stream.readers)
     heldout = heldout_streams(config, reader, accelerator)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
     student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
@@ -225,7 +232,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         checkpoint_adapter_only(accelerator)
     with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
         freeze_unused(student)
-        model = Distiller(student, config.loss, reader.manifest.shared_vocab_size)
+        vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
+        model = Distiller(student, config.loss, vocab_size, config.selection)
         refusal = packing_refused(student, config.packing)
     # FSDP may load the weights on the first process alone: what others find out counts for nothing.
     model.head = of_first_process(model.head)

@@ -69,7 +69,8 @@ class StudentConfig:
     """The student: a pretrained model, one cut from a teacher, or a fresh one."""
 
     path: str = ""
-    """Directory or hub id of a pretrained causal LM; its tokenizer must be the teacher's."""
+    """Directory or hub id of a pretrained causal LM; the ids of the cache must mean the same to its
+    tokenizer."""
     config: dict[str, Any] = field(default_factory=dict)
     """Instead of a path: fields of a transformers configuration with its model_type, for random
     initialisation. vocab_size is the cache's unless given."""

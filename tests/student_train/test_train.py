@@ -261,7 +261,7 @@ def test_bad_configs_are_refused(cache: Path, tmp_path: Path) -> None:
     """Options that exclude each other or have no effect are errors."""
     with pytest.raises(ValueError, match="give steps or epochs"):
         config(cache, tmp_path, epochs=1.0)
-    with pytest.raises(ValueError, match="either a path or a config"):
+    with pytest.raises(ValueError, match="one of path, config and from_teacher"):
         StudentConfig()
     with pytest.raises(ValueError, match="not one of"):
         LossConfig(kind="kl")
