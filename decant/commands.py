@@ -64,6 +64,16 @@ CACHE = (
         "decant.storage.exchange.command:IMPORT",
     ),
     Entry(
+        "push",
+        "Put a cache on the Hugging Face hub, with a dataset card.",
+        "decant.storage.hub.command:PUSH",
+    ),
+    Entry(
+        "pull",
+        "Copy a cache from the Hugging Face hub, and verify it.",
+        "decant.storage.hub.command:PULL",
+    ),
+    Entry(
         "migrate",
         "Make an older cache again in the present version of the format.",
         "decant.storage.cache.command:MIGRATE",

@@ -1,4 +1,4 @@
-"""`python -m storage inspect|head|diff|verify|export|import|migrate`: the commands of a cache."""
+"""`python -m storage inspect|head|diff|verify|export|import|...`: the commands of a cache."""
 
 from decant.search_path import leave_out_working_directory
 

@@ -21,6 +21,9 @@ from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
 
+FETCHING: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
+"""What a file system needs told to fetch a range and no more."""
+
 
 class Busy(RuntimeError):
     """Another process holds this cache."""
@@ -43,6 +46,7 @@ class Store:
         self.is_local = isinstance(files, LocalFileSystem)
         root = root.rstrip("/")
         self._root = root if self.is_local else files.unstrip_protocol(root)
+        self._how = FETCHING.get(str(files.protocol), {})
 
     @property
     def _fs(self) -> Any:
@@ -121,7 +125,7 @@ class Store:
         where = self.path(name)
         with self._reaching(name):
             try:
-                return bytes(self._fs.cat_file(where, start=start, end=end))
+                return bytes(self._fs.cat_file(where, start=start, end=end, **self._how))
             except FileNotFoundError:
                 raise
             except (OSError, ValueError):

@@ -8,6 +8,7 @@ run.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from decant.schemas import CompactCode
 from decant.storage.cache.logprobs import LAST_CODE, decode_logprobs, gap_table
 from decant.student_train.losses import SparseTargets
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""Fields of a batch that a model's forward takes, where they are known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,6 +109,11 @@ class Batch:
     """B sequences, right-padded, with the targets of all of them in one flat run.
 
     Where several sequences share a row there are R < B rows, and position ids in place of the mask.
+
+    Besides its fields, a batch is a mapping of what a causal language model's forward takes:
+    `model(**batch)` gives logits [R, L, V], of which row `predictors[n]` of the flattened [R * L]
+    predicts target n. The mapping has `input_ids` with `attention_mask` or `position_ids`; no
+    `labels`, which would have the model compute a loss without the teacher.
     """
 
     input_ids: Tensor
@@ -122,13 +131,13 @@ class Batch:
     label_logprob: Tensor
     """[N] float32: the teacher's log prob of the actual token at T=1."""
     sample_ids: list[str]
-    """[B]."""
+    """B strings: the source's own ids of the sequences."""
     num_tokens: int
     """Of all sequences, without padding."""
     vocab_size: int
     """Vocabulary that every value was checked for when it was written."""
     temperatures: tuple[float, ...]
-    """[T]."""
+    """T numbers: those that `targets_at` has, besides 1."""
     source: Tensor | None = None
     """[N] int64: which cache of a mixture each target is of; None for one cache."""
 
@@ -136,6 +145,38 @@ class Batch:
     def num_targets(self) -> int:
         """N."""
         return len(self.labels)
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of what a model's forward takes, for `model(**batch)`."""
+        return tuple(name for name in MODEL_INPUTS if getattr(self, name) is not None)
+
+    def values(self) -> tuple[Tensor, ...]:
+        """What a model's forward takes."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def items(self) -> tuple[tuple[str, Tensor], ...]:
+        """What a model's forward takes, by name."""
+        return tuple((name, getattr(self, name)) for name in self.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.keys():
+            value: Tensor = getattr(self, name)
+            return value
+        known = [field.name for field in dataclasses.fields(self)]
+        said = f"take batch.{name} for the losses" if name in [*known, "targets"] else "it has none"
+        raise KeyError(
+            f"a batch as a mapping has what a model's forward takes, {', '.join(self.keys())}, and "
+            f"no {name!r}: {said}"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
 
     @cached_property
     def targets(self) -> SparseTargets:
@@ -173,7 +214,7 @@ class Batch:
         }
         return dataclasses.replace(self, stored=stored, **per_target)
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
+    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "Batch":
         """The same batch on `device`, targets still in their stored form."""
         return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

@@ -22,6 +22,7 @@ from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
+from decant.student_train.data.epoch import OnePass
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 
@@ -169,6 +170,11 @@ class SequenceStream(IterableDataset[Batch]):
         return found
 
     @property
+    def vocab_size(self) -> int:
+        """Ids that the caches share: a student has at least as many output rows."""
+        return self.reader.manifest.shared_vocab_size
+
+    @property
     def sequences_per_step(self) -> int:
         """Sequences that all ranks together take at a time."""
         return self.batch_size * self.world_size
@@ -312,6 +318,18 @@ class CacheStream(SequenceStream):
             "lanes": self.order.lanes,
             "consumed": self.consumed,
         }
+
+    def one_epoch(self, packing: str = "none") -> OnePass[Batch]:
+        """The batches up to the end of the pass over the part that the stream is in; has a length.
+
+        All batches are full, on all ranks: where the part does not divide, the last one begins the
+        next pass, which is so much shorter. Ask again for the next: nothing is taken twice or left.
+        """
+        return OnePass(self, 1, packing, lambda microbatches: microbatches[0])
+
+    def epoch_steps(self, num_microbatches: int, packing: str = "none") -> OnePass[list[Batch]]:
+        """`one_epoch` by optimizer steps of several microbatches: a list of batches at a time."""
+        return OnePass(self, num_microbatches, packing, lambda microbatches: microbatches)
 
     def _order(self, consumed: int) -> Iterator[Entry]:
         return self.order.after(consumed)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from decant.student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from decant.student_train.losses.kinds import RANKINGS
 from decant.student_train.losses.products import add_product, product_dtype, product_into
 from decant.student_train.losses.targets import MASKED_LOGIT, SparseTargets
 
@@ -98,6 +99,8 @@ def fused_linear_divergence(
     in the inputs' dtype, or autocast's; logits, losses and sums of gradients are float32. Backward
     may run once: the gradients are handed over, not copied.
     """
+    if labels_N is not None:
+        labels_N = torch.as_tensor(labels_N, device=hidden_NH.device).to(torch.int64)
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
     for weight_name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if isinstance(weight, Tensor) and weight.shape != (len(targets),):
@@ -117,7 +120,7 @@ def fused_linear_divergence(
     )
     job = _Job(
         divergence=divergence,
-        targets=divergence.check_targets(targets, vocab_size),
+        targets=divergence.check_targets(targets, vocab_size, labels_N),
         labels=labels_N,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
@@ -125,11 +128,19 @@ def fused_linear_divergence(
         softcap=softcap,
         num_targets=float(num_targets or max(len(targets), 1)),
         vocab_size=vocab_size,
-        chunk_rows=chunk_size or max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)),
+        chunk_rows=chunk_size or _chunk_rows(kind, targets.token_ids.shape[1], vocab_size),
         wants_gradient=torch.is_grad_enabled(),
     )
     loss, kd, ce = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
     return FusedLoss(loss=loss, kd=kd, ce=ce)
+
+
+def _chunk_rows(kind: str, num_slots: int, vocab_size: int) -> int:
+    """Return how many rows are computed at once; a ranking's pairs are not to outgrow logits."""
+    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
+    if kind in RANKINGS:
+        rows = min(rows, max(1, CHUNK_BYTES // (4 * max(num_slots, 1) ** 2)))
+    return rows
 
 
 def _check_shapes(

@@ -89,6 +89,27 @@ class Distiller(nn.Module):
         terms = terms or self.loss.at(0, 1)
         return opened(super().__call__(Sealed((batch, terms)), num_targets))
 
+    def within(
+        self,
+        wrapped: nn.Module,
+        top: nn.Module,
+        batch: Batch,
+        num_targets: float | None = None,
+        terms: LossTerms | None = None,
+    ) -> FusedLoss:
+        """What `__call__` gives, computed in the forward of a loop's own model around the student.
+
+        `top` is the student or an adapter around it, and `wrapped` what the loop has made of it for
+        several processes, perhaps nothing.
+        """
+        terms = terms or self.loss.at(0, 1)
+
+        def forward(_: Sealed) -> FusedLoss:
+            return self._loss(batch, terms, num_targets)
+
+        out: FusedLoss = call_as(top, forward, Sealed(batch), wrapped=wrapped)
+        return out
+
     def measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         """What the student is worth on a batch; logits are held for some targets at a time."""
         _, out = super().__call__(Sealed((batch, terms)), measure=True)
@@ -130,7 +151,8 @@ class Distiller(nn.Module):
             batch, logits_NV = batch.of_targets(rows), logits_NV.index_select(0, rows)
         total = num_targets or max(batch.num_targets, 1)
         kd_weight, ce_weight = _both_weights(terms, batch)
-        kd_N = sparse_divergence(logits_NV, batch.targets_at(terms.temperature), **options)
+        targets = batch.targets_at(terms.temperature)
+        kd_N = sparse_divergence(logits_NV, targets, labels=batch.labels, **options)
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total

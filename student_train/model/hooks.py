@@ -27,21 +27,23 @@ def opened(out: tuple[Tensor, Sealed]) -> FusedLoss:
     return content if is_cast else dataclasses.replace(content, loss=loss)
 
 
-def call_as(module: nn.Module, forward: Callable[..., Any], *args: Tensor) -> Any:
-    """Return `module(*args)` with `forward` in place of its own.
+def call_as(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, wrapped: nn.Module | None = None
+) -> Any:
+    """Return `module(*args)`, or what wraps it of `args`, with `forward` in place of its own.
 
     So the module's hooks run around it: FSDP2 gathers a module's parameters before its forward and
-    frees them after, wherever the module was sharded.
+    frees them after, wherever the module was sharded; DDP, in `wrapped`, exchanges gradients.
     """
 
-    def sealed(*args: Tensor) -> tuple[Tensor, Sealed]:
+    def sealed(*args: Any) -> tuple[Tensor, Sealed]:
         out = forward(*args)
         return out.loss, Sealed(out)
 
     own = module.__dict__.get("forward")
     module.forward = sealed
     try:
-        return opened(module(*args))
+        return opened((wrapped or module)(*args))
     finally:
         if own is None:
             del module.forward

@@ -8,6 +8,7 @@ from decant.storage import Store
 from decant.storage.cache import paths
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines.top_entries import refuse_request
 from decant.teacher_dump.inputs.sources import source_files
 from decant.teacher_dump.job.responses import (
     refuse_generation,
@@ -32,6 +33,7 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
             f"truncation keeps {slots} entries per target, but {teacher.info.name} has only "
             f"{vocab_size} ids: lower truncation.k (or draws)"
         )
+    refuse_server_limits(config, teacher)
     refuse_generation(config, teacher)
     store = Store(config.output)
     # A cache that was begun in an older version may keep log probs all the same.
@@ -70,6 +72,19 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
                 f"the source file {file} lies inside the output {output}: choose an output of its "
                 "own"
             )
+
+
+def refuse_server_limits(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError for what a stock server does not give."""
+    if config.teacher.engine != "openai":
+        return
+    refuse_request(config.truncation, tuple(config.temperatures))
+    slots, most = config.truncation.slots, teacher.max_entries
+    if slots > most and teacher.entries_limit:
+        raise ValueError(
+            f"truncation.k is {slots}, but the server of {teacher.info.name} gives at most {most} "
+            f"entries per token: lower it, or {teacher.entries_limit.format(k=slots)}"
+        )
 
 
 def refuse_foreign(config: DumpConfig) -> None:

@@ -28,7 +28,7 @@ from decant.teacher_dump.job.refusals import STARTED, refuse_foreign
 from decant.teacher_dump.job.response_files import hash_parts
 from decant.teacher_dump.job.responses import describe_generation
 from decant.teacher_dump.job.shard_inputs import sharded, source_records, write_input
-from decant.teacher_dump.teacher import Teacher
+from decant.teacher_dump.teacher import Teacher, fingerprint_like
 from decant.teacher_dump.tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,10 @@ def open_or_create(
                 f"{error}; restore it from a copy, or dump into another output"
             ) from error
         stored = writer.manifest.tokenizer.fingerprint
-        differing = _changes(writer, _identity(config, source, teacher, stored))
+        ours = _identity(config, source, teacher, stored)
+        known = writer.manifest.teacher.fingerprint
+        ours["teacher.fingerprint"] = fingerprint_like(ours["teacher.fingerprint"], known)
+        differing = _changes(writer, ours)
         if differing and alone and _holds_nothing(writer, source):
             log.warning(
                 "%s holds the start of another cache, of which no shard is committed; starting "

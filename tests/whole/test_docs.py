@@ -8,11 +8,13 @@ A block is left out only by an HTML comment above it, `<!-- not run: reason -->`
 import ast
 import json
 import math
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +135,15 @@ def run(line: str, folder: Path) -> None:
         module, arguments = launched.training_script, launched.training_script_args
         ended = command(module, *arguments, folder=folder)  # alone, as one process would be
         assert ended.code == 0, f"{line}\n{ended.stderr}"
+    elif words[0] == "python":
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:]],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
     else:
         raise AssertionError(f"no test knows how to run: {line}")
 
