@@ -6,6 +6,7 @@ so a run can go on with another world size.
 """
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Generator, Hashable, Iterator, Sequence
@@ -152,6 +153,21 @@ class SequenceStream(IterableDataset[Batch]):
                     f"is {ours[name]}"
                 )
         self.consumed = int(state["consumed"])
+
+    def next_sequences(self, num_groups: int) -> list[Found]:
+        """The sequences that come next in the order, of so many row groups and one epoch at most.
+
+        Nothing is consumed by it.
+        """
+        groups: dict[tuple[int, ...], StoredRows] = {}
+        found = []
+        for entry in itertools.islice(self._order(self.consumed), self.num_sequences):
+            if entry is None or (entry.visit not in groups and len(groups) == num_groups):
+                break
+            if entry.visit not in groups:
+                groups[entry.visit] = self._load(entry.visit)
+            found.append(Found(groups[entry.visit], entry.member, entry.source))
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -334,9 +350,11 @@ def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
         lanes=config.lanes,
     )
     if not order.num_sequences:
+        remedy = "larger" if config.part == "heldout" else "smaller"
         raise ValueError(
             f"{reader.url}: part {config.part!r} with heldout_fraction {config.heldout_fraction} "
-            f"holds none of its {len(reader)} sequences"
+            f"holds none of its {len(reader)} sequences: give a {remedy} fraction, or a cache of "
+            "its own to evaluate on (eval.cache)"
         )
     return order
 

@@ -40,6 +40,12 @@ class FusedLoss:
     """The divergence, T² included, detached."""
     ce: Tensor
     """The cross entropy of the labels at T=1, detached; 0 without labels."""
+    router: Tensor | None = None
+    """The load-balancing loss of a student's routers, detached, without its weight in `loss`."""
+
+    def parts(self) -> list[Tensor]:
+        """The loss, and what it is made of."""
+        return [self.loss, self.kd, self.ce, *([] if self.router is None else [self.router])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
