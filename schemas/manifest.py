@@ -13,7 +13,7 @@ from decant.schemas.shards import Rejected, Segment, Totals
 from decant.schemas.strict import FormatError, canonical, from_json, to_json, with_later
 from decant.schemas.truncation import METHODS, Truncation, check_temperatures
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """What is written; all from 1 on are read, and completed in their own form."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
 MAX_LISTED = 1000
@@ -68,7 +68,7 @@ class Manifest:
     compact: CompactCode | None
     """The curve of the codes, if `precision` is compact."""
     ids: str
-    """planes | lo16: how kept ids are stored."""
+    """ranked | planes | lo16: how kept entries are stored."""
     source: dict[str, Any]
     """Where the records came from, with content hashes."""
     sequences: dict[str, Any]
@@ -98,6 +98,8 @@ class Manifest:
             )
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
+        if self.ids == "ranked" and self.format_version < 4:
+            raise ValueError(f"ids 'ranked' in format version {self.format_version}: from 4 on")
         if (self.compact is not None) != (self.precision == "compact"):
             raise ValueError(f"precision {self.precision} with compact {self.compact}")
         check_temperatures(self.temperatures)
@@ -149,7 +151,7 @@ class Manifest:
             temperatures=temperatures,
             precision=precision,
             compact=CompactCode() if precision == "compact" else None,
-            ids="planes",
+            ids="planes" if precision == NO_LOGPROBS else "ranked",
             source=source,
             sequences=sequences,
             num_shards=0,
@@ -202,6 +204,7 @@ class Manifest:
             fields=self.truncation.stored(with_logprobs=self.precision != NO_LOGPROBS),
             ids=self.ids,
             code=self.compact or CompactCode(),
+            rounded=self.format_version >= 4 and self.precision != "f32",
         )
 
     @staticmethod

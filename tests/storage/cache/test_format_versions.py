@@ -24,6 +24,7 @@ from tests.support.commands import command
 
 FINISHED = [(1, name) for name in ("compact", "sampled", "half")]
 FINISHED += [(2, name) for name in ("compact", "sampled", "half", "drawn")]
+FINISHED += [(3, name) for name in ("compact", "sampled", "half", "drawn", "topp")]
 UNFINISHED = [(1, "unfinished", "compact"), (2, "unfinished", "compact")]
 UNFINISHED += [(2, "unfinished-drawn", "drawn")]
 
@@ -31,9 +32,7 @@ UNFINISHED += [(2, "unfinished-drawn", "drawn")]
 def decoded(url: Path) -> dict[str, np.ndarray]:
     reader = CacheReader(url)
     rows = [reader.read(group) for group in reader.row_groups()]
-    names = ["token_ids", "logprobs", "log_z", "log_tail", "label_logprob", "input_ids"]
-    if rows[0].draws is not None:
-        names.append("draws")
+    names = [*rows[0].known(), "input_ids"]
     return {name: np.concatenate([getattr(r, name) for r in rows]) for name in names}
 
 
@@ -136,7 +135,7 @@ def test_the_command_migrates(tmp_path: Path) -> None:
     shutil.copytree(fixture(1, "compact"), newer)
     store = Store(newer)
     fields = read_json(store, "manifest.json")
-    publish_json(store, "manifest.json", {**fields, "format_version": 4, "colour": "red"})
+    publish_json(store, "manifest.json", {**fields, "format_version": 5, "colour": "red"})
     refused = command("storage", "verify", str(newer))
     assert refused.code == 1
-    assert "format_version 4 cannot be read; this release reads versions 1 to 3" in refused.stdout
+    assert "format_version 5 cannot be read; this release reads versions 1 to 4" in refused.stdout
