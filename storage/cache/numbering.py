@@ -115,7 +115,8 @@ class Fitter:
     def __init__(self, layout: Layout) -> None:
         """Start with ids as they are."""
         self._vocab_size = layout.vocab_size
-        self._sizes = [size for size in HEADS if size <= largest_head(layout)]
+        largest = min(largest_head(layout), layout.vocab_size)
+        self._sizes = [size for size in HEADS if size <= largest]
         self._counts = np.zeros(self._vocab_size)
         self.numberings: list[Numbering] = []
         """Those in use, in the order of their first row groups."""
@@ -138,10 +139,11 @@ class Fitter:
         here = np.bincount(ids, minlength=self._vocab_size)
         self._counts *= FADING
         self._counts += here
-        seen = np.flatnonzero(self._counts).astype(np.int32)
-        order = seen[np.argsort(-self._counts[seen], kind="stable")]
+        seen = np.flatnonzero(self._counts)
+        seen = seen[np.argsort(-self._counts[seen], kind="stable")]
+        order = np.concatenate([seen, np.flatnonzero(self._counts == 0)]).astype(np.int32)
         known = self.numberings[-1].head if self.numberings else order[:0]
-        heads = [order[:size] for size in self._sizes if size <= len(order)]
+        heads = [order[:size] for size in self._sizes if size < len(seen) + BLOCK]
         costs = [row_groups * high_bits(here, head) + len(head) * ID_BITS for head in heads]
         best = int(np.argmin(costs)) if heads else 0
         if heads and costs[best] < row_groups * high_bits(here, known):

@@ -42,7 +42,7 @@ def test_every_id_has_one_number(vocab_size: int) -> None:
     """Numbers are distinct, those of the head come first, and all fit in the columns' bytes."""
     here = layout(vocab_size)
     fitter = Fitter(here)
-    numbering = fitter.choose(ids_of(vocab_size, slice(0, 900)), 200)
+    numbering = fitter.choose(ids_of(vocab_size, slice(0, 300)), 200)
     assert numbering is not None and len(numbering.head) % 256 == 0
     every = np.arange(vocab_size, dtype=np.int32)[None]
     numbers = numbers_of_ids(every, numbering, vocab_size)
@@ -108,7 +108,7 @@ def test_a_shard_stands_alone(tmp_path: Path) -> None:
         sizes[version_3] = sum(
             reader.column_bytes(group)["topk_mid"] for group in reader.row_groups()
         )
-    assert sizes[False] < sizes[True] / 3
+    assert sizes[False] < sizes[True] / 2
 
 
 def test_a_small_shard_has_no_numbering(tmp_path: Path) -> None:
