@@ -145,7 +145,13 @@ class CacheReader:
 
     def read_stored(self, group: RowGroupRef) -> rows_codec.StoredRows:
         """The columns of one row group, not decoded. Raises FormatError as `read`."""
-        table = self.read_table(group)
+        return self._stored(group, self.read_table(group))
+
+    def decode(self, group: RowGroupRef, table: pa.Table) -> rows_codec.Rows:
+        """The decoded columns of one row group, of which `read_table` gave the table."""
+        return rows_codec.decode_rows(self._stored(group, table), self.manifest.layout)
+
+    def _stored(self, group: RowGroupRef, table: pa.Table) -> rows_codec.StoredRows:
         _, numberings = self._footer(self._record(group.shard))
         return rows_codec.stored_rows(table, self.manifest.layout, numberings[group.index])
 
