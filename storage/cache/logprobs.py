@@ -16,6 +16,9 @@ LAST_CODE = 255
 """Compact code: stands for every gap from nearly the limit on."""
 
 
+LOW_HALF, HIGH_HALF, FOUR = np.uint8(15), np.uint8(240), np.uint8(4)
+
+
 ROUNDED_BITS = 12
 ROUNDING = 2.0 ** -(ROUNDED_BITS + 1)
 """What `rounded` can move a number by, in nats."""
@@ -88,7 +91,7 @@ def in_planes(stored: NDArray, used: NDArray[np.bool_], layout: Layout) -> list[
         steps = np.zeros((n, slots + slots % 2), np.uint8)
         steps[:, :slots] = stored
         first, second = np.hsplit(steps, 2)
-        return [first & 15 | second << 4, first >> 4 | second & 240]
+        return [first & LOW_HALF | second << FOUR, first >> FOUR | second & HIGH_HALF]
     width = stored.dtype.itemsize
     bits = stored.view(f"<u{width}")
     steps = np.diff(bits, axis=1, prepend=bits.dtype.type(0))
@@ -109,10 +112,10 @@ def of_planes(columns: Sequence[NDArray], slots: int, compact: bool) -> NDArray:
         half = columns[0].shape[1]
         steps = empty((n, 2 * half), np.uint8)
         for start in range(0, n, BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            low, high = columns[0][rows], columns[1][rows]
-            steps[rows, :half] = low & 15 | high << 4
-            steps[rows, half:] = low >> 4 | high & 240
+            block = slice(start, start + BLOCK_ROWS)
+            low, high = columns[0][block], columns[1][block]
+            steps[block, :half] = low & LOW_HALF | high << FOUR
+            steps[block, half:] = low >> FOUR | high & HIGH_HALF
         return steps[:, :slots]
     width = len(columns)
     parts = empty((n, slots, width), np.uint8)

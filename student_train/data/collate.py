@@ -60,10 +60,13 @@ def collate(
         """[N, T] a field at the temperatures of the batch."""
         return torch.stack([at_temperature(name, i, missing) for i in temperature_indices], dim=1)
 
-    def column_of_logprobs(i: int) -> Tensor:
-        return tensor(joined(lambda rows: rows.topk_logprob[i]))
+    def columns_of_logprobs() -> tuple[Tensor, ...] | None:
+        columns = spans[0].rows.topk_logprob
+        if columns is None:
+            return None
+        each = range(len(columns))
+        return tuple(tensor(joined(lambda rows, i=i: rows.topk_logprob[i])) for i in each)
 
-    columns = spans[0].rows.topk_logprob
     num_kept = joined(lambda rows: rows.num_kept)
     stored = StoredTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
@@ -72,7 +75,7 @@ def collate(
         numberings=Numberings.of(
             [span.rows.numbering for span in spans], [len(span.positions) for span in spans]
         ),
-        topk_logprob=columns and tuple(column_of_logprobs(i) for i in range(len(columns))),
+        topk_logprob=columns_of_logprobs(),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
         log_tail_t1=at_temperature("log_tail", 0, -math.inf),  # draws alone stand for all ids
