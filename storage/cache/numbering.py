@@ -62,43 +62,36 @@ def numbers_of_ids(
     return numbers.take(ids, mode="clip")
 
 
-def ids_of_numbers(
-    numbers: NDArray[np.uint16] | NDArray[np.int32], numbering: Numbering, vocab_size: int
-) -> NDArray[np.int32]:
-    """[n, K] the id of each number; a number that stands for none has an id beyond the vocabulary.
-
-    Numbers of two bytes are uint16, of three int32.
-    """
-    wide = numbers.dtype != np.uint16
-    table = _table(numbering, vocab_size if wide else None)
-    if wide:
-        numbers = np.minimum(numbers, np.int32(len(table) - 1))
-    ids = empty(numbers.shape, np.int32)
-    for start in range(0, len(numbers), BLOCK_ROWS):
-        block = numbers[start : start + BLOCK_ROWS]
-        # Arrow looks up by the indices as they are; numpy would widen them to eight bytes first.
-        found = pc.take(table, pa.array(block.ravel()), boundscheck=False)
-        ids[start : start + BLOCK_ROWS] = found.to_numpy().reshape(block.shape)
-    return ids
-
-
 def ids_of_planes(
     planes: Sequence[NDArray[np.uint8]], numbering: Numbering | None, vocab_size: int
 ) -> NDArray[np.int32]:
-    """Ids [n, K] from the bytes of their numbers, lowest first: two planes or three."""
-    pairs = empty((*planes[0].shape, 2), np.uint8)
-    pairs[:, :, 0], pairs[:, :, 1] = planes[:2]
-    numbers = pairs.view("<u2")[:, :, 0]
-    if numbering and len(planes) == 2:
-        return ids_of_numbers(numbers, numbering, vocab_size)
-    ids = empty(numbers.shape, np.int32)
-    ids[:] = numbers
-    if len(planes) == 3:
-        high = empty(ids.shape, np.int32)
-        high[:] = planes[2]
-        high <<= 16
-        ids |= high
-    return ids_of_numbers(ids, numbering, vocab_size) if numbering else ids
+    """Ids [n, K] from the bytes of their numbers, lowest first: two planes or three.
+
+    A number that stands for no id has an id beyond the vocabulary.
+    """
+    ids = empty(planes[0].shape, np.int32)
+    wide = len(planes) == 3
+    table = _table(numbering, vocab_size if wide else None) if numbering else None
+    for start in range(0, len(ids), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        found = ids[block]
+        pairs = np.empty((*found.shape, 2), np.uint8)
+        pairs[:, :, 0], pairs[:, :, 1] = planes[0][block], planes[1][block]
+        numbers: NDArray = pairs.view("<u2")[:, :, 0]
+        if wide:
+            found[:] = planes[2][block]
+            found <<= 16
+            found |= numbers
+            numbers = found
+        if table is None:
+            found[:] = numbers
+            continue
+        if wide:
+            np.minimum(found, np.int32(len(table) - 1), out=found)
+        # Arrow looks up by the indices as they are; numpy would widen them to eight bytes first.
+        taken = pc.take(table, pa.array(numbers.ravel()), boundscheck=False)
+        found[:] = taken.to_numpy().reshape(found.shape)
+    return ids
 
 
 @functools.lru_cache(maxsize=16)  # 1 MB each where the vocabulary is large
