@@ -23,7 +23,12 @@ from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.probes import packing_refused
-from decant.student_train.model.student import check_savable, compile_layers, load_student
+from decant.student_train.model.student import (
+    check_savable,
+    compile_layers,
+    load_student,
+    student_vocab_size,
+)
 from decant.student_train.outputs.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -34,7 +39,12 @@ from decant.student_train.outputs.checkpoint import (
 )
 from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.outputs.save import STUDENT, SUMMARY
-from decant.student_train.prepare_data import heldout_streams, overrides, training_stream
+from decant.student_train.prepare_data import (
+    heldout_streams,
+    overrides,
+    refuse_unknown_entropy,
+    training_stream,
+)
 from decant.student_train.runtime.distributed import (
     is_deepspeed,
     of_first_process,
@@ -125,6 +135,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Open the data, build or load the student, resume. Raises ValueError if they do not fit."""
     stream = training_stream(config, accelerator)
     reader = stream.reader
+    refuse_unknown_entropy(config, stream.readers)
     heldout = heldout_streams(config, reader, accelerator)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
     student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
@@ -163,7 +174,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     if adapter and not (shards_weights(accelerator) or is_deepspeed(accelerator)):
         checkpoint_adapter_only(accelerator)
     with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
-        model = Distiller(student, config.loss, reader.manifest.shared_vocab_size)
+        vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
+        model = Distiller(student, config.loss, vocab_size, config.selection)
         refusal = packing_refused(student, config.packing)
     # FSDP may load the weights on the first process alone: what others find out counts for nothing.
     model.head = of_first_process(model.head)

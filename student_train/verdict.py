@@ -11,7 +11,7 @@ from decant.student_train.config.student import StudentConfig
 from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.model.distiller import Distiller
-from decant.student_train.model.student import load_student
+from decant.student_train.model.student import load_student, student_vocab_size
 from decant.student_train.outputs.save import STUDENT
 
 
@@ -56,10 +56,11 @@ def evaluate_student(
         part="heldout" if heldout_fraction else "all",
         heldout_fraction=heldout_fraction,
     )
-    model, _ = load_student(student, stream.reader, seed=0)
+    model, tokenizer = load_student(student, stream.reader, seed=0)
+    vocab_size = student_vocab_size(model, tokenizer, stream.reader, loss.tail)
     model.to(accelerator.device)
     with accelerator.autocast():
-        distiller = Distiller(model, loss, stream.reader.manifest.shared_vocab_size)
+        distiller = Distiller(model, loss, vocab_size)
         terms = loss.at(0, 1)
         with torch.no_grad():
             metrics = evaluate(distiller, {"": stream}, accelerator, terms)

@@ -6,7 +6,9 @@ Shapes: N targets of a batch, K slots, M runs of targets of one numbering, S num
 """
 
 import dataclasses
+import itertools
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,8 +22,6 @@ class Numberings:
 
     known: tuple[Numbering | None, ...]
     """[M] None: numbers are ids."""
-    counts: tuple[int, ...]
-    """[M] targets of each run; they follow each other."""
     heads: Tensor
     """[M, S] int32: the ids of the first numbers, 0 behind the last."""
     sizes: Tensor
@@ -44,24 +44,28 @@ class Numberings:
         for row, size, (numbering, _) in zip(heads, sizes, runs, strict=True):
             if numbering is not None:
                 row[:size] = torch.tensor(numbering.head)
-        counts = [count for _, count in runs]
+        counts = torch.tensor([count for _, count in runs])
         return Numberings(
             known=tuple(numbering for numbering, _ in runs),
-            counts=tuple(counts),
             heads=heads,
             sizes=torch.tensor(sizes, dtype=torch.int32),
-            runs=torch.repeat_interleave(torch.tensor(counts)).to(torch.int32),
+            runs=torch.repeat_interleave(counts).to(torch.int32),
         )
+
+    def of_targets(self, rows: Tensor) -> "Numberings":
+        """Those of the targets at `rows` [n], int64, alone."""
+        return dataclasses.replace(self, runs=self.runs.index_select(0, rows))
 
     def ids(self, planes: list[NDArray], vocab_size: int) -> Tensor:
         """[N, K] int64 ids from the bytes of their numbers [N, K], lowest first, on the CPU."""
         ids = torch.empty(planes[0].shape, dtype=torch.int64)
-        start = 0
-        for numbering, count in zip(self.known, self.counts, strict=True):
-            run = slice(start, start + count)
-            found = ids_of_planes([plane[run] for plane in planes], numbering, vocab_size)
-            ids[run] = torch.from_numpy(found)
-            start += count
+        runs = self.runs.numpy()
+        edges = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(runs)]
+        for start, end in itertools.pairwise(edges):
+            if start < end:
+                numbering = self.known[int(runs[start])]
+                found = ids_of_planes([p[start:end] for p in planes], numbering, vocab_size)
+                ids[start:end] = torch.from_numpy(found)
         return ids
 
 

@@ -20,7 +20,12 @@ from transformers import (
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.student import StudentConfig
-from decant.student_train.model.tokenizer import as_fingerprinted, check_student_tokenizer
+from decant.student_train.model.tokenizer import (
+    agreed_tokenizer,
+    as_fingerprinted,
+    follow_tokenizer,
+    tokens_more,
+)
 
 OLDER_NAMES = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
@@ -81,7 +86,10 @@ def load_student(
                     f"student.path {config.path} has no tokenizer to compare with the cache's: "
                     f"{error}"
                 ) from error
-            check_student_tokenizer(tokenizer, own, config.path, reader.url)
+            tokenizer = agreed_tokenizer(
+                tokenizer, own, config.path, reader.url, reader.manifest.shared_vocab_size
+            )
+        follow_tokenizer(student, tokenizer, config.path)
         return student, tokenizer
     fields = dict(config.config)
     model_type = fields.pop("model_type")
@@ -101,6 +109,24 @@ def load_student(
     ) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def student_vocab_size(
+    student: PreTrainedModel, tokenizer: Any | None, reader: CacheReader, tail: str
+) -> int:
+    """How many of the student's output rows its softmax is over: V of the loss.
+
+    Those of the cache's shared vocabulary; and where the student's tokenizer has tokens that the
+    cache's has not, theirs too, as the student may say them: the teacher's mass there is 0, and
+    what the student gives them counts into its tail. Rows beyond, which no token has, are padding.
+    With tail: uniform, which would spread the teacher's tail over them, they are left out.
+    """
+    shared = reader.manifest.shared_vocab_size
+    if tail == "uniform" or not reader.manifest.tokenizer.files:
+        return shared
+    more = tokens_more(tokenizer, load_tokenizer(reader))
+    rows = int(student.get_output_embeddings().weight.shape[0])
+    return max(shared, min(more, rows))
 
 
 def _pretrained(path: str, **options: Any) -> PreTrainedModel:
