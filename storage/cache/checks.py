@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import Conversation, FormatError, Layout, ScoredSequence
 from decant.schemas.distributions import FIELDS
-from decant.storage.cache.logprobs import empty, logprob_bound
+from decant.storage.cache.logprobs import ROUNDING, empty, logprob_bound
 from decant.storage.cache.rows import Rows
 
 EPSILON = 1e-4
@@ -215,6 +215,7 @@ def _check_logprobs(
         tolerance = EPSILON if temperature == 1 else 20 * EPSILON
         off = ~(np.abs(mass - 1) <= tolerance)
         if precision != "f32" and (rows := np.flatnonzero(off)).size:
+            tolerance += 2 * ROUNDING * layout.rounded  # of the tail, and of log Z
             moved = np.expm1(
                 logprob_bound(logprobs[rows], precision, layout.code) / np.float32(temperature)
             )

@@ -14,7 +14,7 @@ from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows, message_problems
 from decant.storage.cache.extension import moving, names_of
 from decant.storage.cache.reader import CacheReader
-from decant.storage.cache.rows import Rows, decode
+from decant.storage.cache.rows import Rows
 from decant.storage.files.sealed import read_json
 from decant.storage.files.store import Store
 
@@ -199,7 +199,7 @@ def _shard_problems(
     for group in reader.index.groups_of(plan.shard):
         try:
             table = reader.read_table(group)
-            rows = decode(table, reader.manifest.layout)
+            rows = reader.decode(group, table)
         except FormatError as error:
             yield str(error)
             return

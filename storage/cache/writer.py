@@ -35,6 +35,7 @@ from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_sequence
 from decant.storage.cache.logprobs import decoding_error
+from decant.storage.cache.numbering import Fitter
 from decant.storage.cache.parquet import DENSE, byte_range, extent, parquet_options
 from decant.storage.cache.plan import plan_of
 from decant.storage.cache.records import (
@@ -184,12 +185,13 @@ class ShardWriter:
         self._store, self._manifest, self._plan = store, manifest, plan
         self._replace = replace
         self._layout = manifest.layout
-        row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
+        row_bytes = 2 * self._layout.slots + sum(self._layout.logprob_columns.values())
         self._group_rows = min(row_group_rows, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
         self._rejected: list[Rejected] = []
+        self._fitter = Fitter(self._layout) if self._layout.ranked else None
         self._error_sum = self._error_max = 0.0
         self.bytes_written = 0
         """Size of the shard file, once committed."""
@@ -268,12 +270,17 @@ class ShardWriter:
 
     def _flush(self) -> None:
         first = self._plan.first_sequence + sum(group[1] for group in self._groups)
-        decoded = self._carried is not None
-        table = rows_codec.encode(self._buffer, first, self._layout, decoded=decoded)
-        self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
+        numbering = None
+        if self._fitter:
+            ids = np.concatenate([s.token_ids for s in self._buffer])
+            written = sum(group[2] for group in self._groups)
+            numbering = self._fitter.choose(ids, self._plan.num_targets - written)
+        decoded = self._carried is not None
+        table = rows_codec.encode(self._buffer, first, self._layout, numbering, decoded=decoded)
+        self._parquet.write_table(table, row_group_size=len(table))
         if self._layout.has_logprobs and self._layout.precision != "f32" and not decoded:
-            stored = rows_codec.decode(table, self._layout).logprobs
+            stored = rows_codec.decode(table, self._layout, numbering).logprobs
             assert stored is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]
             error = decoding_error(np.concatenate(given), stored)
@@ -296,6 +303,8 @@ class ShardWriter:
         try:
             if error is None and self._buffer:
                 self._flush()
+            if self._fitter:
+                self._parquet.add_key_value_metadata(self._fitter.to_footer())
             self._parquet.close()
             if error is None:
                 record = self._record()

@@ -147,7 +147,7 @@ def new_shards(groups: Sequence[Sequence[Piece]], draft: Manifest) -> tuple[NewS
 
 def _bytes_of(manifest: Manifest) -> Layout:
     """What the bytes of a shard follow from."""
-    return manifest.layout
+    return dataclasses.replace(manifest.layout, rounded=False)
 
 
 def make(
