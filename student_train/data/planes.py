@@ -44,12 +44,11 @@ class Numberings:
         for row, size, (numbering, _) in zip(heads, sizes, runs, strict=True):
             if numbering is not None:
                 row[:size] = torch.tensor(numbering.head)
-        counts = torch.tensor([count for _, count in runs])
         return Numberings(
             known=tuple(numbering for numbering, _ in runs),
             heads=heads,
             sizes=torch.tensor(sizes, dtype=torch.int32),
-            runs=torch.repeat_interleave(counts).to(torch.int32),
+            runs=torch.repeat_interleave(torch.tensor([n for _, n in runs])).to(torch.int32),
         )
 
     def of_targets(self, rows: Tensor) -> "Numberings":
