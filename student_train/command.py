@@ -95,6 +95,7 @@ def _verdict(arguments: EvaluateArguments) -> str:
     from decant.schemas import to_json
     from decant.storage.cache.command import refuse_missing
     from decant.storage.cli.terminal import json_text
+    from decant.student_train.config.alignment import AlignConfig
     from decant.student_train.config.loss import LossConfig
     from decant.student_train.config.student import StudentConfig
     from decant.student_train.verdict import (
@@ -123,6 +124,8 @@ def _verdict(arguments: EvaluateArguments) -> str:
         batch_size=arguments.batch_size,
         heldout_fraction=arguments.heldout_fraction,
         mixed_precision=arguments.mixed_precision,
+        tokenizer_mismatch=arguments.tokenizer_mismatch,
+        align=AlignConfig(source=arguments.source),
     )
     return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
 

@@ -71,8 +71,11 @@ def writing_of(tokenizer: tokenizers.Tokenizer) -> str:
     kinds = {kind for part in parts for kind in _kinds(part)}
     if "ByteLevel" in kinds:
         return BYTE_LEVEL
-    return SPACES if "Metaspace" in kinds or SPACE_MARK in json.dumps(parts, ensure_ascii=False) \
+    return (
+        SPACES
+        if "Metaspace" in kinds or SPACE_MARK in json.dumps(parts, ensure_ascii=False)
         else PLAIN
+    )
 
 
 def token_bytes(token: str, writing: str) -> bytes | None:

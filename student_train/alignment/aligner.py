@@ -5,9 +5,7 @@ is needed, and changes nothing about the order of sequences or about resuming.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +15,12 @@ from decant.storage.cache.rows import Rows
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.student_train.alignment.events import Events, Matching, events_of
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
-from decant.student_train.alignment.report import Figures
+from decant.student_train.alignment.report import SHOWN, Figures
 from decant.student_train.alignment.texts import TextEncoder, text_pieces
 from decant.student_train.alignment.token_bytes import HasTokenizer, TokenTable
 
 FEW = 20
 """So many sequences are looked at before their share of those left out counts."""
-
-Messages = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,9 +58,10 @@ class Aligner:
         *,
         where: str,
         max_left_out: float = 0.01,
-        chats: Any = None,
+        source: str = "",
+        id_field: str = "id",
     ) -> None:
-        """`where` names the student's tokenizer in errors; `chats` renders messages.
+        """`where` names the student's tokenizer in errors; the rest is as in `AlignConfig`.
 
         Raises ValueError for a cache that cannot be aligned with any student, naming what is wrong.
         """
@@ -79,40 +76,34 @@ class Aligner:
         self.vocab_size = len(student)
         self.figures = Figures()
         self._encode = TextEncoder(tokenizer)
-        self._chats = chats
         self._lock = threading.Lock()
 
     def __call__(self, rows: Rows) -> AlignedRows:
         """Align a row group. Raises ValueError once more sequences than allowed are left out."""
-        pieces = Pieces()
-        reasons = text_pieces(
-            pieces, rows, list(range(len(rows))), self.matching, self._encode
-        )
-        both = aligned(
-            pieces,
-            len(rows),
-            rows.input_ids.astype(np.int64),
-            self.matching.teacher,
-            self.matching.student,
-        )
-        both = _usable(both, rows)
-        events = events_of(both, rows, self.matching)
-        self._count(both, events, rows, reasons)
-        return _with_placeholders(both, events, rows.sample_ids)
-
-    def _count(
-        self, both: Aligned, events: Events, rows: Rows, reasons: dict[int, str]
-    ) -> None:
-        found = Figures.of(both, events, int(rows.is_target.sum()))
-        found.sequences, found.left_out = len(rows), len(reasons)
-        found.examples = [
-            f"{rows.sample_ids[sequence]}: {reason}" for sequence, reason in sorted(reasons.items())
-        ]
+        found, figures = self.measured(rows)
         with self._lock:
-            self.figures += found
+            self.figures += figures
             total = self.figures
         if total.sequences >= FEW and total.left_out_share > self.max_left_out:
             self.refuse(total)
+        return found
+
+    def measured(self, rows: Rows) -> tuple[AlignedRows, Figures]:
+        """Align a row group, and say how that went."""
+        pieces, matching = Pieces(), self.matching
+        every = list(range(len(rows)))
+        reasons = text_pieces(pieces, rows, every, matching, self._encode)
+        ids = rows.input_ids.astype(np.int64)
+        both = aligned(pieces, len(rows), ids, matching.teacher, matching.student)
+        both = _usable(both, rows)
+        events = events_of(both, rows, matching)
+        figures = Figures.of(both, events, int(rows.is_target.sum()))
+        figures.sequences, figures.left_out = len(rows), len(reasons)
+        figures.examples = [
+            f"{rows.sample_ids[sequence]}: {reason}"
+            for sequence, reason in sorted(reasons.items())[:SHOWN]
+        ]
+        return _with_placeholders(both, events, rows.sample_ids), figures
 
     def refuse(self, total: Figures) -> None:
         """Raise ValueError, with the first example, if too many sequences are left out, or all."""

@@ -72,9 +72,7 @@ class Matching:
         r, ids = row[begins], v[begins]
         power = teacher.powers[teacher.lengths[ids] - ahead[begins]]
         space = student.beginnings(ends.student_id[r], ends.student_cut[r])
-        found[r, slot[begins]] = student.find(
-            space * power + (teacher.hashes[ids] - head * power)
-        )
+        found[r, slot[begins]] = student.find(space * power + (teacher.hashes[ids] - head * power))
 
         behind = np.flatnonzero(ahead < 0)
         r, ids = row[behind], v[behind]
@@ -190,9 +188,7 @@ def without_repeats(ids: NDArray[np.int32]) -> NDArray[np.int32]:
     return ids
 
 
-def _observe(
-    ids: NDArray[np.int32], kept: NDArray[np.int32], ends: _Ends
-) -> NDArray[np.bool_]:
+def _observe(ids: NDArray[np.int32], kept: NDArray[np.int32], ends: _Ends) -> NDArray[np.bool_]:
     """Make the observed completion an event wherever its token is kept; [C] whether it is."""
     row, slot = np.nonzero(kept == ends.teacher_id[:, None])
     wrong = ids[row, slot] != ends.student_id[row]

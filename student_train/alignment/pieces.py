@@ -1,4 +1,4 @@
-"""Pieces of sequences: what lies between special tokens, with the tokens that either side has of it.
+"""Pieces of sequences: what lies between special tokens, in the tokens of either side.
 
 A piece is a stretch of bytes, or one special token that stands for one byte. Producers of pieces
 say which of the teacher's rows and which student's ids are in each; here they become one line of

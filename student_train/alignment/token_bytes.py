@@ -179,7 +179,12 @@ class TokenTable:
         wanted = [(self.eos, other.eos), (self.bos, other.bos)]
         wanted += [(index, by_name.get(name, -1)) for index, name in self.names.items()]
         for index, theirs_ in wanted:
-            if index >= 0 and theirs_ >= 0 and pairs[index] < 0 and theirs_ not in pairs[[*self.names]]:
+            if (
+                index >= 0
+                and theirs_ >= 0
+                and pairs[index] < 0
+                and theirs_ not in pairs[[*self.names]]
+            ):
                 pairs[index] = theirs_
         return pairs
 

@@ -11,10 +11,14 @@ class StudentConfig:
     """The student: a pretrained model, or a fresh one from a configuration."""
 
     path: str = ""
-    """Directory or hub id of a pretrained causal LM; its tokenizer must be the teacher's."""
+    """Directory or hub id of a pretrained causal LM; its tokenizer must be the teacher's, or
+    tokenizer_mismatch: align."""
     config: dict[str, Any] = field(default_factory=dict)
     """Instead of a path: fields of a transformers configuration with its model_type, for random
     initialisation. vocab_size is the cache's unless given."""
+    tokenizer: str = ""
+    """Directory or hub id of the student's tokenizer; by default that of its path, or with a config
+    the cache's."""
     dtype: str = "float32"
     """Dtype of the weights: float32 | bfloat16 | float16."""
     attention: str = ""
@@ -25,7 +29,7 @@ class StudentConfig:
     transformers'. Only for code that you have read."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "path")
+        expand_home(self, "path", "tokenizer")
         if bool(self.path) == bool(self.config):
             raise ValueError("student needs either a path or a config, not both, not neither")
         if self.config and "model_type" not in self.config:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from decant.storage.cli.options import Shown
+from decant.student_train.config.alignment import check_mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,5 +35,14 @@ class EvaluateArguments:
     """Attention implementation of transformers, for example sdpa or eager; "" = its own choice."""
     mixed_precision: str = "no"
     """no | bf16 | fp16, through accelerate."""
+    tokenizer_mismatch: str = "refuse"
+    """Where the student's tokenizer is not the cache's: refuse, or align, as in a training."""
+    source: str = ""
+    """The records of a chat cache that does not hold its messages, for align."""
     json: bool = False
     """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        check_mismatch(self.tokenizer_mismatch)
+        if self.source and self.tokenizer_mismatch == "refuse":
+            raise ValueError("--source has no effect without --tokenizer-mismatch align")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from decant.schemas import CompactCode
 from decant.storage.cache.logprobs import LAST_CODE, decode_logprobs, gap_table
-from decant.student_train.losses import SparseTargets
+from decant.student_train.losses import EventTargets, SparseTargets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -117,10 +117,13 @@ class Batch:
     """[N] int64: index into the flattened [R * L] of the position that predicts each target."""
     labels: Tensor
     """[N] int64: the actual tokens."""
-    stored: StoredTargets
-    """The teacher's distributions at the stream's temperatures, as stored."""
+    stored: StoredTargets | None = None
+    """The teacher's distributions at the stream's temperatures, as stored; None with events."""
+    events: EventTargets | None = None
+    """In place of them: the events of chunks of the student's tokens, at T=1."""
     label_logprob: Tensor
-    """[N] float32: the teacher's log prob of the actual token at T=1."""
+    """[N] float32: the teacher's log prob of the actual token at T=1; of all tokens of a chunk at
+    its last, 0 before it."""
     sample_ids: list[str]
     """[B]."""
     num_tokens: int
@@ -138,15 +141,21 @@ class Batch:
         return len(self.labels)
 
     @cached_property
-    def targets(self) -> SparseTargets:
+    def targets(self) -> SparseTargets | EventTargets:
         """The teacher's distributions at the first temperature, decoded once, where they are."""
+        if self.events is not None:
+            return self.events
+        assert self.stored is not None
         return self.stored.decode((self.vocab_size, self.temperatures[0]))
 
-    def targets_at(self, temperature: float) -> SparseTargets:
+    def targets_at(self, temperature: float) -> SparseTargets | EventTargets:
         """The teacher's distributions at one of the temperatures, or at 1, which is always there.
 
         Raises ValueError naming the temperatures if it is none of them.
         """
+        if self.events is not None:
+            return self.events.validate(self.vocab_size, temperature)
+        assert self.stored is not None
         checked_for = (self.vocab_size, float(temperature))
         if temperature in self.temperatures:
             i = self.temperatures.index(temperature)
@@ -180,4 +189,6 @@ def _map(value: Any, function: Any) -> Any:
             changed[field.name] = function(item)
         elif isinstance(item, StoredTargets):
             changed[field.name] = _map(item, function)
+        elif isinstance(item, EventTargets):
+            changed[field.name] = item.map(function)
     return dataclasses.replace(value, **changed)

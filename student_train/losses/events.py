@@ -9,8 +9,9 @@ Shape letters: N rows (the student's tokens), C chunks of consecutive rows, E sl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +66,12 @@ class EventTargets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EventTargets:
         """Return the same targets on `device`; the sizes stay where they are."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EventTargets:
+        """Return the same targets with all tensors but the sizes through a function."""
         names = ("token_ids", "log_p", "log_rest", "labels")
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        moved: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return dataclasses.replace(self, **moved)
 
     def validate(self, vocab_size: int, temperature: float = 1.0) -> EventTargets:
@@ -76,8 +81,8 @@ class EventTargets:
         """
         if temperature != 1:
             raise ValueError(
-                f"events are strings, and a product of probabilities at temperature {temperature:g} "
-                "is that of no string: a student of another tokenizer is trained at temperature 1"
+                f"events are strings, and a product of probabilities at temperature "
+                f"{temperature:g} is that of no string: train at temperature 1"
             )
         if self.checked_for == (vocab_size, 1.0):
             return self
@@ -136,7 +141,7 @@ class EventTargets:
         return torch.where(ids >= 0, ids, ids.amax(1, keepdim=True))
 
     def divergence(
-        self, kind: str, x_NE: Tensor, lse_tail_N: Tensor, options: dict[str, object]
+        self, kind: str, x_NE: Tensor, lse_tail_N: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """Return the loss [N] of each chunk in its last row, 0 in the others.
 

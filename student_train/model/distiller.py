@@ -18,6 +18,7 @@ from decant.student_train.config.loss import LossConfig, LossTerms
 from decant.student_train.data.batch import Batch
 from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
 from decant.student_train.losses import (
+    EventTargets,
     SparseTargets,
     fused_linear_divergence,
     sparse_divergence,
@@ -35,20 +36,28 @@ log = logging.getLogger(__name__)
 class Distiller(nn.Module):
     """A causal LM and the sparse distillation loss of its batches."""
 
-    def __init__(self, student: PreTrainedModel, loss: LossConfig, vocab_size: int) -> None:
-        """`vocab_size` is the cache's shared vocabulary: the student's rows beyond it are masked.
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        loss: LossConfig,
+        vocab_size: int,
+        label_bytes: Tensor | None = None,
+    ) -> None:
+        """`vocab_size` is that of the targets: the student's rows beyond it are masked.
 
-        Raises ValueError if the student has fewer rows, or sees later tokens.
+        `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if the
+        student has fewer rows, or sees later tokens.
         """
         super().__init__()
         self.student = student
         self.loss = loss
         self.vocab_size = vocab_size
+        self.label_bytes = label_bytes
         rows = student.get_output_embeddings().weight.shape[0]
         if rows < vocab_size:
             raise ValueError(
                 f"the student has {rows} output rows, the cache's vocabulary {vocab_size} ids; "
-                "use a student of the teacher's tokenizer"
+                "use a student of the teacher's tokenizer, or tokenizer_mismatch: align"
             )
         refuse_sight_of_later_tokens(student)
         name = type(student).__name__
@@ -122,7 +131,7 @@ class Distiller(nn.Module):
         self,
         inputs: dict[str, Any],
         batch: Batch,
-        targets: SparseTargets,
+        targets: SparseTargets | EventTargets,
         num_targets: float | None,
         options: dict[str, Any],
     ) -> FusedLoss:
@@ -144,7 +153,9 @@ class Distiller(nn.Module):
         if self.head is None:
             logits_NV = self.student(**inputs).logits.flatten(0, 1)
             logits_NV = logits_NV.index_select(0, batch.predictors)
-            return sums_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
+            return sums_of_chunks(
+                logits_NV.__getitem__, batch, terms, vocab_size, label_bytes=self._bytes(batch)
+            )
         scale, softcap = self.head["logit_scale"], self.head["softcap"]
 
         def sums_of(hidden_NH: Tensor, head: nn.Linear) -> HeldoutSums:
@@ -154,9 +165,14 @@ class Distiller(nn.Module):
                 logits_RV = scale * product(rows)
                 return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
 
-            return sums_of_chunks(logits_of, batch, terms, vocab_size)
+            return sums_of_chunks(
+                logits_of, batch, terms, vocab_size, label_bytes=self._bytes(batch)
+            )
 
         return self._at_head(inputs, batch, sums_of)
+
+    def _bytes(self, batch: Batch) -> Tensor | None:
+        return None if self.label_bytes is None else self.label_bytes.to(batch.labels.device)
 
     def _at_head(
         self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]

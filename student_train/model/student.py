@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from decant.schemas import FormatError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.student import StudentConfig
@@ -59,33 +60,34 @@ def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> A
 
 
 def load_student(
-    config: StudentConfig, reader: CacheReader, seed: int, **options: Any
+    config: StudentConfig,
+    reader: CacheReader,
+    seed: int,
+    *,
+    aligned: tuple[Any, int] | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, Any | None]:
     """The student and the tokenizer to save with it; `options` are for `from_pretrained`.
+
+    `aligned` are the student's own tokenizer and its vocabulary, where it need not be the cache's.
 
     Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
     the cache's, ValueError if the student cannot be built, or not all of its weights are there.
     """
     trusted = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(reader, **trusted)
+    tokenizer = aligned[0] if aligned else load_tokenizer(reader, **trusted)
+    if not aligned and tokenizer is not None and (config.tokenizer or config.path):
+        _check_own(tokenizer, config, reader, trusted)
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
         student = _pretrained(config.path, dtype=dtype, **attention, **trusted, **options)
-        if tokenizer is not None:
-            try:
-                own = AutoTokenizer.from_pretrained(config.path, **trusted)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"student.path {config.path} has no tokenizer to compare with the cache's: "
-                    f"{error}"
-                ) from error
-            check_student_tokenizer(tokenizer, own, config.path, reader.url)
         return student, tokenizer
     fields = dict(config.config)
     model_type = fields.pop("model_type")
-    fields.setdefault("vocab_size", reader.manifest.shared_vocab_size)
+    vocab_size = aligned[1] if aligned else reader.manifest.shared_vocab_size
+    fields.setdefault("vocab_size", vocab_size)
     if tokenizer is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = getattr(tokenizer, name)  # may be an added one, beyond the student's rows
@@ -101,6 +103,26 @@ def load_student(
     ) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def _check_own(
+    tokenizer: Any, config: StudentConfig, reader: CacheReader, trusted: dict[str, bool]
+) -> None:
+    """Raise FormatError with the first differing tokens unless the student has the cache's."""
+    path = config.tokenizer or config.path
+    try:
+        own = AutoTokenizer.from_pretrained(path, **trusted)
+    except (OSError, ValueError) as error:
+        name = "tokenizer" if config.tokenizer else "path"
+        raise ValueError(
+            f"student.{name} {path} has no tokenizer to compare with the cache's: {error}"
+        ) from error
+    try:
+        check_student_tokenizer(tokenizer, own, path, reader.url)
+    except FormatError as error:
+        raise FormatError(
+            f"{error} Or train on what both tokenizers can say: tokenizer_mismatch: align"
+        ) from error
 
 
 def _pretrained(path: str, **options: Any) -> PreTrainedModel:

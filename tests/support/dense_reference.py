@@ -64,9 +64,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return sum((x * (x / y).log() for x, y in zip(a, b, strict=True) if x > 0), start=zero)
 
 
-def divergence(
-    kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str
-) -> Tensor:
+def divergence(kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str) -> Tensor:
     number = {name: value for name, value in options.items() if not isinstance(value, str)}
     if kind == "fkl":
         return kl(p, q)

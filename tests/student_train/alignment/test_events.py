@@ -37,7 +37,10 @@ class Problem:
         """What the reference says of each chunk."""
         chunks = self.both.chunks
         spans = zip(
-            chunks.teacher_first, chunks.num_teacher, chunks.student_first, chunks.num_student,
+            chunks.teacher_first,
+            chunks.num_teacher,
+            chunks.student_first,
+            chunks.num_student,
             strict=True,
         )
         return [
@@ -76,7 +79,8 @@ def test_losses_are_those_of_enumerated_classes(kind: str, k: int) -> None:
         last = problem.targets.last_rows
         for found, (p, q) in zip(loss[last].tolist(), problem.classes(), strict=True):
             expected = divergence(
-                kind, torch.tensor(p, dtype=torch.float64),
+                kind,
+                torch.tensor(p, dtype=torch.float64),
                 torch.tensor(q, dtype=torch.float64),
                 has_bucket=True,
             )
