@@ -76,14 +76,17 @@ def load_student(
     """
     trusted = {"trust_remote_code": config.trust_remote_code}
     tokenizer = aligned[0] if aligned else load_tokenizer(reader, **trusted)
-    if not aligned and tokenizer is not None and (config.tokenizer or config.path):
-        _check_own(tokenizer, config, reader, trusted)
+    has_own = bool(config.tokenizer or config.path) and not aligned and tokenizer is not None
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
         student = _pretrained(config.path, dtype=dtype, **attention, **trusted, **options)
+        if has_own:
+            _check_own(tokenizer, config, reader, trusted)
         return student, tokenizer
+    if has_own:
+        _check_own(tokenizer, config, reader, trusted)
     fields = dict(config.config)
     model_type = fields.pop("model_type")
     vocab_size = aligned[1] if aligned else reader.manifest.shared_vocab_size
