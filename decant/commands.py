@@ -17,6 +17,11 @@ TEACHER = (
         "decant.teacher_dump.planning.command:PLAN",
     ),
     Entry(
+        "messages",
+        "Write the conversations of a dump's source, by sample id.",
+        "decant.teacher_dump.job.command:MESSAGES",
+    ),
+    Entry(
         "audit",
         "Does a cache say what its teacher says? Score a sample again.",
         "decant.teacher_dump.audit.command:AUDIT",

@@ -84,7 +84,7 @@ def _config(entry: Entry, command: Command) -> Iterator[str]:
         yield _table([(flag(option), option) for option in own.options])
     else:
         others = []
-    if entry.name == "plan":
+    if entry.name in ("plan", "messages"):
         yield "Configuration: that of [`decant dump`](#decant-dump)."
         return
     for group in [*groups(command.config), *others]:

@@ -4,6 +4,7 @@ Knows nothing of files, models or torch. `docs/format.md` is the normative text.
 """
 
 from decant.schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, shard_schema
+from decant.schemas.conversation import Conversation
 from decant.schemas.distributions import Distributions
 from decant.schemas.manifest import FORMAT_VERSION, Manifest, TeacherInfo, TokenizerInfo
 from decant.schemas.sequence import ScoredSequence
@@ -27,6 +28,7 @@ __all__ = [
     "ByteRange",
     "CommitRecord",
     "CompactCode",
+    "Conversation",
     "Distributions",
     "FormatError",
     "Layout",

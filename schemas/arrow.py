@@ -61,6 +61,8 @@ class Layout:
     """The fields of `Distributions` that are stored."""
     ids: str = "planes"
     """How ids are stored: one of ID_FORMS."""
+    has_messages: bool = False
+    """Whether conversations are kept."""
     code: CompactCode = CompactCode()
     """The curve of `compact`; without effect on the other precisions."""
 
@@ -131,6 +133,8 @@ def shard_schema(layout: Layout) -> pa.Schema:
         ("token_id", pa.int32()),
         ("is_target", pa.bool_()),
     ]
+    if layout.has_messages:
+        columns.insert(2, ("messages", pa.string()))
     for name in layout.id_columns:
         two = layout.ids == "lo16" and name == "topk_lo"
         columns.append((name, pa.binary((1 + two) * layout.slots)))

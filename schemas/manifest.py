@@ -13,7 +13,7 @@ from decant.schemas.shards import Rejected, Segment, Totals
 from decant.schemas.strict import FormatError, canonical, from_json, to_json, with_later
 from decant.schemas.truncation import METHODS, Truncation, check_temperatures
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """What is written; all from 1 on are read, and completed in their own form."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
 MAX_LISTED = 1000
@@ -69,6 +69,8 @@ class Manifest:
     """The curve of the codes, if `precision` is compact."""
     ids: str
     """planes | lo16: how kept ids are stored."""
+    messages: bool
+    """Whether the conversations of the records are kept."""
     source: dict[str, Any]
     """Where the records came from, with content hashes."""
     sequences: dict[str, Any]
@@ -96,6 +98,8 @@ class Manifest:
                 f"truncation.method {self.truncation.method!r} stores no log probs of kept "
                 f"entries: precision must be {NO_LOGPROBS!r}, found {self.precision!r}"
             )
+        if self.messages and self.format_version < 4:
+            raise ValueError("messages are kept from version 4 of the format on")
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
         if (self.compact is not None) != (self.precision == "compact"):
@@ -132,6 +136,7 @@ class Manifest:
         precision: str,
         source: dict[str, Any],
         sequences: dict[str, Any],
+        messages: bool = False,
     ) -> "Manifest":
         """A manifest without plan, counts and id, which `CacheWriter.create` fills in.
 
@@ -150,6 +155,7 @@ class Manifest:
             precision=precision,
             compact=CompactCode() if precision == "compact" else None,
             ids="planes",
+            messages=messages,
             source=source,
             sequences=sequences,
             num_shards=0,
@@ -172,6 +178,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The fields as this manifest's format version writes them."""
         fields = to_json(self)
+        if self.format_version < 4:
+            del fields["messages"]
         if self.format_version < 3:
             del fields["rejected"]
             if self.totals:
@@ -201,6 +209,7 @@ class Manifest:
             has_num_kept=self.truncation.rule.varies,
             fields=self.truncation.stored(with_logprobs=self.precision != NO_LOGPROBS),
             ids=self.ids,
+            has_messages=self.messages,
             code=self.compact or CompactCode(),
         )
 
@@ -217,6 +226,7 @@ class Manifest:
         code = to_json(VERSION_1_CODE) if compact else None
         data = with_later(data, {"compact": code, "ids": "lo16"}, version, 2, where)
         data = with_later(data, {"rejected": []}, version, 3, where)
+        data = with_later(data, {"messages": False}, version, 4, where)
         if isinstance(data.get("totals"), dict):
             totals = with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
             data = {**data, "totals": totals}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from decant.schemas.conversation import Conversation
 from decant.schemas.distributions import Distributions
 
 
@@ -29,6 +30,16 @@ class ScoredSequence(Distributions[NDArray[Any]]):
     """[L] which tokens have a stored distribution."""
     positions: NDArray[np.int32]
     """[n] indices of the targets: `np.flatnonzero(is_target)`."""
+    messages: str | None = None
+    """The conversation that the tokens are of, as `Conversation.to_text` writes it; None where it
+    is unknown or there is none. A sequence that was cut may hold a part of it alone."""
+
+    @property
+    def conversation(self) -> Conversation | None:
+        """What `messages` says. Raises FormatError if it is no conversation."""
+        if self.messages is None:
+            return None
+        return Conversation.of_text(self.messages, f"sample {self.sample_id}")
 
     @property
     def num_targets(self) -> int:

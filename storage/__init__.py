@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from decant.lazy import lazily
 
 if TYPE_CHECKING:
+    from decant.storage.cache.given_messages import GivenMessages
     from decant.storage.cache.index import RowGroupRef
     from decant.storage.cache.integrity import VerifyReport, verify
     from decant.storage.cache.migration import migrate
@@ -22,6 +23,7 @@ else:
             "Busy": "decant.storage.files.store",
             "CacheReader": "decant.storage.cache.reader",
             "CacheWriter": "decant.storage.cache.writer",
+            "GivenMessages": "decant.storage.cache.given_messages",
             "RowGroupRef": "decant.storage.cache.index",
             "Rows": "decant.storage.cache.rows",
             "ShardWriter": "decant.storage.cache.writer",
@@ -37,6 +39,7 @@ __all__ = [
     "Busy",
     "CacheReader",
     "CacheWriter",
+    "GivenMessages",
     "RowGroupRef",
     "Rows",
     "ShardWriter",

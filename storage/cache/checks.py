@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from decant.schemas import FormatError, Layout, ScoredSequence
+from decant.schemas import Conversation, FormatError, Layout, ScoredSequence
 from decant.schemas.distributions import FIELDS
 from decant.storage.cache.logprobs import empty, logprob_bound
 from decant.storage.cache.rows import Rows
@@ -38,6 +40,7 @@ def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
         if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != dtype:
             found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else value
             raise FormatError(f"{where}: {name} must be {np.dtype(dtype)} {shape}, found {found}")
+    check_messages(sequence, layout)
     if len(sequence.input_ids) < 2:
         raise FormatError(f"{where}: {len(sequence.input_ids)} tokens; a target needs one before")
     if sequence.is_target[0]:
@@ -47,6 +50,34 @@ def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
     problems = distribution_problems(sequence, layout, precision="f32")
     if problems:
         raise FormatError(f"{where}: {problems[0]}")
+
+
+def check_messages(sequence: ScoredSequence, layout: Layout) -> None:
+    """Raise FormatError, naming the sample, unless its messages are what a shard may hold."""
+    if sequence.messages is not None and not layout.has_messages:
+        raise FormatError(
+            f"sample {sequence.sample_id}: messages given, but this cache keeps none: start it with"
+            " `messages` true in its manifest, or give None"
+        )
+    if sequence.messages is not None:
+        Conversation.of_text(sequence.messages, f"sample {sequence.sample_id}")
+
+
+def message_problems(table: pa.Table, rows: Rows) -> list[str]:
+    """What is wrong with the messages of whole sequences, a line for each kind of problem."""
+    if rows.messages is None:
+        return []
+    problems = []
+    texts = table.column("messages")
+    if pc.sum(pc.binary_length(texts)).as_py() != sum(len(t.encode()) for t in rows.messages):
+        problems.append("messages in a row that is not the first of its sequence")
+    try:
+        for sample_id, text in zip(rows.sample_ids, rows.messages, strict=True):
+            if text:
+                Conversation.of_text(text, f"sample {sample_id}")
+    except FormatError as error:
+        problems.append(str(error))
+    return problems
 
 
 def check_rows(rows: Rows, layout: Layout) -> list[str]:

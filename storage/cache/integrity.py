@@ -11,9 +11,9 @@ import xxhash
 from decant.schemas import CommitRecord, FormatError, Rejected, ShardPlan
 from decant.schemas.manifest import MAX_LISTED
 from decant.storage.cache import paths
-from decant.storage.cache.checks import check_rows
+from decant.storage.cache.checks import check_rows, message_problems
 from decant.storage.cache.reader import CacheReader
-from decant.storage.cache.rows import Rows
+from decant.storage.cache.rows import Rows, decode
 from decant.storage.files.sealed import read_json
 from decant.storage.files.store import Store
 
@@ -188,7 +188,8 @@ def _shard_problems(
     sequence = record.first_sequence
     for group in reader.index.groups_of(plan.shard):
         try:
-            rows = reader.read(group)
+            table = reader.read_table(group)
+            rows = decode(table, reader.manifest.layout)
         except FormatError as error:
             yield str(error)
             return
@@ -199,7 +200,7 @@ def _shard_problems(
         sequence += group.sequences
         for problem in _rejected_problems(rows, record.rejected):
             yield f"{where} row group {group.index}: {problem}"
-        for problem in check_rows(rows, reader.manifest.layout):
+        for problem in check_rows(rows, reader.manifest.layout) + message_problems(table, rows):
             yield f"{where} row group {group.index}: {problem}"
     found = hashes.result(plan.shard)
     if found != record.xxh3_128:

@@ -34,6 +34,8 @@ class StoredRows:
     """[S] index of each sequence in the shard plan."""
     sample_ids: list[str]
     """[S]."""
+    messages: list[str] | None = None
+    """[S] the conversation of each sequence, "" where there is none; None where none are kept."""
     row_starts: NDArray[np.int64]
     """[S+1] rows of sequence s are row_starts[s]:row_starts[s+1]."""
     target_starts: NDArray[np.int64]
@@ -77,6 +79,8 @@ class Rows(Distributions[NDArray[Any]]):
     """[S] index of each sequence in the shard plan."""
     sample_ids: list[str]
     """[S]."""
+    messages: list[str] | None = None
+    """[S] the conversation of each sequence, "" where there is none; None where none are kept."""
     row_starts: NDArray[np.int64]
     """[S+1] rows of sequence s are row_starts[s]:row_starts[s+1]."""
     target_starts: NDArray[np.int64]
@@ -111,6 +115,7 @@ class Rows(Distributions[NDArray[Any]]):
             input_ids=self.input_ids[rows],
             is_target=self.is_target[rows],
             positions=self.positions[targets],
+            messages=(self.messages[index] or None) if self.messages else None,
             **{name: values[targets] for name, values in known.items()},
         )
 
@@ -146,6 +151,8 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
         "token_id": np.concatenate([s.input_ids for s in sequences]),
         "is_target": is_target,
     }
+    if layout.has_messages:
+        columns["messages"] = _messages(sequences, lengths)
     known = joined(sequences, np.concatenate, layout.fields)
     token_ids = known["token_ids"]
     used = token_ids >= 0
@@ -250,6 +257,11 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
     return StoredRows(
         sequence=sequence[row_starts[:-1]],
         sample_ids=only_chunk("sample_id").take(pa.array(row_starts[:-1])).to_pylist(),
+        messages=(
+            only_chunk("messages").take(pa.array(row_starts[:-1])).to_pylist()
+            if layout.has_messages
+            else None
+        ),
         row_starts=row_starts,
         target_starts=np.searchsorted(target_rows, row_starts),
         target_rows=target_rows,
@@ -312,12 +324,24 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
     return Rows(
         sequence=stored.sequence,
         sample_ids=stored.sample_ids,
+        messages=stored.messages,
         row_starts=stored.row_starts,
         target_starts=stored.target_starts,
         input_ids=stored.token_id,
         is_target=stored.is_target,
         positions=stored.position[targets],
         **known,
+    )
+
+
+def _messages(sequences: Sequence[ScoredSequence], lengths: NDArray) -> pa.Array:
+    """[R] the conversation in the first row of its sequence, nothing in all others."""
+    texts = [(s.messages or "").encode() for s in sequences]
+    offsets = np.zeros(int(lengths.sum()) + 1, np.int32)
+    np.add.at(offsets, np.cumsum(lengths) - lengths + 1, [len(text) for text in texts])
+    np.cumsum(offsets, out=offsets)
+    return pa.StringArray.from_buffers(
+        len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))
     )
 
 

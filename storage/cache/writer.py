@@ -200,6 +200,7 @@ class ShardWriter:
         input_ids: NDArray[np.int32],
         is_target: NDArray[np.bool_],
         reason: str,
+        messages: str | None = None,
     ) -> None:
         """Append a sequence that the teacher cannot score: its rows are kept, its targets lost.
 
@@ -227,7 +228,8 @@ class ShardWriter:
             targets=int(is_target.sum()),
             reason=reason,
         )
-        self.write(_without_targets(sample_id, np.asarray(input_ids, np.int32), self._layout))
+        ids = np.asarray(input_ids, np.int32)
+        self.write(_without_targets(sample_id, ids, messages, self._layout))
         self._rejected.append(rejected)
 
     def _flush(self) -> None:
@@ -367,7 +369,7 @@ def one_line(reason: str) -> str:
 
 
 def _without_targets(
-    sample_id: str, input_ids: NDArray[np.int32], layout: Layout
+    sample_id: str, input_ids: NDArray[np.int32], messages: str | None, layout: Layout
 ) -> ScoredSequence:
     sizes = 0, layout.slots, len(layout.temperatures)
     nothing: dict[str, NDArray] = {
@@ -378,5 +380,6 @@ def _without_targets(
         input_ids=input_ids,
         is_target=np.zeros(len(input_ids), np.bool_),
         positions=np.zeros(0, np.int32),
+        messages=messages,
         **nothing,
     )

@@ -143,8 +143,16 @@ def _sequences(rows: Rows, layout: Layout) -> pa.Table:
             "is_target": per_token(rows.is_target),
             "positions": per_target(pa.array(rows.positions)),
             **{name: per_target(values) for name, values in _distributions(rows, layout)},
+            **_messages(rows),
         }
     )
+
+
+def _messages(rows: Rows) -> dict[str, pa.Array]:
+    """A column of conversations, null where there is none, in caches that keep them."""
+    if rows.messages is None:
+        return {}
+    return {"messages": pa.array([text or None for text in rows.messages], pa.string())}
 
 
 def _targets(rows: Rows, layout: Layout) -> pa.Table:

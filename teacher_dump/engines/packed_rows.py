@@ -85,5 +85,6 @@ def scored_sequence(sequence: TokenSequence, known: dict[str, NDArray]) -> Score
         input_ids=sequence.input_ids,
         is_target=sequence.is_target,
         positions=np.flatnonzero(sequence.is_target).astype(np.int32),
+        messages=sequence.messages or None,
         **known,
     )

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from decant.schemas import Conversation as Kept
 from decant.teacher_dump.inputs.records import Record, SourceError, Unrenderable
 
 Message = dict[str, Any]
@@ -66,6 +67,17 @@ class Conversation:
     def where(self) -> str:
         """For error messages."""
         return self.record.where
+
+    def kept(self) -> Kept:
+        """What a cache keeps of it: what a record would say to be read as this conversation."""
+        return Kept(
+            messages=[
+                {**message, "weight": 0} if index in self.excluded else message
+                for index, message in enumerate(self.messages)
+            ],
+            tools=self.tools,
+            chat_template_kwargs=self.variables,
+        )
 
 
 def is_answer(message: Message) -> bool:

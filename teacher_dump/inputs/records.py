@@ -26,6 +26,9 @@ class Record:
     fields: dict[str, Any]
     where: str
     """For error messages, e.g. "data.jsonl.zst line 12" (lines from 1, rows from 0)."""
+    messages: str = ""
+    """The conversation that it is, as `schemas.Conversation` writes it; "" where that is not known,
+    or not yet."""
 
 
 Ids = npt.NDArray[np.int64]
@@ -43,3 +46,5 @@ class TokenSequence:
     """[L]"""
     is_target: Mask
     """[L]; [0] is always False: nothing predicts the first token."""
+    messages: str = ""
+    """The conversation that the tokens are of, as `schemas.Conversation` writes it; or ""."""

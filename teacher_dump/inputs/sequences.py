@@ -6,6 +6,7 @@ files, models or scores. The tokenizer is passed in.
 """
 
 import array
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,8 @@ from decant.teacher_dump.inputs.border import BorderCheck
 from decant.teacher_dump.inputs.config import SequenceConfig
 from decant.teacher_dump.inputs.counts import SequenceCounts as SequenceCounts
 from decant.teacher_dump.inputs.encoding import Encoder
-from decant.teacher_dump.inputs.kinds import Formed, is_empty
+from decant.teacher_dump.inputs.kinds import MESSAGES, Formed, is_empty
+from decant.teacher_dump.inputs.messages import read_conversation
 from decant.teacher_dump.inputs.records import (
     Ids,
     Mask,
@@ -85,6 +87,8 @@ def iter_sequences(
     if config.empty == "drop":
         found = _without_empty(found, counts)
     encoded = _encoded(found, encode, config.max_unrenderable, counts)
+    if config.keep_messages:
+        encoded = ((_with_messages(one), ids, mask) for one, ids, mask in encoded)
     documents = _checked(encoded, vocab_size, config.empty, counts, border)
     distinct = _without_duplicates if config.duplicates == "drop" else _counting_duplicates
     documents = distinct(documents, counts)
@@ -99,11 +103,22 @@ def iter_sequences(
             overlong=config.overlong,
             head_of=head_of,
         )
-    for sample_id, ids, is_target in windows:
+    for sample_id, ids, is_target, messages in windows:
         counts.sequences += 1
         counts.tokens += len(ids)
         counts.targets += int(is_target.sum())
-        yield TokenSequence(sample_id, ids.astype(np.int32), is_target)
+        kept = messages if config.keep_messages else ""
+        yield TokenSequence(sample_id, ids.astype(np.int32), is_target, kept)
+
+
+def _with_messages(found: Formed) -> Formed:
+    """The same with what it says, where it is a conversation."""
+    if found.form != MESSAGES:
+        return found
+    said = read_conversation(found.record).kept()
+    return dataclasses.replace(
+        found, record=dataclasses.replace(found.record, messages=said.to_text())
+    )
 
 
 def _batches(found: Iterable[Formed], size: int) -> Iterator[list[Formed]]:

@@ -13,8 +13,8 @@ from decant.teacher_dump.inputs.counts import SequenceCounts
 from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError
 
 Document = tuple[Record, Ids, Mask]
-Window = tuple[str, Ids, Mask]
-"""Sample id, tokens, targets."""
+Window = tuple[str, Ids, Mask, str]
+"""Sample id, tokens, targets, and the whole conversation that they are of, or ""."""
 HeadOf = Callable[[Ids], list[int]]
 """What a document begins with and every later window of it shall, too; may be nothing."""
 
@@ -51,7 +51,7 @@ def cut(
             if is_target.any():
                 kept += 1
                 counts.repeated_tokens += repeated
-                yield name, piece, is_target
+                yield name, piece, is_target, record.messages
             else:
                 counts.dropped_tokens += len(piece) - repeated
         if kept:
@@ -86,13 +86,13 @@ def packed(
             if filled == max_length:
                 number += 1
                 counts.repeated_tokens += repeated
-                yield f"{first}#{number}", np.concatenate(pieces), _after(repeated, filled)
+                yield f"{first}#{number}", np.concatenate(pieces), _after(repeated, filled), ""
                 pieces, filled, repeated = [], 0, 0
     if filled == 1:
         counts.dropped_tokens += 1
     elif filled:
         counts.repeated_tokens += repeated
-        yield f"{first}#{number + 1}", np.concatenate(pieces), _after(repeated, filled)
+        yield f"{first}#{number + 1}", np.concatenate(pieces), _after(repeated, filled), ""
 
 
 def _pieces(

@@ -1,7 +1,11 @@
 """`dump`: what it takes and what it prints."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
+from decant.storage.cli.options import Shown
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.job.config import ShareConfig
 
@@ -45,3 +49,45 @@ def run_dump(config: DumpConfig, arguments: ShareConfig) -> int:
 
 
 DUMP = Command(text=TEXT, config=DumpConfig, arguments=ShareConfig, common=COMMON, run=run_dump)
+
+MESSAGES_TEXT = """
+  decant messages --config dump.yaml --out messages.jsonl
+
+For a cache that was dumped without sequences.keep_messages: a student of another
+tokenizer needs the words of its conversations. Takes the configuration of that dump;
+loads no teacher and no tokenizer. A line is {"id", "messages"}, with "tools" and
+"chat_template_kwargs" where a record has them, and is a record itself.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessagesArguments:
+    """Where the conversations go."""
+
+    out: Annotated[str, Shown("FILE")] = ""
+    """The file of JSON lines to write; it must not exist yet."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("--out is missing: name the file of JSON lines to write")
+
+
+def run_messages(config: DumpConfig, arguments: MessagesArguments) -> int:
+    """Write the conversations; returns the exit code."""
+    from decant.teacher_dump.job.messages import write_messages
+    from decant.teacher_dump.progress import progress
+
+    with progress("read", "records") as bar:
+        written, read = write_messages(config, arguments.out, bar.to)
+    print(f"{arguments.out}: {written} conversations of {read} records")
+    return process.DONE
+
+
+MESSAGES = Command(
+    text=MESSAGES_TEXT,
+    config=DumpConfig,
+    arguments=MessagesArguments,
+    common=("source.path", "source.id_field"),
+    run=run_messages,
+    goes_on=False,
+)

@@ -153,7 +153,13 @@ def _write(
                 if isinstance(result, Rejection):
                     rejected += 1
                     lost = result.sequence
-                    shard.reject(lost.sample_id, lost.input_ids, lost.is_target, result.reason)
+                    shard.reject(
+                        lost.sample_id,
+                        lost.input_ids,
+                        lost.is_target,
+                        result.reason,
+                        lost.messages or None,
+                    )
                 else:
                     shard.write(result)
     finally:
@@ -170,4 +176,5 @@ def _num_targets(result: Result) -> int:
 def _num_bytes(result: Result) -> int:
     if isinstance(result, Rejection):
         return 0
-    return sum(values.nbytes for values in result.known().values())
+    arrays = sum(values.nbytes for values in result.known().values())
+    return arrays + len(result.messages or "")

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
@@ -35,6 +33,12 @@ from decant.teacher_dump.inputs.kinds import as_question
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
 from decant.teacher_dump.inputs.sources import iter_records
+from decant.teacher_dump.job.response_files import (
+    conversation_of,
+    part_names,
+    publish_part,
+    rows_of,
+)
 from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher
 
@@ -42,23 +46,11 @@ log = logging.getLogger(__name__)
 
 ENCODED_RECORDS = 256
 """Prompts that are tokenised together."""
-NO_PART_OF_PROMPTS = ("window_head", "chat_template", "max_unrenderable", "accept_rendering")
-"""Settings of sequences that change no prompt, or by their content alone."""
-COLUMNS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("conversation", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-    ],
-    metadata={
-        "conversation": "JSON of the record's messages and the answer; null for a plain prompt",
-        "prompt": "the record's prompt; for messages, the text that the template makes of them",
-    },
+NO_PART_OF_PROMPTS = (
+    *("window_head", "chat_template", "max_unrenderable", "accept_rendering"),
+    "keep_messages",
 )
+"""Settings of sequences that change no prompt, or by their content alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,31 +146,15 @@ def sampled_records(
     _refuse_others(store, fingerprint)
     _sample_missing(config, teacher, store, fingerprint)
     everything = config.sequences.targets == "all"
-    for name in part_names(store):
-        for row, fields in enumerate(_read(store, name).to_pylist()):
-            prompt, response = fields["prompt_ids"], fields["response_ids"]
-            mask = [int(everything)] * len(prompt) + [1] * len(response)
-            yield Record(
-                fields["id"],
-                {
-                    "input_ids": prompt + response,
-                    "loss_mask": mask,
-                    "attention_mask": [1]
-                    * len(mask),  # a padding token that was drawn is not padding
-                },
-                f"{store.path(name)} row {row}",
-            )
-
-
-def part_names(store: Store) -> list[str]:
-    """The files of responses, in order."""
-    names = (name for name in store.names(paths.GENERATED) if not name.startswith("."))
-    return [f"{paths.GENERATED}/{name}" for name in names if name.endswith(".parquet")]
-
-
-def hash_parts(store: Store) -> dict[str, str]:
-    """File -> xxh3_128 of all that generation leaves in the cache, for the manifest."""
-    return {name: store.hash(name) for name in [paths.GENERATION, *part_names(store)]}
+    for where, fields in rows_of(store):
+        prompt, response = fields["prompt_ids"], fields["response_ids"]
+        mask = [int(everything)] * len(prompt) + [1] * len(response)
+        ready = {
+            "input_ids": prompt + response,
+            "loss_mask": mask,
+            "attention_mask": [1] * len(mask),  # a padding token that was drawn is not padding
+        }
+        yield Record(fields["id"], ready, where, conversation_of(fields, where, everything))
 
 
 def questions(
@@ -304,7 +280,7 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
                     if not there:  # a failure before leaves no trace
                         publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
                         there.add(paths.generated(part))
-                    _publish(store, part, rows)
+                    publish_part(store, part, rows)
                 bar.add(len(chunk))
     finally:
         generator.close()
@@ -331,6 +307,7 @@ def _row(tokenizer: Any, question: Question, response: Response, suffix: str) ->
     fields = question.record.fields
     text = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
     prompt, conversation = fields.get("prompt"), None
+    beside = {name: fields.get(name) for name in ("tools", "chat_template_kwargs")}
     if prompt is None:
         prompt = tokenizer.decode(question.token_ids.tolist())
         said = [*fields["messages"], {"role": "assistant", "content": text}]
@@ -343,23 +320,14 @@ def _row(tokenizer: Any, question: Question, response: Response, suffix: str) ->
         "prompt_ids": question.token_ids,
         "response_ids": response.token_ids,
         "finish_reason": response.finish_reason,
+        **{name: _json(value) for name, value in beside.items()},
     }
 
 
-def _publish(store: Store, part: int, rows: list[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(rows, schema=COLUMNS)
-    with store.staged(paths.generated(part)) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def _read(store: Store, name: str) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(store.read(name)), page_checksum_verification=True)
-    except Exception as error:  # whatever a damaged file may raise
-        raise FormatError(
-            f"{store.path(name)} is damaged: {error}; delete it, and the same command samples it "
-            "again"
-        ) from error
+def _json(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _check(record: Record, ids: NDArray[np.int64], vocab_size: int) -> None:

@@ -4,6 +4,7 @@ They are made when a cache is started, lie in it until it is final, and are made
 with the plan, where they were lost.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
@@ -107,6 +108,8 @@ def restore_inputs(
         return
     log.info("making the inputs of %d shards again from %s", len(lost), config.source.path)
     first = 0
+    kept = dataclasses.replace(config.sequences, keep_messages=writer.manifest.messages)
+    config = dataclasses.replace(config, sequences=kept)
     records = source_records(config, teacher, writer.manifest.source["fingerprint"])
     made = sharded(config, teacher, SequenceCounts(), progress, records, is_checked=False)
     for shard, sequences in enumerate(made):
@@ -167,10 +170,12 @@ def _sequences(table: pa.Table) -> list[TokenSequence]:
     flat_ids = ids.values.to_numpy()
     flat_mask = mask.values.to_numpy(zero_copy_only=False)
     offsets = ids.offsets.to_numpy()
+    has_messages = "messages" in table.column_names
+    said = table.column("messages").to_pylist() if has_messages else [""] * len(table)
     return [
-        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop])
-        for sample_id, start, stop in zip(
-            table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], strict=True
+        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop], messages)
+        for sample_id, start, stop, messages in zip(
+            table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], said, strict=True
         )
     ]
 
@@ -185,11 +190,13 @@ def _input_table(sequences: list[TokenSequence]) -> tuple[pa.Table, str]:
     for part in (offsets.astype("<i8"), ids, np.packbits(mask)):
         digest.update(part.tobytes())
     digest.update("\0".join(s.sample_id for s in sequences).encode())
-    table = pa.table(
-        {
-            "sample_id": pa.array([s.sample_id for s in sequences], pa.string()),
-            "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            "is_target": pa.ListArray.from_arrays(pa.array(offsets), pa.array(mask)),
-        }
-    )
-    return table, digest.hexdigest()
+    columns = {
+        "sample_id": pa.array([s.sample_id for s in sequences], pa.string()),
+        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+        "is_target": pa.ListArray.from_arrays(pa.array(offsets), pa.array(mask)),
+    }
+    if any(s.messages for s in sequences):
+        columns["messages"] = pa.array([s.messages for s in sequences], pa.string())
+        for s in sequences:
+            digest.update(f"\0{len(s.messages)} {s.messages}".encode())
+    return pa.table(columns), digest.hexdigest()

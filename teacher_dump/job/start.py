@@ -25,10 +25,8 @@ from decant.teacher_dump.inputs.records import SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text
 from decant.teacher_dump.inputs.sources import describe_source
 from decant.teacher_dump.job.refusals import STARTED, refuse_foreign
-from decant.teacher_dump.job.responses import (
-    describe_generation,
-    hash_parts,
-)
+from decant.teacher_dump.job.response_files import hash_parts
+from decant.teacher_dump.job.responses import describe_generation
 from decant.teacher_dump.job.shard_inputs import sharded, source_records, write_input
 from decant.teacher_dump.teacher import Teacher
 from decant.teacher_dump.tokenizer import save_tokenizer
@@ -41,6 +39,7 @@ LATER = {
     "sequences.window_head": "none",
 }
 """What caches did that were started before they could say so."""
+KEEP_MESSAGES = "sequences.keep_messages"
 
 
 class ConfigChanged(ValueError):
@@ -147,11 +146,12 @@ def _create(
     progress: Callable[[SequenceCounts], None],
 ) -> CacheWriter:
     counts = SequenceCounts()
-    plan, first = [], 0
+    plan, first, messages = [], 0, False
     records = source_records(config, teacher, source["fingerprint"])
     for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
         plan.append(write_input(store, shard, first, sequences))
         first += len(sequences)
+        messages = messages or any(sequence.messages for sequence in sequences)
     log.info("inputs: %s", summary(counts))
     if not plan:
         raise SourceError(
@@ -171,6 +171,7 @@ def _create(
         precision=config.precision,
         source=source,
         sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
+        messages=messages,
     )
     return CacheWriter.create(config.output, draft, plan)
 
@@ -267,6 +268,8 @@ def _changes(writer: CacheWriter, ours: dict[str, Any]) -> list[str]:
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
     if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
         del ours["precision"]
+    if KEEP_MESSAGES.split(".")[1] not in stored["sequences"]:  # begun before there was a choice
+        del ours[KEEP_MESSAGES]
     differing = []
     for name, value in ours.items():
         theirs: Any = stored

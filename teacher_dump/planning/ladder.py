@@ -144,6 +144,7 @@ def shard_bytes(
         precision=config.precision,
         source={},
         sequences=dataclasses.asdict(config.sequences),
+        messages=any(sequence.messages is not None for sequence in scored),
     )
     with tempfile.TemporaryDirectory() as folder:
         write_cache(folder, draft, scored)

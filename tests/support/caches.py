@@ -224,7 +224,7 @@ def assert_equal(found: ScoredSequence, expected: ScoredSequence, *, logprobs: b
 
     Where only draws were stored, expect them by ascending id, and no log probs.
     """
-    assert found.sample_id == expected.sample_id
+    assert (found.sample_id, found.messages) == (expected.sample_id, expected.messages)
     if expected.entropy is not None and found.logprobs is None:
         expected = by_id(expected)
     elif expected.entropy is not None:

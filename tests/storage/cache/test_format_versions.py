@@ -136,7 +136,7 @@ def test_the_command_migrates(tmp_path: Path) -> None:
     shutil.copytree(fixture(1, "compact"), newer)
     store = Store(newer)
     fields = read_json(store, "manifest.json")
-    publish_json(store, "manifest.json", {**fields, "format_version": 4, "colour": "red"})
+    publish_json(store, "manifest.json", {**fields, "format_version": 5, "colour": "red"})
     refused = command("storage", "verify", str(newer))
     assert refused.code == 1
-    assert "format_version 4 cannot be read; this release reads versions 1 to 3" in refused.stdout
+    assert "format_version 5 cannot be read; this release reads versions 1 to 4" in refused.stdout
