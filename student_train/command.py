@@ -125,7 +125,7 @@ def _verdict(arguments: EvaluateArguments) -> str:
         heldout_fraction=arguments.heldout_fraction,
         mixed_precision=arguments.mixed_precision,
         tokenizer_mismatch=arguments.tokenizer_mismatch,
-        align=AlignConfig(source=arguments.source),
+        align=AlignConfig(messages=arguments.messages),
     )
     return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
 

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.storage import CacheReader
+from decant.storage.cache.given_messages import GivenMessages
 from decant.storage.cache.rows import Rows
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
+from decant.student_train.alignment.chat import Chats, chat_pieces
 from decant.student_train.alignment.events import Events, Matching, events_of
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
 from decant.student_train.alignment.report import SHOWN, Figures
@@ -58,8 +60,7 @@ class Aligner:
         *,
         where: str,
         max_left_out: float = 0.01,
-        source: str = "",
-        id_field: str = "id",
+        messages: str = "",
     ) -> None:
         """`where` names the student's tokenizer in errors; the rest is as in `AlignConfig`.
 
@@ -77,6 +78,13 @@ class Aligner:
         self.figures = Figures()
         self._encode = TextEncoder(tokenizer)
         self._lock = threading.Lock()
+        self._given = None
+        if messages:
+            windows = reader.manifest.sequences.get("overlong") == "split"
+            self._given = GivenMessages(messages, windows=windows)
+        self._chats = None
+        if messages or reader.manifest.messages:
+            self._chats = Chats(tokenizer, where)
 
     def __call__(self, rows: Rows) -> AlignedRows:
         """Align a row group. Raises ValueError once more sequences than allowed are left out."""
@@ -91,8 +99,16 @@ class Aligner:
     def measured(self, rows: Rows) -> tuple[AlignedRows, Figures]:
         """Align a row group, and say how that went."""
         pieces, matching = Pieces(), self.matching
-        every = list(range(len(rows)))
-        reasons = text_pieces(pieces, rows, every, matching, self._encode)
+        said = self._conversations(rows)
+        texts = [sequence for sequence in range(len(rows)) if sequence not in said]
+        reasons = text_pieces(pieces, rows, texts, matching, self._encode)
+        if said:
+            assert self._chats is not None
+            teacher, student = matching.teacher, matching.student
+            others, ends = chat_pieces(pieces, rows, said, teacher, student, self._chats)
+            reasons |= others
+            matching = matching.with_ends(ends)
+            pieces = pieces.in_order()
         ids = rows.input_ids.astype(np.int64)
         both = aligned(pieces, len(rows), ids, matching.teacher, matching.student)
         both = _usable(both, rows)
@@ -104,6 +120,15 @@ class Aligner:
             for sequence, reason in sorted(reasons.items())[:SHOWN]
         ]
         return _with_placeholders(both, events, rows.sample_ids), figures
+
+    def _conversations(self, rows: Rows) -> dict[int, str]:
+        """What is known of what was said, by sequence."""
+        if rows.messages is not None:
+            return {s: text for s, text in enumerate(rows.messages) if text}
+        if self._given is None:
+            return {}
+        found = {s: self._given.of(sample) for s, sample in enumerate(rows.sample_ids)}
+        return {s: text for s, text in found.items() if text}
 
     def refuse(self, total: Figures) -> None:
         """Raise ValueError, with the first example, if too many sequences are left out, or all."""

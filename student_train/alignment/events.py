@@ -5,6 +5,7 @@ Shapes: C chunks, K kept ids, E = K + 1 slots: the last is the observed completi
 is not among the kept ids.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,19 @@ class Matching:
         self.pairs = teacher.paired_with(student)
         """[V] the student's token for each of the teacher's, or -1."""
         self._pairs_of_kept = np.append(self.pairs, np.int32(-1))  # of -1, an unused slot
+
+    def with_ends(self, ends: dict[int, int]) -> "Matching":
+        """The same where these tokens of the teacher's and the student's end turns."""
+        pairs = self._pairs_of_kept
+        if all(pairs[theirs] == ours for theirs, ours in ends.items()):
+            return self
+        pairs = pairs.copy()
+        for theirs, ours in ends.items():
+            pairs[pairs == ours] = -1
+            pairs[theirs] = ours
+        changed = copy.copy(self)
+        changed._pairs_of_kept = pairs
+        return changed
 
     def completions(self, kept: NDArray[np.int32], ends: "_Ends", one: Ids) -> NDArray[np.int32]:
         """[C, K] the student's token w of each kept v, or -1; `one` are the chunks of 1:1."""

@@ -5,7 +5,7 @@ say which of the teacher's rows and which student's ids are in each; here they b
 positions. Python objects are per piece, never per token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,12 @@ class Pieces:
         self.student_begin.append(student_begin)
         self.student_cut.append(student_cut)
         self.student_ids.append(student_ids)
+
+    def in_order(self) -> "Pieces":
+        """The same, sequence after sequence."""
+        order = sorted(range(len(self.sequence)), key=self.sequence.__getitem__)
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Pieces(**{name: [column[i] for i in order] for name, column in columns.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -155,7 +155,9 @@ def _counterpart(
     if matching.pairs[index] < 0:
         raise LeftOut(
             f"the teacher's special token {teacher.names.get(index, str(index))} has no "
-            "counterpart in the student's tokenizer"
+            "counterpart in the student's tokenizer. If it is of a chat template: the messages of "
+            "this sequence are unknown; write them with `decant messages` and name the file in "
+            "align.messages"
         )
     return int(matching.pairs[index])
 

@@ -17,16 +17,13 @@ def check_mismatch(value: str) -> None:
 class AlignConfig:
     """How a cache is aligned with a student of another tokenizer."""
 
-    source: str = ""
-    """The records that a chat cache was dumped from (.jsonl, .jsonl.gz, .jsonl.zst or .parquet, or
-    a pattern of several files), for a cache that does not hold its messages: they are found again
-    by sample id."""
-    id_field: str = "id"
-    """The field of those records that holds the sample id, as in the dump's source.id_field."""
+    messages: str = ""
+    """For a chat cache that does not hold its conversations: a file of them by sample id, as
+    `decant messages --config dump.yaml --out FILE` writes it from the records."""
     max_left_out: float = 0.01
     """Stop if more than this share of the sequences cannot be aligned."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "source")
+        expand_home(self, "messages")
         if not 0 <= self.max_left_out < 1:
             raise ValueError(f"align.max_left_out must lie in [0, 1), found {self.max_left_out}")

@@ -37,12 +37,12 @@ class EvaluateArguments:
     """no | bf16 | fp16, through accelerate."""
     tokenizer_mismatch: str = "refuse"
     """Where the student's tokenizer is not the cache's: refuse, or align, as in a training."""
-    source: str = ""
-    """The records of a chat cache that does not hold its messages, for align."""
+    messages: Annotated[str, Shown("FILE")] = ""
+    """For align: the messages of a chat cache that does not hold them, from decant messages."""
     json: bool = False
     """Print one JSON object."""
 
     def __post_init__(self) -> None:
         check_mismatch(self.tokenizer_mismatch)
-        if self.source and self.tokenizer_mismatch == "refuse":
-            raise ValueError("--source has no effect without --tokenizer-mismatch align")
+        if self.messages and self.tokenizer_mismatch == "refuse":
+            raise ValueError("--messages has no effect without --tokenizer-mismatch align")

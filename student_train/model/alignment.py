@@ -74,8 +74,7 @@ class Alignment:
             self.tokenizer,
             where=self.where,
             max_left_out=self._align.max_left_out,
-            source=self._align.source,
-            id_field=self._align.id_field,
+            messages=self._align.messages,
         )
         if len(reader):
             found = align_sample(reader, aligner)

@@ -159,7 +159,11 @@ def test_export_gives_the_labels(cache: Path, tmp_path: Path, rows: str) -> None
 
 def test_training_takes_the_label_as_an_event(cache: Path) -> None:
     """In every stream: the label and all the rest, two classes; another temperature is refused."""
-    for make in (CacheStream, FollowStream, lambda url, **o: MixtureStream([url, url], [1, 1], **o)):
+    for make in (
+        CacheStream,
+        FollowStream,
+        lambda url, **o: MixtureStream([url, url], [1, 1], **o),
+    ):
         stream = make(cache, batch_size=2)
         batch = next(iter(stream))
         events = batch.targets_at(1.0)
