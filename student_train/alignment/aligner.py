@@ -140,11 +140,26 @@ class Aligner:
                 "bytes that the student's tokenizer begins and ends with it: nothing could be "
                 "learned"
             )
+        most = f", more than align.max_left_out {self.max_left_out:g} of them" * bool(total.chunks)
         raise ValueError(
-            f"{self.url}: {total.left_out:,} of {total.sequences:,} sequences cannot be aligned, "
-            f"more than align.max_left_out {self.max_left_out:g} of them; the first: "
-            f"{total.examples[0]}"
+            f"{self.url}: {total.left_out:,} of {total.sequences:,} sequences cannot be aligned"
+            f"{most}; the first: {total.examples[0]}"
         )
+
+
+def in_row_groups(reader: CacheReader, aligner: Aligner, count: int) -> Figures:
+    """The figures of so many row groups, spread evenly over a cache; 0 = of all.
+
+    Raises ValueError if too many of their sequences cannot be aligned.
+    """
+    every = reader.row_groups()
+    count = min(count or len(every), len(every))
+    total = Figures()
+    for index in np.linspace(0, len(every) - 1, count).astype(int).tolist():
+        total += aligner.measured(reader.read(every[index]))[1]
+    if total.sequences:
+        aligner.refuse(total)
+    return total
 
 
 def refuse_cache(reader: CacheReader) -> None:

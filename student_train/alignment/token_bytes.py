@@ -86,6 +86,8 @@ class TokenTable:
         table = _table(tokenizer, backend, writing, at_least)
         for text in PROBES:
             ids = backend.encode(text, add_special_tokens=False).ids
+            if (table.kind[ids] != TEXT).any():
+                continue
             said = backend.decode(ids, skip_special_tokens=False)
             found = table.text_of(np.array(ids, np.int64)).decode(errors="replace")
             if BROKEN not in said and found not in (said, " " + said):

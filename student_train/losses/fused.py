@@ -283,10 +283,12 @@ def _reduced_chunk(
     if not wants_gradient:
         return kd_R.detach(), ce_R, None
 
+    # The loss of a chunk of several rows stands in its last row, and so does its weight.
+    weight_R = job.kd_weight[rows] if isinstance(job.kd_weight, Tensor) else job.kd_weight
     grad_x_RK, grad_tail_R = torch.autograd.grad(
-        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R), materialize_grads=True
+        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R) * weight_R, materialize_grads=True
     )
-    kd_factor = _column(job.kd_weight, rows) * job.logit_scale / temperature
+    kd_factor = job.logit_scale / temperature
     grad_kept_RK = kd_factor * grad_x_RK
     tail_factor_R1 = kd_factor * grad_tail_R[:, None] / sum_R1
     if not isinstance(job.ce_weight, Tensor) and job.ce_weight == 0:

@@ -8,14 +8,16 @@ from transformers import AutoTokenizer
 
 from decant.schemas import FormatError
 from decant.storage import CacheReader
-from decant.student_train.alignment.aligner import Aligner, refuse_cache
+from decant.student_train.alignment.aligner import Aligner, in_row_groups, refuse_cache
 from decant.student_train.alignment.report import Figures
-from decant.student_train.alignment.sample import align_sample
 from decant.student_train.alignment.token_bytes import TokenTable
 from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.model.student import load_tokenizer
 from decant.student_train.model.tokenizer import check_student_tokenizer
+
+SAMPLED_GROUPS = 4
+"""Row groups of a cache that are aligned before training, to say how that goes."""
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +78,8 @@ class Alignment:
             max_left_out=self._align.max_left_out,
             messages=self._align.messages,
         )
-        if len(reader):
-            found = align_sample(reader, aligner)
+        found = in_row_groups(reader, aligner, SAMPLED_GROUPS)
+        if found.sequences:
             self.figures[reader.url] = found
             for name, text in found.lines():
                 log.info("%s, aligned with %s: %s %s", reader.url, self.where, name, text)

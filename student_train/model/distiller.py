@@ -45,8 +45,8 @@ class Distiller(nn.Module):
     ) -> None:
         """`vocab_size` is that of the targets: the student's rows beyond it are masked.
 
-        `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if the
-        student has fewer rows, or sees later tokens.
+        `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if
+        the student has fewer rows, or sees later tokens.
         """
         super().__init__()
         self.student = student

@@ -3,8 +3,10 @@
 The reference enumerates what either side may say, one string at a time, in plain Python.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +14,16 @@ import numpy as np
 import tokenizers
 import torch
 from numpy.typing import NDArray
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+from decant.schemas import Truncation
 from decant.storage.cache.rows import Rows
 from decant.student_train.alignment.events import Matching
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
 from decant.student_train.alignment.token_bytes import TokenTable
 from decant.student_train.losses import EventTargets
+from tests.support import caches
 
 END = "<end>"
 TEACHER = [END, "a", "b", "c", "ab", "bc", "abc", "ca", "cab"]
@@ -139,3 +144,113 @@ def reference_classes(
     for (string, _), mass in said_s.items():
         rest_q += mass * (string not in found)
     return [*p, rest_p], [*q, rest_q]
+
+
+SAMPLE_TEXTS = (
+    "the quick brown fox jumps over a lazy dog 2017 2018 201 in 3.14159",
+    "def f(x):\n    return {'a': [x] * 2}  # comment\r\n\tpass",
+    "naïve façade nai\u0308ve 日本語 中文文本 👩‍👩‍👧‍👦 🇫🇷 émoji",
+)
+
+
+def byte_level(vocab_size: int, *, digits: bool = False, bos: bool = False) -> Any:
+    """A byte-level BPE of `SAMPLE_TEXTS`, which may cut numbers into digits, or begin with bos."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        SAMPLE_TEXTS * 2,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<s>", END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return SimpleNamespace(
+        backend_tokenizer=backend, special_tokens_map={"bos_token": "<s>", "eos_token": END}
+    )
+
+
+def with_spaces(vocab_size: int = 330) -> Any:
+    """A BPE as of sentencepiece: a mark for spaces, one put before a text, bytes to fall back on."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator(
+        SAMPLE_TEXTS[:2] * 2, trainers.BpeTrainer(vocab_size=vocab_size - 256, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", END, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(dict.fromkeys(tokens))},
+            [tuple(pair) for pair in model["merges"]],
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", END])
+    return SimpleNamespace(
+        backend_tokenizer=backend,
+        special_tokens_map={"bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"},
+    )
+
+
+def text_rows(texts: Sequence[str], tokenizer: Any, k: int = 4, seed: int = 0) -> Rows:
+    """Sequences of texts with random distributions; the first token of each is no target."""
+    generator = np.random.default_rng(seed)
+    encoded = [tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
+    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    settings = caches.Settings(truncation=Truncation(k=k), vocab_size=size, temperatures=(1.0,))
+    scored = []
+    for number, ids in enumerate(encoded):
+        is_target = np.arange(len(ids)) > 0
+        dense = caches.random_logprobs(generator, int(is_target.sum()), size)
+        scored.append(
+            caches.scored_sequence(
+                dense, np.array(ids, np.int32), is_target, settings, f"text-{number}"
+            )
+        )
+    lengths = [len(ids) for ids in encoded]
+    targets = [s.num_targets for s in scored]
+    every = {name: np.concatenate([s.known()[name] for s in scored]) for name in scored[0].known()}
+    return Rows(
+        sequence=np.arange(len(texts)),
+        sample_ids=[s.sample_id for s in scored],
+        row_starts=np.append(0, np.cumsum(lengths)),
+        target_starts=np.append(0, np.cumsum(targets)),
+        input_ids=np.concatenate([s.input_ids for s in scored]),
+        is_target=np.concatenate([s.is_target for s in scored]),
+        positions=np.concatenate([s.positions for s in scored]),
+        **every,
+    )
+
+
+def save(tokenizer: Any, folder: Path, chat_template: str = "") -> None:
+    """Write a tokenizer so that transformers and `TokenizerFiles` load it."""
+    names = {"bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"}
+    given = {name: tokenizer.special_tokens_map.get(name) for name in names}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **{k: v for k, v in given.items() if v}
+    )
+    if chat_template:
+        wrapped.chat_template = chat_template
+    wrapped.save_pretrained(folder)
