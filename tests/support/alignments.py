@@ -179,7 +179,7 @@ def byte_level(vocab_size: int, *, digits: bool = False, bos: bool = False) -> A
 
 
 def with_spaces(vocab_size: int = 330) -> Any:
-    """A BPE as of sentencepiece: a mark for spaces, one put before a text, bytes to fall back on."""
+    """A BPE as of sentencepiece: a mark for spaces, one put before a text, byte fallback."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.train_from_iterator(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import normalizers
 
 from decant.schemas import TokenizerInfo, Truncation
 from decant.storage import CacheReader
@@ -24,7 +25,7 @@ from decant.student_train.losses import (
     sparse_divergence,
 )
 from tests.support import alignments, caches
-from tests.support.models import WORDS, build_tokenizer
+from tests.support.models import build_tokenizer
 
 TEACHER = alignments.byte_level(380)
 STUDENT = alignments.byte_level(300, digits=True)
@@ -172,3 +173,113 @@ def test_both_sides_say_their_own_tokens(reader: CacheReader) -> None:
         assert skipped < 3 * len(rows)
         total = float(found.events.observed[chunks].sum())
         assert total >= float(scored.label_logprob.sum()) - 1e-3
+
+
+def test_numerals_meet_digits(tmp_path: Path) -> None:
+    """A whole numeral of the teacher's against digits: those that differ in the last are events."""
+    vocabulary = TEACHER.backend_tokenizer.get_vocab()
+    reader = cache_of(tmp_path / "cache", ["the 2018"], truncation=Truncation(k=len(vocabulary)))
+    aligner = Aligner(reader, STUDENT, where="student")
+    found = aligner(rows_of(reader))
+    (chunk,) = np.flatnonzero(found.size == len(" 2018"))
+    (target,) = np.flatnonzero(rows_of(reader).labels == vocabulary["Ġ2018"])
+    scored = reader[0]
+    digits = {numeral[-1]: vocabulary[numeral] for numeral in ("Ġ2017", "Ġ2018")}
+    for digit, numeral in digits.items():
+        ours = STUDENT.backend_tokenizer.token_to_id(digit)
+        (slot,) = np.flatnonzero(found.events.token_ids[chunk] == ours)
+        (kept,) = np.flatnonzero(scored.token_ids[target] == numeral)
+        assert found.events.log_p[chunk, slot] == scored.logprobs[target, kept]
+    assert int((found.events.token_ids[chunk] >= 0).sum()) == 2
+
+
+def test_labels_alone_give_chunks_of_two_classes(tmp_path: Path) -> None:
+    """The likelihood of each chunk, from the smallest cache there is."""
+    reader = cache_of(
+        tmp_path / "cache", ["the lazy 2018 dog"], truncation=Truncation(method="label")
+    )
+    aligner = Aligner(reader, STUDENT, where="student")
+    events = aligner(rows_of(reader)).events
+    assert events.token_ids.shape[1] == 1 and (events.token_ids >= 0).all()
+    np.testing.assert_allclose(np.exp(events.log_p[:, 0]), np.exp(events.observed), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(events.log_p[:, 0]) + np.exp(events.log_rest), 1, rtol=1e-6)
+
+
+def test_a_sequence_that_was_cut_within_a_character_loses_that_alone(tmp_path: Path) -> None:
+    """Its other tokens are aligned; the student never reads half a character."""
+    texts = ["the dog 日本"] * 2
+    alone = alignments.byte_level(260)
+    reader = cache_of(tmp_path / "cache", texts, alone)
+    rows = rows_of(reader)
+    length = int(rows.row_starts[1])
+    whole = rows.input_ids[:length]
+    cut = dataclasses.replace(
+        rows,
+        input_ids=np.concatenate([whole, whole[:-1]]),
+        row_starts=np.array([0, length, 2 * length - 1]),
+        is_target=np.append(rows.is_target[:length], rows.is_target[: length - 1]),
+        target_starts=np.array([0, length - 1, 2 * length - 3]),
+        **{name: values[: 2 * length - 3] for name, values in rows.known().items()},
+        positions=rows.positions[: 2 * length - 3],
+    )
+    found = Aligner(reader, STUDENT, where="student")(cut)
+    ids = found.token_id[found.row_starts[1] : found.row_starts[2]].tolist()
+    assert STUDENT.backend_tokenizer.decode(ids) == "the dog 日"
+
+
+def test_a_sequence_that_cannot_be_aligned_keeps_its_place(tmp_path: Path) -> None:
+    """With one token and no chunk; its reason is an example, and too many of them stop."""
+    texts = ["the ½ dog" if i == 3 else "the dog" for i in range(30)]
+    reader = cache_of(tmp_path / "cache", texts)
+    changing = alignments.byte_level(300)
+    changing.backend_tokenizer.normalizer = normalizers.NFKC()
+    aligner = Aligner(reader, changing, where="student", max_left_out=0.05)
+    found = aligner(rows_of(reader))
+    assert np.diff(found.chunk_starts)[3] == 0 and np.diff(found.row_starts)[3] == 1
+    assert (np.delete(np.diff(found.chunk_starts), 3) > 0).all()
+    (example,) = aligner.figures.examples
+    assert example.startswith("text-3: the student's tokenizer changes the text: ")
+    assert "½" in example and aligner.figures.left_out == 1
+    strict = Aligner(reader, changing, where="student", max_left_out=0.01)
+    with pytest.raises(ValueError, match=r"1 of 30 sequences.*max_left_out 0\.01.*first: text-3"):
+        strict(rows_of(reader))
+
+
+def test_caches_and_tokenizers_that_cannot_be_aligned_are_refused(tmp_path: Path) -> None:
+    """Each with what is wrong and the way out, before anything is trained."""
+    drawn = cache_of(
+        tmp_path / "drawn", ["the dog"], truncation=Truncation(method="sample", draws=4)
+    )
+    with pytest.raises(ValueError, match=r"holds draws .*method sample.*topk, topp or label"):
+        Aligner(drawn, STUDENT, where="student")
+    ready = cache_of(tmp_path / "ready", ["the dog"], keep_tokenizer=False)
+    with pytest.raises(ValueError, match=r"holds no copy of its tokenizer.*dump again"):
+        Aligner(ready, STUDENT, where="student")
+    reader = cache_of(tmp_path / "cache", ["the dog"])
+    endless = alignments.byte_level(300)
+    endless.special_tokens_map = {}
+    with pytest.raises(ValueError, match=r"of student names no end token .*eos_token"):
+        Aligner(reader, endless, where="student")
+    with pytest.raises(ValueError, match=r"no token of .* has the bytes of any token of student"):
+        Aligner(reader, alignments.letters([alignments.END, "thequick"]), where="student")
+
+
+def test_messages_that_are_unknown_are_asked_for(tmp_path: Path) -> None:
+    """A special token of a chat template has no counterpart: it never becomes text."""
+    chatty = alignments.byte_level(380)
+    chatty.backend_tokenizer.add_special_tokens(["<|im_start|>"])
+    reader = cache_of(tmp_path / "cache", ["<|im_start|>the dog"] * 3, chatty)
+    aligner = Aligner(reader, STUDENT, where="student")
+    with pytest.raises(ValueError, match=r"<\|im_start\|>.*messages of this sequence are unknown"):
+        aligner.refuse(aligner.measured(rows_of(reader))[1])
+
+
+def test_other_temperatures_are_refused(reader: CacheReader) -> None:
+    """With why: a product of tempered probabilities is that of no string."""
+    aligner = Aligner(reader, STUDENT, where="student")
+    with pytest.raises(
+        ValueError, match=r"temperature 2: .*another tokenizer.*loss.temperature to 1"
+    ):
+        CacheStream(
+            reader.url, batch_size=1, temperature=2.0, alignment=lambda _: aligner, vocab_size=300
+        )
