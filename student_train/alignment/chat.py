@@ -62,10 +62,10 @@ class Chats:
             spans.append((begin, at))
         return whole, spans
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[Ids]:
         """The ids of rendered texts, special tokens being what they are."""
         found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        return [np.array(encoding.ids, np.int64) for encoding in found]
 
     def _render(self, messages: list[Any], conversation: Conversation, *, prompt: bool) -> str:
         try:
@@ -118,7 +118,7 @@ def chat_pieces(
         start, stop = rows.row_starts[sequence : sequence + 2].tolist()
         try:
             theirs = _stretches(rows, start, stop, teacher)
-            turns = _turns(text, spans, theirs, np.array(ids, np.int64), student)
+            turns = _turns(text, spans, theirs, ids, student)
         except LeftOut as reason:
             reasons[sequence] = str(reason)
             continue
@@ -137,9 +137,10 @@ def chat_pieces(
             at = turn.student[1]
             row = turn.teacher[1]
             if turn.is_whole and row < stop and at < len(ids):
-                theirs_id, our_id = int(rows.input_ids[row]), ids[at]
+                theirs_id, our_id = int(rows.input_ids[row]), int(ids[at])
                 if teacher.kind[theirs_id] == SPECIAL and student.kind[our_id] == SPECIAL:
-                    pieces.add(sequence, [our_id], is_special=True, teacher=(row, 1))
+                    end = ids[at : at + 1]
+                    pieces.add(sequence, end, is_special=True, teacher=(row, 1))
                     ends.setdefault(theirs_id, our_id)
                     at += 1
         pieces.add(sequence, ids[at:])

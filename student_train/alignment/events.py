@@ -43,7 +43,12 @@ class Matching:
         self.teacher, self.student = teacher, student
         self.pairs = teacher.paired_with(student)
         """[V] the student's token for each of the teacher's, or -1."""
-        self._pairs_of_kept = np.append(self.pairs, np.int32(-1))  # of -1, an unused slot
+        # Tables of kept ids: the last entry is that of -1, an unused slot.
+        self._pairs_of_kept = np.append(self.pairs, np.int32(-1))
+        lengths = np.where(teacher.kind == TEXT, teacher.lengths, 0)
+        self._lengths_of_kept = np.append(lengths, 0).astype(np.int32)
+        data = np.append(teacher.data, np.uint8(0))
+        self._first_of_kept = np.append(data[teacher.starts[:-1]], np.uint8(0))
 
     def with_ends(self, ends: dict[int, int]) -> "Matching":
         """The same where these tokens of the teacher's and the student's end turns."""
@@ -66,18 +71,21 @@ class Matching:
         found[one] = self._pairs_of_kept[kept[one]]
         others = np.setdiff1d(np.arange(len(kept)), one, assume_unique=True)
         if len(others):
-            found[others] = without_repeats(self._by_bytes(kept[others], ends[others]))
+            found[others] = self._by_bytes(kept[others], ends[others])
         return found
 
     def _by_bytes(self, kept: NDArray[np.int32], ends: "_Ends") -> NDArray[np.int32]:
         teacher, student = self.teacher, self.student
-        found = np.full(kept.shape, -1, np.int32)
-        row, slot = np.nonzero(kept >= 0)
-        v = kept[row, slot].astype(np.int64)
         # Bytes that v has to begin with, which are those of t_M; below 0: bytes that go before it.
-        ahead = (ends.student_before - ends.teacher_before + ends.teacher_cut)[row]
-        usable = (teacher.kind[v] == TEXT) & (teacher.lengths[v] > ahead)
-        row, slot, v, ahead = (x[usable] for x in (row, slot, v, ahead))
+        ahead = ends.student_before - ends.teacher_before + ends.teacher_cut
+        usable = self._lengths_of_kept[kept] > np.maximum(ahead, 0)[:, None]
+        starts_alike = self._first_of_kept[kept] == self._first_of_kept[ends.teacher_id][:, None]
+        usable &= starts_alike | (ahead <= 0)[:, None]
+        place = np.flatnonzero(usable)
+        row = np.repeat(np.arange(len(kept)), np.count_nonzero(usable, axis=1))
+        v = kept.ravel()[place].astype(np.int64)
+        ahead = ahead[row]
+        found = np.full(kept.size, -1, np.int32)
 
         begins = np.flatnonzero(ahead >= 0)
         head = teacher.beginnings(v[begins], ahead[begins])
@@ -86,14 +94,15 @@ class Matching:
         r, ids = row[begins], v[begins]
         power = teacher.powers[teacher.lengths[ids] - ahead[begins]]
         space = student.beginnings(ends.student_id[r], ends.student_cut[r])
-        found[r, slot[begins]] = student.find(space * power + (teacher.hashes[ids] - head * power))
+        found[place[begins]] = student.find(space * power + (teacher.hashes[ids] - head * power))
 
         behind = np.flatnonzero(ahead < 0)
         r, ids = row[behind], v[behind]
         head = student.beginnings(ends.student_id[r], ends.student_cut[r] - ahead[behind])
         power = teacher.powers[teacher.lengths[ids]]
-        found[r, slot[behind]] = student.find(head * power + teacher.hashes[ids])
-        return found
+        found[place[behind]] = student.find(head * power + teacher.hashes[ids])
+        found = found.reshape(kept.shape)
+        return without_repeats(found) if teacher.has_repeats else found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -143,12 +152,13 @@ def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
     ids[:, :num_slots] = matching.completions(kept, ends, np.flatnonzero(is_one))
     is_kept = _observe(ids, kept, ends)
     extra = ~is_kept & (~is_one | (ids < 0).all(axis=1))
-    at, slot = np.nonzero(ids[extra] == ends.student_id[extra, None])
-    ids[np.flatnonzero(extra)[at], slot] = -1
-    ids[extra, num_slots] = ends.student_id[extra]
+    ours = ids[extra]
+    ours[ours == ends.student_id[extra, None]] = -1
+    ours[:, num_slots] = ends.student_id[extra]
+    ids[extra] = ours
+    is_unused = ids < 0
 
-    log_p = np.full(ids.shape, -np.inf, precision)
-    unmatched = np.zeros(len(chunks))
+    log_p = np.empty(ids.shape, precision)
     if rows.logprobs is None:
         assert not num_slots  # labels alone: all that is not the label is the rest
         kept_mass = found_mass = np.zeros(len(chunks))
@@ -158,8 +168,9 @@ def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
         assert rows.log_tail is not None
         log_tail = rows.log_tail[targets, 0].astype(np.float64)
         log_p[:, :num_slots] = rows.logprobs[targets]
-        row, slot = np.nonzero((ids[:, :num_slots] < 0) & (kept >= 0))
-        unmatched = np.bincount(row, np.exp(log_p[row, slot], dtype=np.float64), len(chunks))
+        without = is_unused[:, :num_slots]
+        row = np.repeat(np.arange(len(chunks)), np.count_nonzero(without, axis=1))
+        unmatched = np.bincount(row, np.exp(log_p[:, :num_slots][without]), len(chunks))
         rest = unmatched + np.exp(log_tail)
         rest[extra] -= np.exp(label[extra])
         kept_mass = -np.expm1(np.minimum(log_tail, 0))
@@ -169,7 +180,7 @@ def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
         as_stored = (unmatched == 0) & ~extra
         log_rest[as_stored] = log_tail[as_stored]
     log_p[extra, num_slots] = label[extra]
-    log_p[ids < 0] = -np.inf
+    log_p[is_unused] = -np.inf
     several = np.flatnonzero(pi < 0)
     log_p[several] += pi[several, None].astype(precision)
     with np.errstate(divide="ignore"):
@@ -204,14 +215,18 @@ def without_repeats(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _observe(ids: NDArray[np.int32], kept: NDArray[np.int32], ends: _Ends) -> NDArray[np.bool_]:
     """Make the observed completion an event wherever its token is kept; [C] whether it is."""
-    row, slot = np.nonzero(kept == ends.teacher_id[:, None])
+    is_label = kept == ends.teacher_id[:, None].astype(np.int32)
+    is_kept = is_label.any(axis=1)
+    row = np.flatnonzero(is_kept)
+    if not len(row):
+        return is_kept
+    slot = is_label[row].argmax(axis=1)
     wrong = ids[row, slot] != ends.student_id[row]
-    row_w, slot_w = row[wrong], slot[wrong]
-    at, other = np.nonzero(ids[row_w] == ends.student_id[row_w, None])
-    ids[row_w[at], other] = -1
-    ids[row_w, slot_w] = ends.student_id[row_w]
-    is_kept = np.zeros(len(ids), np.bool_)
-    is_kept[row] = True
+    row, slot = row[wrong], slot[wrong]
+    ours = ids[row]
+    ours[ours == ends.student_id[row, None]] = -1
+    ours[np.arange(len(row)), slot] = ends.student_id[row]
+    ids[row] = ours
     return is_kept
 
 

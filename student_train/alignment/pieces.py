@@ -38,13 +38,13 @@ class Pieces:
     """As `teacher_begin`."""
     student_cut: list[int] = field(default_factory=list)
     """As `teacher_cut`."""
-    student_ids: list[list[int]] = field(default_factory=list)
+    student_ids: list[Ids] = field(default_factory=list)
     """The student's tokens of each piece."""
 
     def add(
         self,
         sequence: int,
-        student_ids: list[int],
+        student_ids: Ids,
         *,
         is_special: bool = False,
         teacher: tuple[int, int] = (0, 0),
@@ -134,9 +134,7 @@ def aligned(
     num_student = np.array(pieces.num_student, np.int64)
     begin_t, begin_s = np.array(pieces.teacher_begin, int), np.array(pieces.student_begin, int)
     cut_t, cut_s = np.array(pieces.teacher_cut, int), np.array(pieces.student_cut, int)
-    student_ids = np.fromiter(
-        (index for ids in pieces.student_ids for index in ids), np.int64, int(num_student.sum())
-    )
+    student_ids = np.concatenate([*pieces.student_ids, np.zeros(0, np.int64)])
     number = np.arange(len(sequence))
     piece_t, piece_s = np.repeat(number, num_teacher), np.repeat(number, num_student)
     rows = ranges(row, num_teacher)

@@ -30,10 +30,10 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> list[NDArray[np.int64]]:
         """The ids of each text."""
         found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        return [np.array(encoding.ids, np.int64) for encoding in found]
 
 
 class LeftOut(Exception):
@@ -57,6 +57,7 @@ class _Part(NamedTuple):
 
 
 BEGIN = -2
+NOTHING = np.zeros(0, np.int64)
 
 
 def text_pieces(
@@ -67,11 +68,10 @@ def text_pieces(
     planned, reasons = _planned(rows, sequences, matching)
     found = iter(encode([part.text for parts in planned.values() for part in parts if part.text]))
     encoded = {
-        sequence: [next(found) if part.text else [] for part in parts]
+        sequence: [next(found) if part.text else NOTHING for part in parts]
         for sequence, parts in planned.items()
     }
-    every = itertools.chain.from_iterable
-    flat = np.fromiter(every(ids for each in encoded.values() for ids in each), np.int64)
+    flat = np.concatenate([NOTHING, *itertools.chain.from_iterable(encoded.values())])
     data = student.text_of(flat)
     ends = np.append(0, np.cumsum(student.lengths[flat])).tolist()
     at = 0
@@ -87,11 +87,12 @@ def text_pieces(
             reasons[sequence] = changed
             continue
         if student.puts_bos:
-            pieces.add(sequence, [student.bos])
+            pieces.add(sequence, np.array([student.bos]))
         for part, ids, cut in zip(parts, encoded[sequence], cuts, strict=True):
             if part.token >= 0:
-                pieces.add(sequence, [part.token], is_special=True, teacher=(part.first, 1))
-            elif ids:
+                token = np.array([part.token])
+                pieces.add(sequence, token, is_special=True, teacher=(part.first, 1))
+            elif len(ids):
                 pieces.add(
                     sequence,
                     ids,

@@ -154,6 +154,11 @@ class TokenTable:
         return ids, np.arange(len(ids)) - np.repeat(firsts, np.diff([*firsts, len(ids)]))
 
     @functools.cached_property
+    def has_repeats(self) -> bool:
+        """Whether several tokens have the same bytes."""
+        return bool(self._ranked[1].any())
+
+    @functools.cached_property
     def _by_hash(self) -> tuple[Hashes, Ids]:
         """Sorted hashes of the text tokens, and the ordinary token of each."""
         ids, ranks = self._ranked

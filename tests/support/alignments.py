@@ -82,8 +82,9 @@ def both_of(teacher_ids: Sequence[int], student_ids: Sequence[int], matching: Ma
     """One text in two tokenisations, ended on both sides."""
     pieces = Pieces()
     last = len(teacher_ids) - 1
-    pieces.add(0, list(student_ids[:-1]), teacher=(0, last))
-    pieces.add(0, [student_ids[-1]], is_special=True, teacher=(last, 1))
+    ours = np.array(student_ids, np.int64)
+    pieces.add(0, ours[:-1], teacher=(0, last))
+    pieces.add(0, ours[-1:], is_special=True, teacher=(last, 1))
     ids = np.array(teacher_ids, np.int64)
     return aligned(pieces, 1, ids, matching.teacher, matching.student)
 
