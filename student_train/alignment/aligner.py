@@ -4,18 +4,19 @@ A pure function of cache and tokenizers, so that it may run in any thread that r
 is needed, and changes nothing about the order of sequences or about resuming.
 """
 
+import dataclasses
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.storage import CacheReader
+from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.given_messages import GivenMessages
-from decant.storage.cache.rows import Rows
+from decant.storage.cache.rows import decode_rows
 from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.student_train.alignment.chat import Chats, chat_pieces
-from decant.student_train.alignment.events import Events, Matching, events_of
+from decant.student_train.alignment.events import Events, Matching, events_of, last_rows
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
 from decant.student_train.alignment.report import SHOWN, Figures
 from decant.student_train.alignment.texts import TextEncoder, text_pieces
@@ -75,6 +76,7 @@ class Aligner:
         refuse_pair(teacher, student, reader.url, where)
         self.matching = Matching(teacher, student)
         self.vocab_size = len(student)
+        self._layout = reader.manifest.layout
         self.figures = Figures()
         self._encode = TextEncoder(tokenizer)
         self._lock = threading.Lock()
@@ -86,7 +88,7 @@ class Aligner:
         if messages or reader.manifest.messages:
             self._chats = Chats(tokenizer, where)
 
-    def __call__(self, rows: Rows) -> AlignedRows:
+    def __call__(self, rows: StoredRows) -> AlignedRows:
         """Align a row group. Raises ValueError once more sequences than allowed are left out."""
         found, figures = self.measured(rows)
         with self._lock:
@@ -96,7 +98,7 @@ class Aligner:
             self.refuse(total)
         return found
 
-    def measured(self, rows: Rows) -> tuple[AlignedRows, Figures]:
+    def measured(self, rows: StoredRows) -> tuple[AlignedRows, Figures]:
         """Align a row group, and say how that went."""
         pieces, matching = Pieces(), self.matching
         said = self._conversations(rows)
@@ -109,10 +111,11 @@ class Aligner:
             reasons |= others
             matching = matching.with_ends(ends)
             pieces = pieces.in_order()
-        ids = rows.input_ids.astype(np.int64)
+        ids = rows.token_id.astype(np.int64)
         both = aligned(pieces, len(rows), ids, matching.teacher, matching.student)
         both = _usable(both, rows)
-        events = events_of(both, rows, matching)
+        at_ends = decode_rows(dataclasses.replace(rows, target_rows=last_rows(both)), self._layout)
+        events = events_of(both, at_ends, rows.scalars["label_logprob"], matching)
         figures = Figures.of(both, events, int(rows.is_target.sum()))
         figures.sequences, figures.left_out = len(rows), len(reasons)
         figures.examples = [
@@ -121,7 +124,7 @@ class Aligner:
         ]
         return _with_placeholders(both, events, rows.sample_ids), figures
 
-    def _conversations(self, rows: Rows) -> dict[int, str]:
+    def _conversations(self, rows: StoredRows) -> dict[int, str]:
         """What is known of what was said, by sequence."""
         if rows.messages is not None:
             return {s: text for s, text in enumerate(rows.messages) if text}
@@ -156,7 +159,7 @@ def in_row_groups(reader: CacheReader, aligner: Aligner, count: int) -> Figures:
     count = min(count or len(every), len(every))
     total = Figures()
     for index in np.linspace(0, len(every) - 1, count).astype(int).tolist():
-        total += aligner.measured(reader.read(every[index]))[1]
+        total += aligner.measured(reader.read_stored(every[index]))[1]
     if total.sequences:
         aligner.refuse(total)
     return total
@@ -194,7 +197,7 @@ def refuse_pair(teacher: TokenTable, student: TokenTable, url: str, where: str) 
         )
 
 
-def _usable(both: Aligned, rows: Rows) -> Aligned:
+def _usable(both: Aligned, rows: StoredRows) -> Aligned:
     """Without chunks that hold a token which is no target, or whose first token none precedes."""
     chunks = both.chunks
     rows_t = both.teacher.where[chunks.teacher_first]

@@ -12,7 +12,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from decant.schemas import Conversation
-from decant.storage.cache.rows import Rows
+from decant.storage import StoredRows
 from decant.student_train.alignment.pieces import Pieces
 from decant.student_train.alignment.texts import LeftOut
 from decant.student_train.alignment.token_bytes import SPECIAL, TEXT, TokenTable
@@ -94,7 +94,7 @@ def answers(conversation: Conversation) -> list[int]:
 
 def chat_pieces(
     pieces: Pieces,
-    rows: Rows,
+    rows: StoredRows,
     conversations: dict[int, str],
     teacher: TokenTable,
     student: TokenTable,
@@ -137,7 +137,7 @@ def chat_pieces(
             at = turn.student[1]
             row = turn.teacher[1]
             if turn.is_whole and row < stop and at < len(ids):
-                theirs_id, our_id = int(rows.input_ids[row]), int(ids[at])
+                theirs_id, our_id = int(rows.token_id[row]), int(ids[at])
                 if teacher.kind[theirs_id] == SPECIAL and student.kind[our_id] == SPECIAL:
                     end = ids[at : at + 1]
                     pieces.add(sequence, end, is_special=True, teacher=(row, 1))
@@ -176,9 +176,9 @@ class _Turn(NamedTuple):
     """Whether the last tokens on both sides end with the message."""
 
 
-def _stretches(rows: Rows, start: int, stop: int, teacher: TokenTable) -> list[_Stretch]:
+def _stretches(rows: StoredRows, start: int, stop: int, teacher: TokenTable) -> list[_Stretch]:
     """The stretches of a sequence's targets."""
-    ids = rows.input_ids[start:stop].astype(np.int64)
+    ids = rows.token_id[start:stop].astype(np.int64)
     usable = (teacher.kind[ids] == TEXT) & rows.is_target[start:stop]
     borders = np.flatnonzero(np.diff(usable.astype(np.int8), prepend=0, append=0))
     found = []

@@ -1,17 +1,18 @@
 """The teacher's side of events: which of its kept ids complete a chunk as a student's token does.
 
 The maths stand in docs/losses.md. Everything is a column over chunks, in float64 until it is kept.
-Shapes: C chunks, K kept ids, E = K + 1 slots: the last is the observed completion where its token
-is not among the kept ids.
+Shapes: C chunks, K kept ids, E slots: K, and one more where an observed completion needs it.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.storage.cache.rows import Rows
+from decant.schemas import Distributions
+from decant.storage.cache.logprobs import empty
 from decant.student_train.alignment.pieces import Aligned
 from decant.student_train.alignment.token_bytes import TEXT, TokenTable, ranges
 
@@ -65,10 +66,10 @@ class Matching:
 
     def completions(self, kept: NDArray[np.int32], ends: "_Ends", one: Ids) -> NDArray[np.int32]:
         """[C, K] the student's token w of each kept v, or -1; `one` are the chunks of 1:1."""
-        found = np.full(kept.shape, -1, np.int32)
+        found = empty(kept.shape, np.int32)
         if not kept.shape[1]:
             return found
-        found[one] = self._pairs_of_kept[kept[one]]
+        np.take(self._pairs_of_kept, kept, out=found, mode="wrap")
         others = np.setdiff1d(np.arange(len(kept)), one, assume_unique=True)
         if len(others):
             found[others] = self._by_bytes(kept[others], ends[others])
@@ -122,17 +123,21 @@ class _Ends:
         return _Ends(**{name: getattr(self, name)[which] for name in self.__slots__})
 
 
-def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
-    """The events of the chunks of `both`, all of whose teacher's tokens are targets of `rows`.
+def events_of(
+    both: Aligned,
+    at_ends: Distributions[NDArray[Any]],
+    label_logprob: NDArray[np.floating],
+    matching: Matching,
+) -> Events:
+    """The events of C chunks, in the precision of the log probs: float32 in every cache.
 
-    In the precision of the rows' log probs, which is float32 in every cache.
+    `at_ends` are the teacher's distributions of the last token of each chunk, `label_logprob` its
+    log probs of the actual tokens of all rows.
     """
-    precision = rows.label_logprob.dtype
     chunks, teacher, student = both.chunks, both.teacher, both.student
+    precision = at_ends.label_logprob.dtype
     last_t = chunks.teacher_first + chunks.num_teacher - 1
     last_s = chunks.student_first + chunks.num_student - 1
-    target_of_row = np.cumsum(rows.is_target) - 1
-    targets = target_of_row[teacher.where[last_t]]
     ends = _Ends(
         teacher_id=teacher.ids[last_t],
         student_id=student.ids[last_s],
@@ -143,44 +148,42 @@ def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
     )
     is_one = (chunks.num_teacher == 1) & (chunks.num_student == 1)
     is_one &= ends.teacher_cut == ends.student_cut
-    label = rows.label_logprob[targets].astype(np.float64)
-    pi = _sum_before_last(both, rows.label_logprob, target_of_row)
+    label = at_ends.label_logprob.astype(np.float64)
+    pi = _sum_before_last(both, label_logprob)
 
-    kept = rows.token_ids[targets]
-    num_slots = kept.shape[1]
-    ids = np.full((len(chunks), num_slots + 1), -1, np.int32)
-    ids[:, :num_slots] = matching.completions(kept, ends, np.flatnonzero(is_one))
-    is_kept = _observe(ids, kept, ends)
-    extra = ~is_kept & (~is_one | (ids < 0).all(axis=1))
-    ours = ids[extra]
-    ours[ours == ends.student_id[extra, None]] = -1
-    ours[:, num_slots] = ends.student_id[extra]
-    ids[extra] = ours
+    ids = matching.completions(at_ends.token_ids, ends, np.flatnonzero(is_one))
+    is_kept = _observe(ids, at_ends.token_ids, ends)
+    extra = np.flatnonzero(~is_kept & (~is_one | (ids < 0).all(axis=1)))
+    ids, slot = _with_observed(ids, extra, ends.student_id)
     is_unused = ids < 0
 
-    log_p = np.empty(ids.shape, precision)
-    if rows.logprobs is None:
-        assert not num_slots  # labels alone: all that is not the label is the rest
+    if at_ends.logprobs is None:  # labels alone: all that is not the label is the rest
+        log_p = np.empty(ids.shape, precision)
         kept_mass = found_mass = np.zeros(len(chunks))
         with np.errstate(divide="ignore"):
             log_rest = log_complement(label)
     else:
-        assert rows.log_tail is not None
-        log_tail = rows.log_tail[targets, 0].astype(np.float64)
-        log_p[:, :num_slots] = rows.logprobs[targets]
-        without = is_unused[:, :num_slots]
-        row = np.repeat(np.arange(len(chunks)), np.count_nonzero(without, axis=1))
-        unmatched = np.bincount(row, np.exp(log_p[:, :num_slots][without]), len(chunks))
+        assert at_ends.log_tail is not None
+        log_p, num_slots = at_ends.logprobs, at_ends.logprobs.shape[1]
+        if ids.shape[1] > num_slots:
+            log_p = np.pad(log_p, ((0, 0), (0, 1)), constant_values=-np.inf)
+        log_tail = at_ends.log_tail[:, 0].astype(np.float64)
+        row = np.repeat(np.arange(len(chunks)), np.count_nonzero(is_unused, axis=1))
+        unmatched = np.bincount(
+            row, np.exp(log_p.ravel()[np.flatnonzero(is_unused)]), len(chunks)
+        ).astype(np.float64)
+        unmatched[extra] += np.exp(log_p[extra, slot])  # of the id whose slot was taken
         rest = unmatched + np.exp(log_tail)
         rest[extra] -= np.exp(label[extra])
         kept_mass = -np.expm1(np.minimum(log_tail, 0))
         found_mass = kept_mass - unmatched
         with np.errstate(divide="ignore"):
             log_rest = np.log(np.maximum(rest, 0))
-        as_stored = (unmatched == 0) & ~extra
+        as_stored = unmatched == 0
+        as_stored[extra] = False
         log_rest[as_stored] = log_tail[as_stored]
-    log_p[extra, num_slots] = label[extra]
-    log_p[is_unused] = -np.inf
+    np.putmask(log_p, is_unused, -np.inf)
+    log_p[extra, slot] = label[extra]
     several = np.flatnonzero(pi < 0)
     log_p[several] += pi[several, None].astype(precision)
     with np.errstate(divide="ignore"):
@@ -195,6 +198,29 @@ def events_of(both: Aligned, rows: Rows, matching: Matching) -> Events:
         kept_mass=kept_mass,
         found_mass=found_mass,
     )
+
+
+def last_rows(both: Aligned) -> Ids:
+    """[C] the row of the teacher's last token of each chunk."""
+    last = both.chunks.teacher_first + both.chunks.num_teacher - 1
+    return both.teacher.where[last]
+
+
+def _with_observed(
+    ids: NDArray[np.int32], extra: Ids, student_id: Ids
+) -> tuple[NDArray[np.int32], Ids]:
+    """Make the observed completion of these chunks an event in a slot that has none.
+
+    A column is added where there is a chunk without one. Returns also the slots.
+    """
+    ours = ids[extra]
+    ours[ours == student_id[extra, None]] = -1
+    if not (ours < 0).any(axis=1).all():
+        ids, ours = (np.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (ids, ours))
+    slot = ours.shape[1] - 1 - (ours[:, ::-1] < 0).argmax(axis=1) if len(extra) else extra
+    ours[np.arange(len(extra)), slot] = student_id[extra]
+    ids[extra] = ours
+    return ids, slot
 
 
 def log_complement(log_mass: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -230,13 +256,10 @@ def _observe(ids: NDArray[np.int32], kept: NDArray[np.int32], ends: _Ends) -> ND
     return is_kept
 
 
-def _sum_before_last(
-    both: Aligned, label_logprob: NDArray, target_of_row: Ids
-) -> NDArray[np.float64]:
+def _sum_before_last(both: Aligned, label_logprob: NDArray) -> NDArray[np.float64]:
     """[C] log prob of the teacher's tokens before the last of each chunk."""
     chunks = both.chunks
     number = chunks.num_teacher - 1
     tokens = ranges(chunks.teacher_first, number)
     chunk = np.repeat(np.arange(len(chunks)), number)
-    values = label_logprob[target_of_row[both.teacher.where[tokens]]].astype(np.float64)
-    return np.bincount(chunk, values, len(chunks))
+    return np.bincount(chunk, label_logprob[both.teacher.where[tokens]], len(chunks))

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from decant.storage.cache.rows import Rows
+from decant.storage import StoredRows
 from decant.student_train.alignment.events import Matching
 from decant.student_train.alignment.pieces import Pieces
 from decant.student_train.alignment.token_bytes import NO_BYTES, TEXT, HasTokenizer, ranges
@@ -61,7 +61,7 @@ NOTHING = np.zeros(0, np.int64)
 
 
 def text_pieces(
-    pieces: Pieces, rows: Rows, sequences: list[int], matching: Matching, encode: TextEncoder
+    pieces: Pieces, rows: StoredRows, sequences: list[int], matching: Matching, encode: TextEncoder
 ) -> dict[int, str]:
     """Add the pieces of these sequences, in order; return why some of them have none."""
     student = matching.student
@@ -105,11 +105,11 @@ def text_pieces(
 
 
 def _planned(
-    rows: Rows, sequences: list[int], matching: Matching
+    rows: StoredRows, sequences: list[int], matching: Matching
 ) -> tuple[dict[int, list[_Part]], dict[int, str]]:
     """The parts of each sequence, or why it has none."""
     teacher = matching.teacher
-    ids = rows.input_ids.astype(np.int64)
+    ids = rows.token_id.astype(np.int64)
     kind = teacher.kind[ids]
     is_text = kind == TEXT
     is_border = np.ones(len(ids), np.bool_)

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from decant.storage.cache.rows import Rows
+from decant.schemas import Layout
+from decant.storage import StoredRows
+from decant.storage.cache.rows import decode_rows
 from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.alignment.events import Events, log_complement
 from decant.student_train.alignment.token_bytes import ranges
@@ -78,11 +80,12 @@ class _Span:
         self.places = ranges(rows.first[self.chunks] - self.start, self.sizes)
 
 
-def own_events(rows: Rows) -> AlignedRows:
+def own_events(stored: StoredRows, layout: Layout) -> AlignedRows:
     """Rows of the student's own tokenizer with each target as a chunk of its own.
 
     Its events are the kept ids; where labels alone are stored, the label.
     """
+    rows = decode_rows(stored, layout)
     slots = rows.token_ids.shape[1]
     labels = rows.label_logprob
     if slots:

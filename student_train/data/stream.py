@@ -6,6 +6,7 @@ so a run can go on with another world size.
 """
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -19,7 +20,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from decant.schemas import Layout
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.index import RowGroupRef
-from decant.storage.cache.rows import Rows, decode_rows
 from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
@@ -28,7 +28,7 @@ from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 
 BATCHES_AHEAD = 2
-ToEvents = Callable[[Rows], AlignedRows]
+ToEvents = Callable[[StoredRows], AlignedRows]
 """Makes of a row group the student's tokens and the events of their chunks."""
 
 
@@ -155,15 +155,17 @@ class SequenceStream(IterableDataset[Batch]):
                     "are probabilities of strings; a product of tempered probabilities is that of "
                     "no string: set loss.temperature to 1"
                 )
-        self._to_events = [one or own_events for one in made]
+        self._to_events = [
+            one or functools.partial(own_events, layout=reader.manifest.layout)
+            for one, reader in zip(made, self.readers, strict=True)
+        ]
 
     def read(self, group: RowGroupRef, source: int = 0) -> StoredRows | AlignedRows:
         """A row group of a cache, as stored, or as events. Called in several threads at once."""
-        reader = self.readers[source]
-        stored = reader.read_stored(group)
+        stored = self.readers[source].read_stored(group)
         if self._to_events is None:
             return stored
-        return self._to_events[source](decode_rows(stored, reader.manifest.layout))
+        return self._to_events[source](stored)
 
     def _order(self, consumed: int) -> Iterator[Entry | None]:
         """The endless global order after `consumed`; None while the next is not known yet."""

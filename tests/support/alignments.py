@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from decant.schemas import Truncation
+from decant.schemas import Distributions
 from decant.storage.cache.rows import Rows
-from decant.student_train.alignment.events import Matching
+from decant.student_train.alignment.events import Matching, last_rows
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
 from decant.student_train.alignment.token_bytes import TokenTable
 from decant.student_train.losses import EventTargets
-from tests.support import caches
 
 END = "<end>"
 TEACHER = [END, "a", "b", "c", "ab", "bc", "abc", "ca", "cab"]
@@ -76,6 +75,12 @@ def rows_of(ids: Sequence[int], dense: NDArray[np.float64], k: int) -> Rows:
         log_tail=log_tail[:, None] if k else None,
         label_logprob=label,
     )
+
+
+def at_ends(both: Aligned, rows: Rows) -> Distributions[Any]:
+    """The distributions of the last tokens of chunks, where every row is a target."""
+    ends = last_rows(both)
+    return Distributions(**{name: values[ends] for name, values in rows.known().items()})
 
 
 def both_of(teacher_ids: Sequence[int], student_ids: Sequence[int], matching: Matching) -> Aligned:
@@ -215,33 +220,14 @@ def with_spaces(vocab_size: int = 330) -> Any:
     )
 
 
-def text_rows(texts: Sequence[str], tokenizer: Any, k: int = 4, seed: int = 0) -> Rows:
-    """Sequences of texts with random distributions; the first token of each is no target."""
-    generator = np.random.default_rng(seed)
-    encoded = [tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
-    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-    settings = caches.Settings(truncation=Truncation(k=k), vocab_size=size, temperatures=(1.0,))
-    scored = []
-    for number, ids in enumerate(encoded):
-        is_target = np.arange(len(ids)) > 0
-        dense = caches.random_logprobs(generator, int(is_target.sum()), size)
-        scored.append(
-            caches.scored_sequence(
-                dense, np.array(ids, np.int32), is_target, settings, f"text-{number}"
-            )
-        )
-    lengths = [len(ids) for ids in encoded]
-    targets = [s.num_targets for s in scored]
-    every = {name: np.concatenate([s.known()[name] for s in scored]) for name in scored[0].known()}
-    return Rows(
-        sequence=np.arange(len(texts)),
-        sample_ids=[s.sample_id for s in scored],
-        row_starts=np.append(0, np.cumsum(lengths)),
-        target_starts=np.append(0, np.cumsum(targets)),
-        input_ids=np.concatenate([s.input_ids for s in scored]),
-        is_target=np.concatenate([s.is_target for s in scored]),
-        positions=np.concatenate([s.positions for s in scored]),
-        **every,
+def text_rows(texts: Sequence[str], tokenizer: Any) -> Any:
+    """Sequences of texts, as far as their tokens go."""
+    backend = tokenizer.backend_tokenizer
+    encoded = [backend.encode(t, add_special_tokens=False).ids for t in texts]
+    return SimpleNamespace(
+        sample_ids=[f"text-{number}" for number in range(len(texts))],
+        row_starts=np.append(0, np.cumsum([len(ids) for ids in encoded])),
+        token_id=np.concatenate([np.array(ids, np.int32) for ids in encoded]),
     )
 
 

@@ -20,7 +20,6 @@ from decant.student_train.alignment.aligner import Aligner
 from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.losses import (
     DIVERGENCES,
-    EventTargets,
     fused_linear_divergence,
     sparse_divergence,
 )
@@ -64,7 +63,7 @@ def cache_of(
 
 
 def rows_of(reader: CacheReader) -> Any:
-    return reader.read(reader.row_groups()[0])
+    return reader.read_stored(reader.row_groups()[0])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,6 @@ def test_equal_tokenizers_give_todays_loss(cache: Path, kind: str) -> None:
     """Value and gradient of logits to 1e-6, of every kind; whether aligned or not."""
     reader = CacheReader(cache)
     plain = next(iter(CacheStream(cache, batch_size=4)))
-    rows = reader.read(reader.row_groups()[0])
     aligner = Aligner(reader, build_tokenizer(), where="itself")
     generator = torch.Generator().manual_seed(0)
     vocab_size = plain.vocab_size
@@ -91,8 +89,6 @@ def test_equal_tokenizers_give_todays_loss(cache: Path, kind: str) -> None:
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name
     logits = 3 * torch.randn(plain.num_targets, vocab_size, generator=generator)
     found = []
-    own = collate_events([(own_events(rows), 0)], vocab_size)
-    assert isinstance(own.events, EventTargets)
     for targets in (plain.targets_at(1.0), batch.targets_at(1.0)):
         x = logits.clone().requires_grad_()
         loss = sparse_divergence(x, targets, kind)
@@ -104,9 +100,9 @@ def test_equal_tokenizers_give_todays_loss(cache: Path, kind: str) -> None:
 def test_own_rows_as_events_are_their_own_targets(cache: Path) -> None:
     """Each kept id an event, the stored tail the rest: what mixtures make of a cache like that."""
     reader = CacheReader(cache)
-    rows = reader.read(reader.row_groups()[0])
-    batch = collate_events([(own_events(rows), 0), (own_events(rows), 1)], 300)
-    both = [rows[0], rows[1]]
+    rows = own_events(rows_of(reader), reader.manifest.layout)
+    batch = collate_events([(rows, 0), (rows, 1)], 300)
+    both = [reader[0], reader[1]]
     np.testing.assert_array_equal(
         batch.events.token_ids, np.concatenate([s.token_ids for s in both])
     )
@@ -182,7 +178,7 @@ def test_numerals_meet_digits(tmp_path: Path) -> None:
     aligner = Aligner(reader, STUDENT, where="student")
     found = aligner(rows_of(reader))
     (chunk,) = np.flatnonzero(found.size == len(" 2018"))
-    (target,) = np.flatnonzero(rows_of(reader).labels == vocabulary["Ġ2018"])
+    (target,) = np.flatnonzero(reader[0].labels == vocabulary["Ġ2018"])
     scored = reader[0]
     digits = {numeral[-1]: vocabulary[numeral] for numeral in ("Ġ2017", "Ġ2018")}
     for digit, numeral in digits.items():
@@ -212,15 +208,11 @@ def test_a_sequence_that_was_cut_within_a_character_loses_that_alone(tmp_path: P
     reader = cache_of(tmp_path / "cache", texts, alone)
     rows = rows_of(reader)
     length = int(rows.row_starts[1])
-    whole = rows.input_ids[:length]
     cut = dataclasses.replace(
         rows,
-        input_ids=np.concatenate([whole, whole[:-1]]),
         row_starts=np.array([0, length, 2 * length - 1]),
-        is_target=np.append(rows.is_target[:length], rows.is_target[: length - 1]),
-        target_starts=np.array([0, length - 1, 2 * length - 3]),
-        **{name: values[: 2 * length - 3] for name, values in rows.known().items()},
-        positions=rows.positions[: 2 * length - 3],
+        token_id=rows.token_id[: 2 * length - 1],
+        is_target=rows.is_target[: 2 * length - 1],
     )
     found = Aligner(reader, STUDENT, where="student")(cut)
     ids = found.token_id[found.row_starts[1] : found.row_starts[2]].tolist()

@@ -55,7 +55,7 @@ def found(
     student = AutoTokenizer.from_pretrained(folder / "student")
     given = "" if request.param else str(chats)
     aligner = Aligner(reader, student, where="student", messages=given)
-    return reader, student, aligner(reader.read(reader.row_groups()[0])), aligner
+    return reader, student, aligner(reader.read_stored(reader.row_groups()[0])), aligner
 
 
 def test_the_student_reads_its_own_template(found: Any) -> None:
@@ -102,7 +102,7 @@ def test_the_end_of_a_turn_is_matched_by_its_role(found: Any) -> None:
 def test_a_conversation_that_the_template_cannot_say_is_left_out(found: Any) -> None:
     """With the template's own words; a student without a template is refused at once."""
     reader, student, _, aligner = found
-    rows = reader.read(reader.row_groups()[0])
+    rows = reader.read_stored(reader.row_groups()[0])
     kept = student.chat_template
     student.chat_template = "{{ raise_exception('no system here') }}"
     try:

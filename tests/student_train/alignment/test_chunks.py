@@ -80,10 +80,10 @@ def test_chunks_partition_the_bytes(teacher: str, student: str, texts: list[str]
 
 def aligned_texts(rows: Any, matching: Matching, student: Any) -> Any:
     pieces = Pieces()
-    sequences = list(range(len(rows)))
+    sequences = list(range(len(rows.sample_ids)))
     reasons = text_pieces(pieces, rows, sequences, matching, TextEncoder(student))
-    ids = rows.input_ids.astype(np.int64)
-    return aligned(pieces, len(rows), ids, matching.teacher, matching.student), reasons
+    ids = rows.token_id.astype(np.int64)
+    return aligned(pieces, len(sequences), ids, matching.teacher, matching.student), reasons
 
 
 def test_stretches_that_one_side_does_not_fill_are_in_no_chunk() -> None:

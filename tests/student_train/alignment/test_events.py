@@ -30,7 +30,9 @@ class Problem:
         self.log_q = caches.random_logprobs(generator, len(self.student_ids), len(STUDENT), 2.0)
         self.both: Aligned = alignments.both_of(self.teacher_ids, self.student_ids, MATCHING)
         rows = alignments.rows_of(self.teacher_ids, self.log_p, k)
-        self.events: Events = events_of(self.both, rows, MATCHING)
+        self.events: Events = events_of(
+            self.both, alignments.at_ends(self.both, rows), rows.label_logprob, MATCHING
+        )
         self.targets: EventTargets = alignments.event_targets(self.both, self.events)
 
     def classes(self) -> list[tuple[list[float], list[float]]]:
