@@ -1,8 +1,7 @@
 """What a student of another tokenizer costs: its stream and its step beside those of one's own.
 
-    make demo-real
-    python benchmarks/bench_align.py --cache build/real/cache-text-train \\
-        --tokenizer examples/demo/teacher
+    make demo-real                            # its caches are build/real/cache-text-...
+    python benchmarks/bench_align.py --cache CACHE --tokenizer examples/demo/teacher
 
 Stream: targets of the cache per second of processor time, from files to targets that a loss takes,
 in pairs within one process, plain and aligned in turn; one thread reads. Step: forward and backward
