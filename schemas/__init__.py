@@ -7,6 +7,7 @@ from decant.schemas.arrow import NO_LOGPROBS, PRECISIONS, CompactCode, Layout, s
 from decant.schemas.conversation import Conversation
 from decant.schemas.distributions import Distributions
 from decant.schemas.manifest import FORMAT_VERSION, Manifest, TeacherInfo, TokenizerInfo
+from decant.schemas.same_tokenizer import SameIds, check_same_tokenizer
 from decant.schemas.sequence import ScoredSequence
 from decant.schemas.shards import (
     ByteRange,
@@ -18,7 +19,7 @@ from decant.schemas.shards import (
     Totals,
 )
 from decant.schemas.strict import FormatError, from_json, to_json
-from decant.schemas.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from decant.schemas.tokenizer import tokenizer_fingerprint
 from decant.schemas.truncation import Truncation
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Manifest",
     "Rejected",
     "RowGroup",
+    "SameIds",
     "ScoredSequence",
     "Segment",
     "ShardPlan",

@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Any
 
-from decant.schemas.strict import FormatError, canonical
+from decant.schemas.strict import canonical
 
 SCHEME = "sha256:v2_"
 """Starts a fingerprint over all that turns a text into ids and back."""
@@ -41,7 +41,7 @@ def tokenizer_fingerprint(tokenizer: Any, *, like: str = "") -> str:
     """
     if like and not like.startswith(SCHEME):
         return OLDER_SCHEME + hashlib.sha256(canonical(_older_identity(tokenizer))).hexdigest()
-    backend = _backend(tokenizer)
+    backend = described_backend(tokenizer)
     for name in ("version", "truncation", "padding"):
         backend.pop(name, None)
     if isinstance(backend.get("model", {}).get("vocab"), dict):  # else a list, with scores
@@ -64,11 +64,16 @@ def are_comparable(one: str, other: str) -> bool:
     return one.startswith(SCHEME) == other.startswith(SCHEME)
 
 
-def first_difference(one: Any, other: Any, texts: tuple[str, ...] = PROBES) -> str:
-    """The first text that two tokenizers encode or decode unlike, with what each gives; or ""."""
+def first_difference(
+    one: Any, other: Any, texts: tuple[str, ...] = PROBES, *, only_bare: bool = False
+) -> str:
+    """The first text that two tokenizers encode or decode unlike, with what each gives; or "".
+
+    `only_bare`: what they put around a text does not count.
+    """
     for text in texts:
-        for with_special in (False, True):
-            ours, theirs = _tried(one, text, with_special), _tried(other, text, with_special)
+        for with_special in (False,) if only_bare else (False, True):
+            ours, theirs = tried(one, text, with_special), tried(other, text, with_special)
             if ours != theirs:
                 special = " with special tokens" if with_special else ""
                 return (
@@ -95,38 +100,8 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def check_same_tokenizer(teacher: Any, student: Any, where: str) -> None:
-    """Raise FormatError with the first difference if the two tokenizers are not the same.
-
-    Two that are written down in different ways are the same if vocabulary, merges and special
-    tokens are equal and all of `PROBES` are encoded and decoded alike.
-    """
-    if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
-        return
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
-    ours = {index: token for token, index in student.get_vocab().items()}
-    differing = [i for i in sorted(theirs.keys() | ours.keys()) if theirs.get(i) != ours.get(i)]
-    if differing:
-        shown = ", ".join(f"{i}: {theirs.get(i)!r} vs {ours.get(i)!r}" for i in differing[:5])
-        detail = f"{len(differing)} ids differ, first (cache vs student): {shown}"
-    elif _older_identity(teacher) != _older_identity(student):
-        detail = (
-            "same vocabulary, but merges or special tokens differ: cache "
-            f"{teacher.special_tokens_map}, student {student.special_tokens_map}"
-        )
-    elif found := first_difference(teacher, student):
-        detail = f"same vocabulary, but texts become other ids: {found} (cache vs student)"
-    else:
-        return
-    raise FormatError(
-        f"{where} was dumped with another tokenizer than the student's: {detail}. "
-        "Use a student of the teacher's tokenizer, or dump again with the student's."
-    )
-
-
 def _older_identity(tokenizer: Any) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    merges = described_backend(tokenizer).get("model", {}).get("merges")
     return {"vocab": tokenizer.get_vocab(), "merges": merges, "special": _special(tokenizer)}
 
 
@@ -138,7 +113,8 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _backend(tokenizer: Any) -> dict[str, Any]:
+def described_backend(tokenizer: Any) -> dict[str, Any]:
+    """What `tokenizer.json` says of a tokenizer; nothing of one that has no such file."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {}
@@ -156,7 +132,8 @@ def _without_defaults(value: Any) -> Any:
     return value
 
 
-def _tried(tokenizer: Any, text: str, with_special: bool) -> list[int] | str:
+def tried(tokenizer: Any, text: str, with_special: bool) -> list[int] | str:
+    """The ids of a text, or the error that stands for them."""
     try:
         return encode(tokenizer, text, with_special)
     except Exception as error:  # the tokenizers library raises plain Exception

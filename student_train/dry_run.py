@@ -123,7 +123,8 @@ def _one_step(
         data = next(steps)
     model.train()
     started = time.monotonic()
-    num_targets = sum_over_processes(accelerator, data.num_targets)
+    kept = config.selection.kept_of(batch.num_targets for batch in data.microbatches)
+    num_targets = sum_over_processes(accelerator, kept)
     terms = config.loss.at(run.first_step, run.steps, overrides(config))
     for i, batch in enumerate(data.microbatches):
         with microbatch(accelerator, model, is_last=i == len(data.microbatches) - 1):

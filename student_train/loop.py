@@ -187,7 +187,8 @@ def _loop(
             waited_s = time.monotonic() - started
 
             # The mean is over the targets of the whole step, on all processes.
-            num_targets = sum_over_processes(accelerator, data.num_targets)
+            kept = config.selection.kept_of(batch.num_targets for batch in data.microbatches)
+            num_targets = sum_over_processes(accelerator, kept)
             lr = learning_rate(config.optimizer, step, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

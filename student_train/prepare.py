@@ -24,7 +24,12 @@ from decant.student_train.model.adapters import attach, checkpoint_adapter_only,
 from decant.student_train.model.alignment import Alignment, label_bytes
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.probes import packing_refused
-from decant.student_train.model.student import check_savable, compile_layers, load_student
+from decant.student_train.model.student import (
+    check_savable,
+    compile_layers,
+    load_student,
+    student_vocab_size,
+)
 from decant.student_train.outputs.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -35,7 +40,12 @@ from decant.student_train.outputs.checkpoint import (
 )
 from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.outputs.save import STUDENT, SUMMARY
-from decant.student_train.prepare_data import heldout_streams, overrides, training_stream
+from decant.student_train.prepare_data import (
+    heldout_streams,
+    overrides,
+    refuse_unknown_entropy,
+    training_stream,
+)
 from decant.student_train.runtime.distributed import (
     is_deepspeed,
     of_first_process,
@@ -132,6 +142,12 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     as_events = alignment.stream_options if alignment else {}
     stream = training_stream(config, accelerator, as_events)
     reader = stream.reader
+    refuse_unknown_entropy(config, stream.readers)
+    if config.selection.by and stream.has_events:
+        raise ValueError(
+            f"selection.by {config.selection.by}: the targets are chunks of tokens, or labels "
+            "alone, and a loss is taken on whole chunks: leave it out"
+        )
     heldout = heldout_streams(config, reader, accelerator, as_events)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
     if alignment and alignment.any:
@@ -172,8 +188,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     if adapter and not (shards_weights(accelerator) or is_deepspeed(accelerator)):
         checkpoint_adapter_only(accelerator)
     with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
-        measured = label_bytes(tokenizer, stream.vocab_size) if heldout else None
-        model = Distiller(student, config.loss, stream.vocab_size, measured)
+        vocab_size = stream.vocab_size
+        if not (alignment and alignment.any):
+            vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
+        measured = label_bytes(tokenizer, vocab_size) if heldout else None
+        model = Distiller(student, config.loss, vocab_size, config.selection, measured)
         refusal = packing_refused(student, config.packing)
     # FSDP may load the weights on the first process alone: what others find out counts for nothing.
     model.head = of_first_process(model.head)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from decant.storage import CacheReader
 from decant.student_train.config.loss import Weight
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.config.selection import BY_TEACHER
 from decant.student_train.data.follow import FollowStream
 from decant.student_train.data.mixture import MixtureStream, check_same_vocabulary
 from decant.student_train.data.stream import CacheStream, SequenceStream
@@ -37,6 +38,17 @@ def training_stream(
         caches = [entry.cache for entry in config.mixture]
         return MixtureStream(caches, [entry.weight for entry in config.mixture], **share)
     return CacheStream(config.cache, **share)
+
+
+def refuse_unknown_entropy(config: TrainConfig, readers: Sequence[CacheReader]) -> None:
+    """Raise ValueError if targets are to be selected by a teacher's entropy that nothing says."""
+    for reader in readers:
+        truncation = reader.manifest.truncation
+        if config.selection.by == BY_TEACHER and not truncation.rule.has_entries:
+            raise ValueError(
+                f"selection.by {BY_TEACHER}: {reader.url} has {truncation.text()}, of which no "
+                "entropy can be had: select by student_entropy, or dump with topk"
+            )
 
 
 def heldout_streams(

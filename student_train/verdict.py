@@ -13,7 +13,7 @@ from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.model.alignment import Alignment, label_bytes
 from decant.student_train.model.distiller import Distiller
-from decant.student_train.model.student import load_student
+from decant.student_train.model.student import load_student, student_vocab_size
 from decant.student_train.outputs.save import STUDENT
 
 
@@ -67,10 +67,13 @@ def evaluate_student(
     )
     aligned = (alignment.tokenizer, stream.vocab_size) if alignment and alignment.any else None
     model, tokenizer = load_student(student, stream.reader, seed=0, aligned=aligned)
+    vocab_size = stream.vocab_size
+    if not aligned:
+        vocab_size = student_vocab_size(model, tokenizer, stream.reader, loss.tail)
     model.to(accelerator.device)
     with accelerator.autocast():
-        measured = label_bytes(tokenizer, stream.vocab_size)
-        distiller = Distiller(model, loss, stream.vocab_size, measured)
+        measured = label_bytes(tokenizer, vocab_size)
+        distiller = Distiller(model, loss, vocab_size, label_bytes=measured)
         terms = loss.at(0, 1)
         with torch.no_grad():
             metrics = evaluate(distiller, {"": stream}, accelerator, terms)

@@ -46,6 +46,11 @@ class DumpConfig:
             raise ValueError(f"shard_targets is {self.shard_targets}, must be at least 1")
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"max_rejected is {self.max_rejected}, must lie in [0, 1]")
+        if self.sequences.target_share < 1 and not self.truncation.rule.has_entries:
+            raise ValueError(
+                f"sequences.target_share keeps targets by the entropy of their entries, of which "
+                f"truncation.method {self.truncation.method} has none: use topk, or leave it out"
+            )
         check_temperatures(tuple(self.temperatures))
         low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
         if not all(low <= temperature <= high for temperature in self.temperatures):

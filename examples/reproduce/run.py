@@ -1,7 +1,7 @@
 """All experiments of docs/reproduction.md, one after the other.
 
-`python -m examples.reproduce.run --out build/reproduce`; the study of the language model, which
-takes most of the time, is left out with --without-study and has options of its own.
+`python -m examples.reproduce.run --out build/reproduce`; the studies of the language model, which
+take most of the time, are left out with --without-study and have options of their own.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = ("akl_toy", "gaussians", "softmax_layer", "convergence", "calibration_toy", "study")
+EXPERIMENTS = ("akl_toy", "gaussians", "softmax_layer", "convergence", "calibration_toy")
+OF_A_LANGUAGE_MODEL = ("study", "selection")
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="seconds each; other figures")
     parser.add_argument("--without-study", action="store_true")
     args = parser.parse_args()
-    for name in EXPERIMENTS[: -1 if args.without_study else None]:
+    for name in EXPERIMENTS + (() if args.without_study else OF_A_LANGUAGE_MODEL):
         command = [sys.executable, "-m", f"examples.reproduce.{name}", "--out", str(args.out)]
         command += ["--fast"] if args.fast else []
         print(f"\n## {name}\n", flush=True)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo, Truncation
 from decant.schemas.strict import canonical
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.cache.writer import write_cache
 from decant.storage.exchange.foreign import ForeignRecord, read_foreign, source_files
 from decant.storage.exchange.survey import TAIL_RESOLUTION, ImportConfig, Survey
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import staged_directory
 from decant.storage.files.store import Store
 

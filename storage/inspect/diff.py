@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import Distributions, Manifest, ScoredSequence
+from decant.schemas import Distributions, FormatError, Manifest, ScoredSequence
 from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.same_tokenizer import same_ids
 from decant.storage.files.store import Store
 from decant.storage.inspect.examples import (
     Target,
@@ -133,8 +134,11 @@ def diff(
 
 def _check_comparable(a: CacheReader, b: CacheReader) -> None:
     one, other = a.manifest, b.manifest
+    try:
+        same_ids(a, b)
+    except FormatError as error:
+        raise ValueError(f"{a.url} and {b.url} cannot be compared: {error}") from error
     for name, mine, its in (
-        ("tokenizer", one.tokenizer.fingerprint, other.tokenizer.fingerprint),
         ("shared_vocab_size", one.shared_vocab_size, other.shared_vocab_size),
         ("number of sequences", len(a), len(b)),
     ):

@@ -104,6 +104,7 @@ def records_line(report: Report) -> str:
         "empty_records": "empty",
         "duplicate_records": "duplicates",
         "records_without_targets": "without targets",
+        "unselected_targets": "targets of lower entropy kept as context",
     }
     parts = [
         f"{report.records[key]:,} {name}" for key, name in named.items() if report.records.get(key)

@@ -8,6 +8,7 @@ from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.mixture import CacheShare
 from decant.student_train.config.paths import expand_home
 from decant.student_train.config.schedule import values_of
+from decant.student_train.config.selection import SelectionConfig
 from decant.student_train.config.student import AdapterConfig, StudentConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -84,6 +85,8 @@ class TrainConfig:
     """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is minimised: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Train on a share of the targets alone, for example {by: student_entropy, share: 0.2}."""
     steps: int = 0
     """Optimizer steps; or give epochs."""
     epochs: float = 0.0

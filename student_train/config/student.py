@@ -11,8 +11,8 @@ class StudentConfig:
     """The student: a pretrained model, or a fresh one from a configuration."""
 
     path: str = ""
-    """Directory or hub id of a pretrained causal LM; its tokenizer must be the teacher's, or
-    tokenizer_mismatch: align."""
+    """Directory or hub id of a pretrained causal LM; the ids of the cache must mean the same to its
+    tokenizer, or tokenizer_mismatch be align."""
     config: dict[str, Any] = field(default_factory=dict)
     """Instead of a path: fields of a transformers configuration with its model_type, for random
     initialisation. vocab_size is the cache's unless given."""

@@ -172,6 +172,16 @@ class Batch:
             self.targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for
         )
 
+    def of_targets(self, rows: Tensor) -> "Batch":
+        """The same sequences with some of the targets alone: those at `rows` [n], int64."""
+        stored = _map(self.stored, lambda tensor: tensor.index_select(0, rows))
+        per_target = {
+            name: value.index_select(0, rows)
+            for name in ("predictors", "labels", "label_logprob", "source")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, stored=stored, **per_target)
+
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The same batch on `device`, targets still in their stored form."""
         return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -6,6 +6,7 @@ epoch after epoch, however often its share asks for it. The state is the number 
 """
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import NO_LOGPROBS, Layout
-from decant.schemas.tokenizer import are_comparable, has_fingerprint
+from decant.schemas import NO_LOGPROBS, FormatError, Layout
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
+from decant.storage.cache.same_tokenizer import same_ids
 from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import (
@@ -28,6 +28,8 @@ from decant.student_train.data.stream import (
     order_of,
     temperature_indices,
 )
+
+log = logging.getLogger(__name__)
 
 MAX_PERIOD = 100_000
 
@@ -162,27 +164,21 @@ class MixtureStream(SequenceStream):
 def check_same_vocabulary(ours: CacheReader, theirs: CacheReader) -> None:
     """Raise ValueError unless two caches are of one tokenizer and one shared vocabulary."""
     a, b = ours.manifest, theirs.manifest
-    if not _is_same_tokenizer(ours, theirs):
-        raise ValueError(
-            f"{theirs.url} has another tokenizer ({b.tokenizer.fingerprint}) than {ours.url} "
-            f"({a.tokenizer.fingerprint})"
+    try:
+        differing = same_ids(ours, theirs).text()
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+    if differing:
+        log.info(
+            "%s: its tokenizer means the same by every id as that of %s and differs in: %s",
+            theirs.url,
+            ours.url,
+            differing,
         )
     if a.shared_vocab_size != b.shared_vocab_size:
         raise ValueError(
             f"{theirs.url} has {b.shared_vocab_size} ids, {ours.url} {a.shared_vocab_size}"
         )
-
-
-def _is_same_tokenizer(ours: CacheReader, theirs: CacheReader) -> bool:
-    """By fingerprint; where the two are of unlike schemes, by the files of either cache."""
-    one, other = ours.manifest.tokenizer, theirs.manifest.tokenizer
-    if one.fingerprint == other.fingerprint or not (one.files and other.files):
-        return one.fingerprint == other.fingerprint
-    if are_comparable(one.fingerprint, other.fingerprint):
-        return False
-    return has_fingerprint(TokenizerFiles.of_cache(ours), other.fingerprint) or has_fingerprint(
-        TokenizerFiles.of_cache(theirs), one.fingerprint
-    )
 
 
 def _common_layout(layouts: Sequence[Layout], temperatures: Sequence[float]) -> Layout:

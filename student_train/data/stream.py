@@ -132,6 +132,11 @@ class SequenceStream(IterableDataset[Batch]):
         shared = max(reader.manifest.shared_vocab_size for reader in self.readers)
         return (self.config.vocab_size or shared) if self._to_events else shared
 
+    @property
+    def has_events(self) -> bool:
+        """Whether targets are events."""
+        return self._to_events is not None
+
     def _align(self) -> None:
         """Find out whether targets are events: of a student of another tokenizer, or of labels.
 

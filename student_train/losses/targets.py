@@ -83,8 +83,10 @@ class SparseTargets:
         temperature pass for free. On a GPU the check waits for the device: validate before `to`.
         Raises ValueError with the first offending row and its numbers.
         """
-        if self.checked_for == (vocab_size, float(temperature)):
-            return self
+        if self.checked_for is not None:
+            smaller, at = self.checked_for
+            if smaller <= vocab_size and at == float(temperature):
+                return self
         self._check_layout()
         if len(self) > 0:
             self._check_values(vocab_size, temperature)

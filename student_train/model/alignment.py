@@ -65,7 +65,8 @@ class Alignment:
         refuse_cache(reader)
         theirs = load_tokenizer(reader, **self._trusted)
         try:
-            check_student_tokenizer(theirs, self.tokenizer, self.where, reader.url)
+            shared = reader.manifest.shared_vocab_size
+            check_student_tokenizer(theirs, self.tokenizer, self.where, reader.url, shared)
         except FormatError:
             pass
         else:

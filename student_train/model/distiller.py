@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decant.student_train.config.loss import LossConfig, LossTerms
+from decant.student_train.config.selection import BY_STUDENT, BY_TEACHER, SelectionConfig
 from decant.student_train.data.batch import Batch
 from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
-from decant.student_train.losses import (
-    EventTargets,
-    SparseTargets,
-    fused_linear_divergence,
-    sparse_divergence,
-)
+from decant.student_train.losses import fused_linear_divergence, sparse_divergence
 from decant.student_train.losses.fused import FusedLoss
 from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
 from decant.student_train.model.hooks import Sealed, call_as, opened
 from decant.student_train.model.probes import refuse_sight_of_later_tokens
+from decant.student_train.model.selection import by_student, highest, teacher_entropy
 from decant.student_train.model.student import layer_classes
 
 log = logging.getLogger(__name__)
@@ -41,10 +38,12 @@ class Distiller(nn.Module):
         student: PreTrainedModel,
         loss: LossConfig,
         vocab_size: int,
+        selection: SelectionConfig | None = None,
         label_bytes: Tensor | None = None,
     ) -> None:
         """`vocab_size` is that of the targets: the student's rows beyond it are masked.
 
+        `selection` says on which of the targets a loss is taken; they are all measured.
         `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if
         the student has fewer rows, or sees later tokens.
         """
@@ -52,6 +51,7 @@ class Distiller(nn.Module):
         self.student = student
         self.loss = loss
         self.vocab_size = vocab_size
+        self.selection = selection or SelectionConfig()
         self.label_bytes = label_bytes
         rows = student.get_output_embeddings().weight.shape[0]
         if rows < vocab_size:
@@ -81,7 +81,7 @@ class Distiller(nn.Module):
     def __call__(
         self, batch: Batch, num_targets: float | None = None, terms: LossTerms | None = None
     ) -> FusedLoss:
-        """The loss of a batch, divided by `num_targets` (default: the batch's own).
+        """The loss of a batch, divided by `num_targets` (default: those of it that are selected).
 
         `terms` are the numbers of the step, by default those at the begin of a run.
         """
@@ -105,6 +105,9 @@ class Distiller(nn.Module):
         return out.loss, Sealed(out)
 
     def _loss(self, batch: Batch, terms: LossTerms, num_targets: float | None) -> FusedLoss:
+        if self.selection.by == BY_TEACHER:
+            count = self.selection.kept(batch.num_targets)
+            batch = batch.of_targets(highest(teacher_entropy(batch), count))
         inputs = _inputs(batch)
         options: dict[str, Any] = {
             "kind": terms.kind,
@@ -114,14 +117,15 @@ class Distiller(nn.Module):
             "vocab_size": self.vocab_size,
             **terms.options,
         }
-        kd_weight, ce_weight = (_weights(w, batch) for w in (terms.kd_weight, terms.ce_weight))
-        targets = batch.targets_at(terms.temperature)
         if self.head is not None:
-            options |= {**self.head, "kd_weight": kd_weight, "ce_weight": ce_weight}
-            return self._fused(inputs, batch, targets, num_targets, options)
+            return self._fused(inputs, batch, terms, num_targets, options | self.head)
         logits_NV = self.student(**inputs).logits.flatten(0, 1).index_select(0, batch.predictors)
+        if self.selection.by in BY_STUDENT:
+            rows = self._rows_by_student(logits_NV.detach().__getitem__, batch, terms)
+            batch, logits_NV = batch.of_targets(rows), logits_NV.index_select(0, rows)
         total = num_targets or max(batch.num_targets, 1)
-        kd_N = sparse_divergence(logits_NV, targets, **options)
+        kd_weight, ce_weight = _both_weights(terms, batch)
+        kd_N = sparse_divergence(logits_NV, batch.targets_at(terms.temperature), **options)
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
@@ -131,17 +135,25 @@ class Distiller(nn.Module):
         self,
         inputs: dict[str, Any],
         batch: Batch,
-        targets: SparseTargets | EventTargets,
+        terms: LossTerms,
         num_targets: float | None,
         options: dict[str, Any],
     ) -> FusedLoss:
         def loss_of(hidden_NH: Tensor, head: nn.Linear) -> FusedLoss:
+            chosen = batch
+            if self.selection.by in BY_STUDENT:
+                logits_of = self._logits_of(hidden_NH.detach(), head)
+                rows = self._rows_by_student(logits_of, batch, terms)
+                chosen, hidden_NH = batch.of_targets(rows), hidden_NH.index_select(0, rows)
+            kd_weight, ce_weight = _both_weights(terms, chosen)
             return fused_linear_divergence(
                 hidden_NH,
                 head.weight,
-                targets,
-                batch.labels,
+                chosen.targets_at(terms.temperature),
+                chosen.labels,
                 bias=head.bias,
+                kd_weight=kd_weight,
+                ce_weight=ce_weight,
                 num_targets=num_targets or None,  # 0: all of the step were rejected
                 **options,
             )
@@ -150,29 +162,41 @@ class Distiller(nn.Module):
 
     def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         inputs, vocab_size = _inputs(batch), self.vocab_size
+        label_bytes = self.label_bytes
+        if label_bytes is not None:
+            label_bytes = label_bytes.to(batch.labels.device)
         if self.head is None:
             logits_NV = self.student(**inputs).logits.flatten(0, 1)
             logits_NV = logits_NV.index_select(0, batch.predictors)
             return sums_of_chunks(
-                logits_NV.__getitem__, batch, terms, vocab_size, label_bytes=self._bytes(batch)
+                logits_NV.__getitem__, batch, terms, vocab_size, label_bytes=label_bytes
             )
-        scale, softcap = self.head["logit_scale"], self.head["softcap"]
 
         def sums_of(hidden_NH: Tensor, head: nn.Linear) -> HeldoutSums:
-            product = wide_linear(hidden_NH, head.weight, head.bias)
-
-            def logits_of(rows: slice) -> Tensor:
-                logits_RV = scale * product(rows)
-                return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
-
-            return sums_of_chunks(
-                logits_of, batch, terms, vocab_size, label_bytes=self._bytes(batch)
-            )
+            logits_of = self._logits_of(hidden_NH, head)
+            return sums_of_chunks(logits_of, batch, terms, vocab_size, label_bytes=label_bytes)
 
         return self._at_head(inputs, batch, sums_of)
 
-    def _bytes(self, batch: Batch) -> Tensor | None:
-        return None if self.label_bytes is None else self.label_bytes.to(batch.labels.device)
+    def _logits_of(self, hidden_NH: Tensor, head: nn.Linear) -> Callable[[slice], Tensor]:
+        """What gives the logits [R, V] of some rows of the hidden states."""
+        assert self.head is not None
+        scale, softcap = self.head["logit_scale"], self.head["softcap"]
+        product = wide_linear(hidden_NH, head.weight, head.bias)
+
+        def logits_of(rows: slice) -> Tensor:
+            logits_RV = scale * product(rows)
+            return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
+
+        return logits_of
+
+    def _rows_by_student(
+        self, logits_of: Callable[[slice], Tensor], batch: Batch, terms: LossTerms
+    ) -> Tensor:
+        """The targets that are selected by what the student says of all of them."""
+        weights, vocab_size = _both_weights(terms, batch), self.vocab_size
+        values_N = by_student(self.selection.by, logits_of, batch, terms, vocab_size, weights)
+        return highest(values_N, self.selection.kept(batch.num_targets))
 
     def _at_head(
         self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]
@@ -199,6 +223,11 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     else:
         inputs["position_ids"] = batch.position_ids
     return inputs
+
+
+def _both_weights(terms: LossTerms, batch: Batch) -> tuple[float | Tensor, float | Tensor]:
+    """Those of the divergence and of the cross-entropy."""
+    return _weights(terms.kd_weight, batch), _weights(terms.ce_weight, batch)
 
 
 def _weights(weights: tuple[float, ...], batch: Batch) -> float | Tensor:

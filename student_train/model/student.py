@@ -21,7 +21,12 @@ from decant.schemas import FormatError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.student import StudentConfig
-from decant.student_train.model.tokenizer import as_fingerprinted, check_student_tokenizer
+from decant.student_train.model.tokenizer import (
+    agreed_tokenizer,
+    as_fingerprinted,
+    follow_tokenizer,
+    tokens_more,
+)
 
 OLDER_NAMES = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
@@ -76,17 +81,17 @@ def load_student(
     """
     trusted = {"trust_remote_code": config.trust_remote_code}
     tokenizer = aligned[0] if aligned else load_tokenizer(reader, **trusted)
-    has_own = bool(config.tokenizer or config.path) and not aligned and tokenizer is not None
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
     if config.path:
         student = _pretrained(config.path, dtype=dtype, **attention, **trusted, **options)
-        if has_own:
-            _check_own(tokenizer, config, reader, trusted)
+        if tokenizer is not None and not aligned:
+            tokenizer = _agreed(tokenizer, config, reader, trusted)
+        follow_tokenizer(student, tokenizer, config.path)
         return student, tokenizer
-    if has_own:
-        _check_own(tokenizer, config, reader, trusted)
+    if config.tokenizer and tokenizer is not None and not aligned:
+        tokenizer = _agreed(tokenizer, config, reader, trusted)
     fields = dict(config.config)
     model_type = fields.pop("model_type")
     vocab_size = aligned[1] if aligned else reader.manifest.shared_vocab_size
@@ -108,10 +113,10 @@ def load_student(
     return student, tokenizer
 
 
-def _check_own(
+def _agreed(
     tokenizer: Any, config: StudentConfig, reader: CacheReader, trusted: dict[str, bool]
-) -> None:
-    """Raise FormatError with the first differing tokens unless the student has the cache's."""
+) -> Any:
+    """The tokenizer to save with a student that has one. Raises FormatError if it is another."""
     path = config.tokenizer or config.path
     try:
         own = AutoTokenizer.from_pretrained(path, **trusted)
@@ -120,12 +125,31 @@ def _check_own(
         raise ValueError(
             f"student.{name} {path} has no tokenizer to compare with the cache's: {error}"
         ) from error
+    shared = reader.manifest.shared_vocab_size
     try:
-        check_student_tokenizer(tokenizer, own, path, reader.url)
+        return agreed_tokenizer(tokenizer, own, path, reader.url, shared)
     except FormatError as error:
         raise FormatError(
             f"{error} Or train on what both tokenizers can say: tokenizer_mismatch: align"
         ) from error
+
+
+def student_vocab_size(
+    student: PreTrainedModel, tokenizer: Any | None, reader: CacheReader, tail: str
+) -> int:
+    """How many of the student's output rows its softmax is over: V of the loss.
+
+    Those of the cache's shared vocabulary; and where the student's tokenizer has tokens that the
+    cache's has not, theirs too, as the student may say them: the teacher's mass there is 0, and
+    what the student gives them counts into its tail. Rows beyond, which no token has, are padding.
+    With tail: uniform, which would spread the teacher's tail over them, they are left out.
+    """
+    shared = reader.manifest.shared_vocab_size
+    if tail == "uniform" or not reader.manifest.tokenizer.files:
+        return shared
+    more = tokens_more(tokenizer, load_tokenizer(reader))
+    rows = int(student.get_output_embeddings().weight.shape[0])
+    return max(shared, min(more, rows))
 
 
 def _pretrained(path: str, **options: Any) -> PreTrainedModel:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from decant.schemas import Manifest, tokenizer_fingerprint
+from decant.schemas import check_same_tokenizer, tokenizer_fingerprint
 from decant.storage import CacheReader
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.teacher_dump.audit.causes import disagreements, find_causes, find_precision
 from decant.teacher_dump.audit.compare import control_deviations
 from decant.teacher_dump.audit.judge import (
@@ -62,7 +63,7 @@ def audit(
     if config.engine == "transformers" and quantization in QUANTIZATIONS:
         config = dataclasses.replace(config, quantization=quantization)
     teacher = hash_weights(describe_teacher(config), progress=log.info)
-    findings, notes = _identity(manifest, teacher)
+    findings, notes = _identity(reader, teacher)
     if not manifest.is_final:
         notes.append(Finding(kind="incomplete", text="the cache is not complete yet"))
     generator = np.random.default_rng(seed)
@@ -111,8 +112,9 @@ def audit(
     )
 
 
-def _identity(manifest: Manifest, teacher: Teacher) -> tuple[list[Finding], list[Finding]]:
-    """What manifest and teacher say of tokenizer and vocabulary."""
+def _identity(reader: CacheReader, teacher: Teacher) -> tuple[list[Finding], list[Finding]]:
+    """What a cache and a teacher say of tokenizer and vocabulary."""
+    manifest = reader.manifest
     findings, notes = [], []
     rows, vocab_size = teacher.info.vocab_size, manifest.shared_vocab_size
     if rows < vocab_size:
@@ -128,6 +130,12 @@ def _identity(manifest: Manifest, teacher: Teacher) -> tuple[list[Finding], list
         )
         notes.append(Finding(kind="unknown", text=text))
     elif stored != given:
-        text = f"another tokenizer (fingerprint {stored} in the manifest, {given} given)"
-        findings.append(Finding(kind="tokenizer", text=text))
+        try:
+            kept = TokenizerFiles.of_cache(reader)
+            same = check_same_tokenizer(kept, teacher.tokenizer, "cache", vocab_size=vocab_size)
+            text = f"the given teacher's tokenizer means the same by every id: {same.text()}"
+            notes.append(Finding(kind="tokenizer", text=text))
+        except ValueError:  # another one, or none that can be read
+            text = f"another tokenizer (fingerprint {stored} in the manifest, {given} given)"
+            findings.append(Finding(kind="tokenizer", text=text))
     return findings, notes

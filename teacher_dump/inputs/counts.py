@@ -15,6 +15,9 @@ class SequenceCounts:
     tokens: int = 0
     """Of all sequences."""
     targets: int = 0
+    """Those that are kept."""
+    unselected_targets: int = 0
+    """Scored, and context in the cache, as `target_share` says."""
     repeated_tokens: int = 0
     """Of `tokens`, the head that later windows repeat in front of theirs; never targets."""
     empty_records: int = 0
@@ -52,6 +55,10 @@ def summary(counts: SequenceCounts) -> str:
     )
     happened = [
         (c.dropped_tokens, f"{c.dropped_tokens:,} tokens cut ({_share(c.dropped_tokens, c)})"),
+        (
+            c.unselected_targets,
+            f"{c.unselected_targets:,} more are scored and become context, of lower entropy",
+        ),
         (c.repeated_tokens, f"{c.repeated_tokens:,} tokens repeated at the start of windows"),
         (c.truncated_records, f"{c.truncated_records:,} records truncated"),
         (c.split_records, f"{c.split_records:,} split"),

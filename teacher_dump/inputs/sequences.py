@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from decant.schemas.selection import num_selected
 from decant.teacher_dump.inputs.border import BorderCheck
 from decant.teacher_dump.inputs.config import SequenceConfig
 from decant.teacher_dump.inputs.counts import SequenceCounts as SequenceCounts
@@ -106,9 +107,12 @@ def iter_sequences(
     for sample_id, ids, is_target, messages in windows:
         counts.sequences += 1
         counts.tokens += len(ids)
-        counts.targets += int(is_target.sum())
-        kept = messages if config.keep_messages else ""
-        yield TokenSequence(sample_id, ids.astype(np.int32), is_target, kept)
+        candidates = int(is_target.sum())
+        kept = num_selected(candidates, config.target_share)
+        counts.targets += kept
+        counts.unselected_targets += candidates - kept
+        said = messages if config.keep_messages else ""
+        yield TokenSequence(sample_id, ids.astype(np.int32), is_target, said)
 
 
 def _with_messages(found: Formed) -> Formed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from decant.schemas import ShardPlan
+from decant.schemas import ScoredSequence, ShardPlan
 from decant.storage import CacheWriter
 from decant.storage.cache import paths
 from decant.storage.cache.records import read_record
@@ -19,6 +19,7 @@ from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, open_engine
 from decant.teacher_dump.job.handover import Result, _Waiting
 from decant.teacher_dump.job.isolate import Isolator, Rejection
+from decant.teacher_dump.job.selection import lost_targets, select_targets
 from decant.teacher_dump.job.shard_inputs import read_inputs
 from decant.teacher_dump.teacher import Teacher
 
@@ -105,6 +106,7 @@ def fill_shards(
     that is being scored; the one before it is still committed, unless the error is its own.
     """
     isolator = Isolator(engine, max_rejected)
+    target_share = _target_share(writer)
     committing: Future[Filled] | None = None
     with ThreadPoolExecutor(2, "write") as threads:
         for plan in plans:
@@ -121,12 +123,15 @@ def fill_shards(
             waiting = _Waiting()
             try:
                 writing = threads.submit(_write, held, writer, plan, waiting, retry_rejected)
-                for result in isolator.score(inputs, plan.first_sequence):
+                for scored in isolator.score(inputs, plan.first_sequence):
+                    result = scored
+                    if isinstance(scored, ScoredSequence):
+                        result = select_targets(scored, target_share)
                     if not waiting.put(result, _num_bytes(result)):
                         writing.result()  # raises what ended it
                     if committing is not None and committing.done():
                         committing.result()  # raises if it failed
-                    progress(_num_targets(result))
+                    progress(_num_targets(result, target_share))
             except BaseException:
                 waiting.abandon()
                 raise
@@ -156,7 +161,7 @@ def _write(
                     shard.reject(
                         lost.sample_id,
                         lost.input_ids,
-                        lost.is_target,
+                        lost_targets(lost, _target_share(writer)),
                         result.reason,
                         lost.messages or None,
                     )
@@ -167,9 +172,14 @@ def _write(
     return Filled(plan=plan, bytes=shard.bytes_written, rejected=rejected)
 
 
-def _num_targets(result: Result) -> int:
+def _target_share(writer: CacheWriter) -> float:
+    """What the cache was started with; older ones keep every target."""
+    return float(writer.manifest.sequences.get("target_share", 1.0))
+
+
+def _num_targets(result: Result, target_share: float) -> int:
     if isinstance(result, Rejection):
-        return int(result.sequence.is_target.sum())
+        return int(lost_targets(result.sequence, target_share).sum())
     return result.num_targets
 
 

@@ -48,7 +48,7 @@ ENCODED_RECORDS = 256
 """Prompts that are tokenised together."""
 NO_PART_OF_PROMPTS = (
     *("window_head", "chat_template", "max_unrenderable", "accept_rendering"),
-    "keep_messages",
+    *("keep_messages", "target_share"),
 )
 """Settings of sequences that change no prompt, or by their content alone."""
 

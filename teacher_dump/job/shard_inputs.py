@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from decant.schemas import FormatError, ShardPlan
+from decant.schemas.selection import num_selected
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
@@ -82,7 +83,8 @@ def sharded(
     targets = 0
     for sequence in sequences_of(config, teacher, counts, records, is_checked=is_checked):
         shard.append(sequence)
-        targets += int(sequence.is_target.sum())
+        candidates = int(sequence.is_target.sum())
+        targets += num_selected(candidates, config.sequences.target_share)
         progress(counts)
         if targets >= config.shard_targets:
             yield shard
@@ -114,7 +116,8 @@ def restore_inputs(
     made = sharded(config, teacher, SequenceCounts(), progress, records, is_checked=False)
     for shard, sequences in enumerate(made):
         if shard in lost:
-            again = write_input(writer.store, shard, first, sequences)
+            share = config.sequences.target_share
+            again = write_input(writer.store, shard, first, sequences, share)
             if again != writer.plan[shard]:
                 raise FormatError(
                     f"{config.source.path} gives other tokens for shard {shard} than the plan of "
@@ -127,8 +130,13 @@ def restore_inputs(
             break
 
 
-def write_input(store: Store, shard: int, first: int, sequences: list[TokenSequence]) -> ShardPlan:
-    """Publish the tokens of one shard, whose first sequence has this plan index."""
+def write_input(
+    store: Store, shard: int, first: int, sequences: list[TokenSequence], target_share: float
+) -> ShardPlan:
+    """Publish the tokens of one shard, whose first sequence has this plan index.
+
+    The plan counts the targets that are kept of each sequence.
+    """
     table, digest = _input_table(sequences)
     with store.staged(paths.inputs(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
@@ -137,7 +145,7 @@ def write_input(store: Store, shard: int, first: int, sequences: list[TokenSeque
         first_sequence=first,
         num_sequences=len(sequences),
         num_tokens=sum(len(s.input_ids) for s in sequences),
-        num_targets=sum(int(s.is_target.sum()) for s in sequences),
+        num_targets=sum(num_selected(int(s.is_target.sum()), target_share) for s in sequences),
         input_xxh3_128=digest,
     )
 

@@ -37,6 +37,7 @@ LATER = {
     "sequences.empty": "error",
     "sequences.duplicates": "keep",
     "sequences.window_head": "none",
+    "sequences.target_share": 1.0,
 }
 """What caches did that were started before they could say so."""
 KEEP_MESSAGES = "sequences.keep_messages"
@@ -149,7 +150,8 @@ def _create(
     plan, first, messages = [], 0, False
     records = source_records(config, teacher, source["fingerprint"])
     for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
-        plan.append(write_input(store, shard, first, sequences))
+        share = config.sequences.target_share
+        plan.append(write_input(store, shard, first, sequences, share))
         first += len(sequences)
         messages = messages or any(sequence.messages for sequence in sequences)
     log.info("inputs: %s", summary(counts))

@@ -27,6 +27,7 @@ from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
 from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.refusals import refuse_foreign, refuse_misfits
+from decant.teacher_dump.job.selection import select_targets
 from decant.teacher_dump.planning import warnings
 from decant.teacher_dump.planning.ladder import (
     Rung,
@@ -125,8 +126,9 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     ]
     if not kept:
         raise EngineError("the teacher can score none of the sample's sequences")
-    full = [one for index in kept if (one := wide[index]) is not None]
-    own = [one for index in kept if (one := scored[index]) is not None]
+    share = config.sequences.target_share
+    full = [select_targets(one, share) for index in kept if (one := wide[index]) is not None]
+    own = [select_targets(one, share) for index in kept if (one := scored[index]) is not None]
     weights = [drawn[index].weight for index in kept]
     ladder, beyond = cut_ladder(config, teacher, full, weights, counts.targets, shards)
     per_target, overhead = shard_bytes(config, teacher, own)

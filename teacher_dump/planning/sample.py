@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from decant.schemas.selection import num_selected
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts
@@ -81,7 +82,8 @@ def draw_responses(
         is_target[0] = False
         sequence = TokenSequence(entry.sequence.sample_id, ids, is_target)
         answered.append(Drawn(sequence, entry.weight * n))
-        sums += entry.weight * n * np.array([1, len(ids), is_target.sum()])
+        kept = num_selected(int(is_target.sum()), config.sequences.target_share)
+        sums += entry.weight * n * np.array([1, len(ids), kept])
     counts.sequences, counts.tokens, counts.targets = (round(value) for value in sums.tolist())
     shards = -(-counts.targets // config.shard_targets)
     hours = (loaded + seconds * counts.sequences / len(asked)) / 3600

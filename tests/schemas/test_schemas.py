@@ -245,17 +245,20 @@ class FakeTokenizer:
 
 
 def test_tokenizers_are_equal_when_ids_mean_the_same() -> None:
-    """Vocabulary, merges and special tokens count; the first differing ids are in the message."""
+    """Vocabulary and merges count; the first differing ids are in the message."""
     base = FakeTokenizer(["<s>", "a", "b"], ["a b"])
     check_same_tokenizer(base, FakeTokenizer(["<s>", "a", "b"], ["a b"]), "CACHE")
     for other, message in (
         (FakeTokenizer(["<s>", "b", "a"], ["a b"]), r"2 ids differ.*1: 'a' vs 'b'"),
-        (FakeTokenizer(["<s>", "a", "b"], ["b a"]), "merges or special tokens differ"),
-        (FakeTokenizer(["<s>", "a", "b"], ["a b"], bos="a"), "merges or special tokens differ"),
+        (FakeTokenizer(["<s>", "a", "b"], ["b a"]), "merges differ: number 0 is 'a b' vs 'b a'"),
     ):
         assert tokenizer_fingerprint(other) != tokenizer_fingerprint(base)
         with pytest.raises(FormatError, match=f"CACHE .*{message}"):
             check_same_tokenizer(base, other, "CACHE")
+    other = FakeTokenizer(["<s>", "a", "b"], ["a b"], bos="a")
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(base)
+    same = check_same_tokenizer(base, other, "CACHE")
+    assert same.text() == "bos_token 'a' where the cache has '<s>'"
 
 
 @pytest.mark.parametrize("method", METHODS)

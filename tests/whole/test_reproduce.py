@@ -15,6 +15,7 @@ from examples.reproduce import (
     common,
     convergence,
     gaussians,
+    selection,
     softmax_layer,
     study,
 )
@@ -170,3 +171,23 @@ def test_study_reports_from_its_log(
     study.main()
     assert "5.000 ± 1.000" in capsys.readouterr().out
     assert (tmp_path / "plots" / "study.png").stat().st_size > 10_000
+
+
+def test_the_selection_of_targets_reports_from_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Finished runs are skipped on a rerun; ratios are to the run on all targets."""
+    figures = {"ce": 4.0, "ece": 0.1, "agreement": 0.5}
+    lines = [
+        {"name": name, "cache_bytes": 1000 // (1 + i), "step_s": 0.4 / (1 + i), **figures}
+        for i, name in enumerate(selection.RUNS)
+    ]
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/selection.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    monkeypatch.setattr(selection, "prepare", lambda work, fast: None)
+    monkeypatch.setattr(selection, "measure", None)
+    monkeypatch.setattr(sys, "argv", ["selection", "--out", str(tmp_path)])
+    selection.main()
+    assert (
+        "| student's entropy              | 333 (0.33)   | 0.133 (0.33) " in capsys.readouterr().out
+    )

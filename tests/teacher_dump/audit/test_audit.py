@@ -209,10 +209,22 @@ def test_an_imported_cache(cache: Path, teacher_path: Path, tmp_path: Path) -> N
 
 
 def test_another_tokenizer(cache: Path, other_teacher_path: Path) -> None:
-    """The same weights with another tokenizer are found by its fingerprint alone."""
+    """The same weights with another tokenizer are found by its first differing token."""
     report = audited(cache, other_teacher_path)
     assert kinds(report) == ["tokenizer"]
     assert "another tokenizer" in texts(report)
+
+
+def test_other_special_tokens(cache: Path, tmp_path: Path) -> None:
+    """A tokenizer that means the same by every id is a remark, which says what differs."""
+    models.save_teacher(tmp_path / "chat")
+    tokenizer = models.build_tokenizer()
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    report = audited(cache, tmp_path / "chat")
+    assert report.ok
+    (note,) = [note for note in report.notes if note.kind == "tokenizer"]
+    assert note.text.endswith("by every id: eos_token '<|end|>' where the cache has '</s>'")
 
 
 def test_a_smaller_vocabulary(cache: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import tokenizers
 import xxhash
 
 from decant.schemas import TokenizerInfo, tokenizer_fingerprint
+from decant.schemas.same_tokenizer import CHOICES
 from decant.storage.cache import paths
 from decant.storage.cache.reader import CacheReader
 from decant.storage.files.store import Store
@@ -59,7 +60,7 @@ class TokenizerFiles:
         tokens = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in special.items()
-            if key in ("bos_token", "eos_token", "unk_token") and value is not None
+            if key in CHOICES and value is not None
         }
         return cls(folder, backend, tokens)
 
