@@ -25,7 +25,7 @@ import torch
 from common import peak_mb, save, status_mb
 
 from decant.storage import CacheReader
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.student_train import Batch, CacheStream
 from decant.student_train.alignment.aligner import Aligner
 from decant.student_train.losses import EventTargets, SparseTargets, fused_linear_divergence

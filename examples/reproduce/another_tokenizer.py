@@ -25,10 +25,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from decant.schemas import ScoredSequence, Truncation
+from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.storage import CacheReader
+from decant.storage.cache import paths
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.cache.writer import plan_of, write_cache
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
 from decant.storage.files.store import Store
 from decant.student_train import (
     CacheStream,
@@ -164,18 +165,19 @@ def save_tokenizer(cache: str, vocab: int, path: str) -> None:
 def labels_alone(cache: str, out: Path) -> None:
     """The same cache with the log prob of the actual token alone."""
     reader = CacheReader(cache)
-    manifest = dataclasses.replace(
-        reader.manifest.draft(
-            teacher=reader.manifest.teacher,
-            tokenizer=reader.manifest.tokenizer,
-            shared_vocab_size=reader.manifest.shared_vocab_size,
-            truncation=Truncation(method="label"),
-            temperatures=(1.0,),
-            precision="compact",
-            source=reader.manifest.source,
-            sequences=reader.manifest.sequences,
-        ),
-        tokenizer=TokenizerFiles.of_cache(reader).save(Store(out)),
+    ours = reader.manifest
+    for name in ours.tokenizer.files:
+        file = f"{paths.TOKENIZER}/{name}"
+        Store(out).publish(file, Store(cache).read(file))
+    manifest = Manifest.draft(
+        teacher=ours.teacher,
+        tokenizer=ours.tokenizer,
+        shared_vocab_size=ours.shared_vocab_size,
+        truncation=Truncation(method="label"),
+        temperatures=(1.0,),
+        precision="compact",
+        source=ours.source,
+        sequences=ours.sequences,
     )
     sequences = [bare(sequence) for sequence in reader]
     write_cache(out, manifest, sequences, plan_of([sequences]))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.given_messages import GivenMessages
 from decant.storage.cache.rows import decode_rows
-from decant.storage.exchange.tokenizer_files import TokenizerFiles
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.student_train.alignment.chat import Chats, chat_pieces
 from decant.student_train.alignment.events import Events, Matching, events_of, last_rows
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned

@@ -65,7 +65,7 @@ def _tokenizer(path: str, has_chats: bool) -> "object":
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer {path} cannot be loaded: {error}") from error
-    from decant.storage.exchange.tokenizer_files import TokenizerFiles
+    from decant.storage.cache.tokenizer_files import TokenizerFiles
 
     return TokenizerFiles.read(path)
 

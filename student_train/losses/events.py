@@ -84,7 +84,7 @@ class EventTargets:
                 f"events are strings, and a product of probabilities at temperature "
                 f"{temperature:g} is that of no string: train at temperature 1"
             )
-        if self.checked_for == (vocab_size, 1.0):
+        if self.checked_for is not None and self.checked_for[0] <= vocab_size:
             return self
         num_chunks, slots = self.token_ids.shape
         for name, shape in (("log_p", (num_chunks, slots)), ("log_rest", (num_chunks,))):
