@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
@@ -56,7 +56,7 @@ def run_align(arguments: AlignArguments) -> int:
     return process.DONE
 
 
-def _tokenizer(path: str, has_chats: bool) -> "object":
+def _tokenizer(path: str, has_chats: bool) -> Any:
     """As its files say, or as transformers loads it where a chat template is to be rendered."""
     if has_chats:
         from transformers import AutoTokenizer

@@ -86,7 +86,7 @@ class Matching:
         row = np.repeat(np.arange(len(kept)), np.count_nonzero(usable, axis=1))
         v = kept.ravel()[place].astype(np.int64)
         ahead = ahead[row]
-        found = np.full(kept.size, -1, np.int32)
+        found: NDArray[np.int32] = np.full(kept.size, -1, np.int32)
 
         begins = np.flatnonzero(ahead >= 0)
         head = teacher.beginnings(v[begins], ahead[begins])
@@ -262,4 +262,5 @@ def _sum_before_last(both: Aligned, label_logprob: NDArray) -> NDArray[np.float6
     number = chunks.num_teacher - 1
     tokens = ranges(chunks.teacher_first, number)
     chunk = np.repeat(np.arange(len(chunks)), number)
-    return np.bincount(chunk, label_logprob[both.teacher.where[tokens]], len(chunks))
+    sums = np.bincount(chunk, label_logprob[both.teacher.where[tokens]], len(chunks))
+    return sums.astype(np.float64)

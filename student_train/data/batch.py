@@ -168,9 +168,9 @@ class Batch:
                 f"temperature {temperature:g} is not among those of the batch: "
                 f"{', '.join(f'{t:g}' for t in self.temperatures)}"
             )
-        return dataclasses.replace(
-            self.targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for
-        )
+        targets = self.targets
+        assert isinstance(targets, SparseTargets)
+        return dataclasses.replace(targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for)
 
     def of_targets(self, rows: Tensor) -> "Batch":
         """The same sequences with some of the targets alone: those at `rows` [n], int64."""

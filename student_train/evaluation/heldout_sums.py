@@ -158,6 +158,7 @@ def sums_of_chunks(
             known_R, agreeing_R = _agreement(chosen_R, teacher)
             has_probs = teacher.logprobs is not None
         if has_probs:
+            assert isinstance(teacher, SparseTargets)
             kept_R, rest_R = _overlap(logits_RV, teacher)
         total += HeldoutSums(
             targets=_sum(torch.ones_like(ce_R)),
