@@ -14,6 +14,7 @@ from decant.schemas import FormatError
 from decant.student_train import CacheStream, EvalConfig, LossConfig, StudentConfig, train
 from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.config.mixture import CacheShare
+from decant.student_train.config.selection import SelectionConfig
 from decant.student_train.data.follow import FollowStream
 from decant.student_train.data.mixture import MixtureStream
 from decant.student_train.dry_run import dry_run
@@ -221,8 +222,11 @@ def test_a_dry_run_says_what_is_aligned(cache: Path, tokenizer_path: Path, tmp_p
 
 
 def test_a_temperature_is_refused(cache: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    """Also one that the cache holds."""
+    """Also one that the cache holds; and a selection, which would cut chunks."""
     hot = LossConfig(temperature=2.0)
+    some = SelectionConfig(by="student_entropy")
+    with pytest.raises(ValueError, match="a loss is taken on whole chunks"):
+        train(aligned_config(cache, tmp_path, tokenizer_path, selection=some))
     with pytest.raises(
         ValueError, match="a product of tempered probabilities is that of no string"
     ):
