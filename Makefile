@@ -4,6 +4,7 @@
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make setup       make .venv with the pinned versions of requirements/ (PYTHON=python3.12 to choose one)
 # make setup-vllm  make .venv-vllm for vLLM on a CPU: Linux x86-64, Python 3.11
+# make test-llama  build llama.cpp's server (a C++ compiler, minutes) and test it as a teacher
 # make check       format, lint, types, import contracts
 # make format      format the sources and mend what the linter can
 # make docs        build the documentation into build/site/, warnings are errors
@@ -31,6 +32,7 @@ LOCK ?=
 VENV := .venv
 VENV_VLLM := .venv-vllm
 VENV_UV := .venv-uv
+VENV_LLAMA := .venv-llama
 PINS := requirements/pins.py
 SUBMAKE := $(MAKE) --no-print-directory
 
@@ -41,7 +43,7 @@ pip = $(1)/bin/pip --disable-pip-version-check install $(2) >$(1)/pip.log 2>&1 |
 has_python = test -n "$(PYTHON)" || \
   { echo "no Python 3.11, 3.12 or 3.13 here; name another one: make PYTHON=..." >&2; exit 1; }
 
-.PHONY: help demo demo-real demo-teacher test test-main test-slow test-vllm check docs docs-serve format resolve lock \
+.PHONY: help demo demo-real demo-teacher test test-main test-slow test-vllm test-llama check docs docs-serve format resolve lock \
   bench-peers setup setup-vllm setup-browser clean
 .DEFAULT_GOAL := help
 
@@ -100,7 +102,8 @@ test-main: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup -m slow
 
-TESTS_VLLM := tests/teacher_dump/engines/test_vllm_engine.py tests/teacher_dump/service/test_vllm_serve.py
+TESTS_VLLM := tests/teacher_dump/engines/test_vllm_engine.py tests/teacher_dump/service/test_vllm_serve.py \
+  tests/teacher_dump/engines/test_openai_real.py
 ifeq ($(and $(PYTHON_VLLM),$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))),)
 test-vllm:
 	@echo "no python3.11 on Linux x86-64 here: the vLLM tests are left out"
@@ -113,6 +116,16 @@ test-vllm:
 	  echo "no CPU build of torch found here: the vLLM tests are left out (make setup-vllm says why)"; \
 	fi
 endif
+
+test-llama: $(VENV)/.installed $(VENV_LLAMA)/.installed
+	LLAMA_PYTHON=$(VENV_LLAMA)/bin/python $(VENV)/bin/python -m pytest -m llama tests/teacher_dump/engines/test_openai_real.py
+
+$(VENV_LLAMA)/.installed: requirements/llama-cpp.txt
+	@$(has_python)
+	@echo "building llama.cpp (several minutes)"
+	@$(PYTHON) -m venv $(VENV_LLAMA)
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" $(call pip,$(VENV_LLAMA),--requirement $<)
+	@touch $@
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -50,7 +50,7 @@ def evaluate_student(
     its share, and all get the same verdict. Raises ValueError if student and cache do not fit, or
     the temperature is not stored.
     """
-    loss = loss or LossConfig()
+    loss = dataclasses.replace(loss or LossConfig(), router_weight=0.0)  # which is not measured
     accelerator = Accelerator(mixed_precision=mixed_precision)
     alignment = None
     if tokenizer_mismatch == "align":

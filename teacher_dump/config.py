@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from decant.schemas import PRECISIONS, Truncation
 from decant.schemas.truncation import check_temperatures
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.config import REMOTE
 from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
 
 LOWEST_TEMPERATURE = 0.01
@@ -75,8 +76,11 @@ class ServeConfig:
     """Longest sequence in tokens; 0 = what the model's configuration allows."""
 
     def __post_init__(self) -> None:
-        if self.teacher.engine == "http":
-            raise ValueError("a service cannot have teacher.engine http: use vllm or transformers")
+        if self.teacher.engine in REMOTE:
+            raise ValueError(
+                f"a service cannot have teacher.engine {self.teacher.engine}: use vllm or "
+                "transformers"
+            )
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}, must lie in [0, 65536)")
         if self.max_length < 0:

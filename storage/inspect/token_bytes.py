@@ -4,7 +4,7 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tokenizers
@@ -34,26 +34,34 @@ def readable(data: bytes) -> str:
 
 
 def bytes_of(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> bytes | None:
-    """The bytes that tokens stand for, joined; None where one of them is not known as bytes.
+    """The bytes that tokens stand for, joined; None where one of them is not known as bytes."""
+    joined = b""
+    for data in token_bytes(tokenizer, ids):
+        if data is None:
+            return None
+        joined += data
+    return joined
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> Iterator[bytes | None]:
+    """The bytes of each token; None where they are not known.
 
     Known are byte-level tokenizers, single bytes of byte fallback, and added tokens as they are.
     """
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     level = _byte_level()
-    joined = b""
     for index in ids:
         token = added.get(index) or tokenizer.id_to_token(index)
         if token is None:
-            return None
-        if index in added:
-            joined += token.encode()
+            yield None
+        elif index in added:
+            yield token.encode()
         elif single := BYTE_TOKEN.fullmatch(token):
-            joined += bytes.fromhex(single[1])
+            yield bytes.fromhex(single[1])
         elif all(c in level for c in token):
-            joined += bytes(level[c] for c in token)
+            yield bytes(level[c] for c in token)
         else:
-            return None
-    return joined
+            yield None
 
 
 def writing_of(tokenizer: tokenizers.Tokenizer) -> str:
@@ -78,7 +86,7 @@ def writing_of(tokenizer: tokenizers.Tokenizer) -> str:
     )
 
 
-def token_bytes(token: str, writing: str) -> bytes | None:
+def written_bytes(token: str, writing: str) -> bytes | None:
     """The bytes of one token of the model's vocabulary, written so; None where it has none."""
     if writing == BYTE_LEVEL:
         level = _byte_level()

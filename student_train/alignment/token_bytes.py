@@ -14,7 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from decant.schemas.tokenizer import PROBES
-from decant.storage.inspect.token_bytes import BROKEN, BYTE_TOKEN, token_bytes, writing_of
+from decant.storage.inspect.token_bytes import BROKEN, BYTE_TOKEN, writing_of, written_bytes
 
 Ids = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -222,7 +222,7 @@ def _table(
         if extra is not None and not (writing == "spaces" and token in own):
             found: bytes | None = extra.content.encode()
         else:
-            found = token_bytes(token, writing)
+            found = written_bytes(token, writing)
             is_byte[index] = writing != "byte-level" and bool(BYTE_TOKEN.fullmatch(token))
         if found:
             kind[index], parts[index] = TEXT, found

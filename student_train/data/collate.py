@@ -14,6 +14,7 @@ from decant.storage import StoredRows
 from decant.storage.cache.logprobs import empty
 from decant.student_train.data.batch import Batch, StoredTargets
 from decant.student_train.data.packing import rows_of
+from decant.student_train.data.planes import Numberings
 
 
 def collate(
@@ -60,12 +61,22 @@ def collate(
         """[N, T] a field at the temperatures of the batch."""
         return torch.stack([at_temperature(name, i, missing) for i in temperature_indices], dim=1)
 
+    def columns_of_logprobs() -> tuple[Tensor, ...] | None:
+        columns = spans[0].rows.topk_logprob
+        if columns is None:
+            return None
+        each = range(len(columns))
+        return tuple(tensor(joined(lambda rows, i=i: rows.topk_logprob[i])) for i in each)
+
     num_kept = joined(lambda rows: rows.num_kept)
     stored = StoredTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
         topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
         topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
-        topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
+        numberings=Numberings.of(
+            [span.rows.numbering for span in spans], [len(span.positions) for span in spans]
+        ),
+        topk_logprob=columns_of_logprobs(),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
         log_tail_t1=at_temperature("log_tail", 0, -math.inf),  # draws alone stand for all ids

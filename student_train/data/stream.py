@@ -7,6 +7,7 @@ so a run can go on with another world size.
 
 import contextlib
 import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -24,6 +25,7 @@ from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.collate_events import collate_events, own_events
+from decant.student_train.data.epoch import OnePass
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 
@@ -209,6 +211,21 @@ class SequenceStream(IterableDataset[Batch]):
                 )
         self.consumed = int(state["consumed"])
 
+    def next_sequences(self, num_groups: int) -> list[Found]:
+        """The sequences that come next in the order, of so many row groups and one epoch at most.
+
+        Nothing is consumed by it.
+        """
+        groups: dict[tuple[int, ...], StoredRows | AlignedRows] = {}
+        found = []
+        for entry in itertools.islice(self._order(self.consumed), self.num_sequences):
+            if entry is None or (entry.visit not in groups and len(groups) == num_groups):
+                break
+            if entry.visit not in groups:
+                groups[entry.visit] = self._load(entry.visit)
+            found.append(Found(groups[entry.visit], entry.member, entry.source))
+        return found
+
     @property
     def sequences_per_step(self) -> int:
         """Sequences that all ranks together take at a time."""
@@ -357,6 +374,18 @@ class CacheStream(SequenceStream):
             "consumed": self.consumed,
         }
 
+    def one_epoch(self, packing: str = "none") -> OnePass[Batch]:
+        """The batches up to the end of the pass over the part that the stream is in; has a length.
+
+        All batches are full, on all ranks: where the part does not divide, the last one begins the
+        next pass, which is so much shorter. Ask again for the next: nothing is taken twice or left.
+        """
+        return OnePass(self, 1, packing, lambda microbatches: microbatches[0])
+
+    def epoch_steps(self, num_microbatches: int, packing: str = "none") -> OnePass[list[Batch]]:
+        """`one_epoch` by optimizer steps of several microbatches: a list of batches at a time."""
+        return OnePass(self, num_microbatches, packing, lambda microbatches: microbatches)
+
     def _order(self, consumed: int) -> Iterator[Entry]:
         return self.order.after(consumed)
 
@@ -376,9 +405,11 @@ def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
         lanes=config.lanes,
     )
     if not order.num_sequences:
+        remedy = "larger" if config.part == "heldout" else "smaller"
         raise ValueError(
             f"{reader.url}: part {config.part!r} with heldout_fraction {config.heldout_fraction} "
-            f"holds none of its {len(reader)} sequences"
+            f"holds none of its {len(reader)} sequences: give a {remedy} fraction, or a cache of "
+            "its own to evaluate on (eval.cache)"
         )
     return order
 

@@ -143,6 +143,7 @@ def sums_of_chunks(
             temperature=terms.temperature,
             tail=terms.tail,
             scale_by_t2=terms.scale_by_t2,
+            labels=batch.labels[rows],
             vocab_size=vocab_size,
             **terms.options,
         )

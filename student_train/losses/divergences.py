@@ -58,8 +58,13 @@ class Divergence:
         """What value and gradient are multiplied by: T² or 1."""
         return self.temperature**2 if self.scale_by_t2 else 1.0
 
-    def check_targets(self, targets: AnyTargets, vocab_size: int) -> AnyTargets:
-        """Validate `targets`, and for sampled ones and events that this divergence is allowed."""
+    def check_targets(
+        self, targets: AnyTargets, vocab_size: int, labels: Tensor | None = None
+    ) -> AnyTargets:
+        """Validate `targets`, and for sampled ones and events that this divergence is allowed.
+
+        For tail='label', what is returned has the tail's mass on the labels.
+        """
         if isinstance(targets, EventTargets):
             if self.tail != "bucket":
                 raise ValueError(
@@ -83,7 +88,17 @@ class Divergence:
                     f"sampled targets were drawn at temperature 1 and are unbiased only there, "
                     f"got temperature {self.temperature}"
                 )
-        return targets.validate(vocab_size, self.temperature)
+        if self.kind == "tail_kl" and self.options["head"] >= targets.token_ids.shape[1] > 0:
+            raise ValueError(
+                f"tail_kl: head {self.options['head']} of {targets.token_ids.shape[1]} kept ids "
+                "leaves no tail to weigh: make it smaller, or use fkl"
+            )
+        targets = targets.validate(vocab_size, self.temperature)
+        if self.tail != "label":
+            return targets
+        if labels is None:
+            raise ValueError("tail='label' needs the labels, which get the tail's mass")
+        return targets.with_tail_on(labels, vocab_size, self.temperature)
 
     def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:
         """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.
@@ -108,7 +123,7 @@ class Divergence:
             log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
             return self.scale * (weights_NK * (log_p_NK - log_q_NK)).sum(1)
         log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
-        if self.tail == "bucket":
+        if self.tail in ("bucket", "label"):
             log_p_tail_N = targets.log_tail.to(x_NK.dtype).clamp(min=LOG_FLOOR)
             has_tail_N = lse_tail_N > NO_TAIL
             log_q_tail_N = torch.where(has_tail_N, log_q_NC[:, -1], LOG_FLOOR)
@@ -141,6 +156,7 @@ def sparse_divergence(
     temperature: float = 1.0,
     tail: str = "bucket",
     *,
+    labels: Any = None,
     vocab_size: int | None = None,
     scale_by_t2: bool = True,
     **options: float | str,
@@ -149,6 +165,7 @@ def sparse_divergence(
 
     `kind` and its `options` as in DIVERGENCES, `tail` as in TAIL_MODES; their equations stand in
     docs/losses.md. Columns of the logits from `vocab_size` on (padding of the head) are ignored.
+    `labels` [N], the actual tokens, are for tail='label' alone.
     Raises ValueError for targets that break a rule of SparseTargets and for options without effect.
     """
     divergence = Divergence.of(
@@ -160,7 +177,9 @@ def sparse_divergence(
             f"{tuple(student_logits_NV.shape)}"
         )
     student_logits_NV = student_logits_NV[:, : checked_vocab(vocab_size, student_logits_NV, 1)]
-    targets = divergence.check_targets(targets, student_logits_NV.shape[1])
+    if labels is not None:
+        labels = torch.as_tensor(labels, device=student_logits_NV.device).to(torch.int64)
+    targets = divergence.check_targets(targets, student_logits_NV.shape[1], labels)
     with torch.autocast(student_logits_NV.device.type, enabled=False):
         x_NV = student_logits_NV.to(compute_dtype(student_logits_NV)) / temperature
         if tail == "uniform":

@@ -24,6 +24,7 @@ from decant.student_train.losses.divergences import (
     compute_dtype,
 )
 from decant.student_train.losses.events import row_slices
+from decant.student_train.losses.kinds import RANKINGS
 from decant.student_train.losses.products import add_product, product_dtype, product_into
 from decant.student_train.losses.targets import MASKED_LOGIT, SparseTargets
 
@@ -45,6 +46,12 @@ class FusedLoss:
     """The divergence, T² included, detached."""
     ce: Tensor
     """The cross entropy of the labels at T=1, detached; 0 without labels."""
+    router: Tensor | None = None
+    """The load-balancing loss of a student's routers, detached, without its weight in `loss`."""
+
+    def parts(self) -> list[Tensor]:
+        """The loss, and what it is made of."""
+        return [self.loss, self.kd, self.ce, *([] if self.router is None else [self.router])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +105,8 @@ def fused_linear_divergence(
     in the inputs' dtype, or autocast's; logits, losses and sums of gradients are float32. Backward
     may run once: the gradients are handed over, not copied.
     """
+    if labels_N is not None:
+        labels_N = torch.as_tensor(labels_N, device=hidden_NH.device).to(torch.int64)
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
     for weight_name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if isinstance(weight, Tensor) and weight.shape != (len(targets),):
@@ -117,7 +126,7 @@ def fused_linear_divergence(
     )
     job = _Job(
         divergence=divergence,
-        targets=divergence.check_targets(targets, vocab_size),
+        targets=divergence.check_targets(targets, vocab_size, labels_N),
         labels=labels_N,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
@@ -125,11 +134,19 @@ def fused_linear_divergence(
         softcap=softcap,
         num_targets=float(num_targets or max(len(targets), 1)),
         vocab_size=vocab_size,
-        chunk_rows=chunk_size or max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)),
+        chunk_rows=chunk_size or _chunk_rows(kind, targets.token_ids.shape[1], vocab_size),
         wants_gradient=torch.is_grad_enabled(),
     )
     loss, kd, ce = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
     return FusedLoss(loss=loss, kd=kd, ce=ce)
+
+
+def _chunk_rows(kind: str, num_slots: int, vocab_size: int) -> int:
+    """Return how many rows are computed at once; a ranking's pairs are not to outgrow logits."""
+    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
+    if kind in RANKINGS:
+        rows = min(rows, max(1, CHUNK_BYTES // (4 * max(num_slots, 1) ** 2)))
+    return rows
 
 
 def _check_shapes(

@@ -70,6 +70,7 @@ def by_student(
             temperature=terms.temperature,
             tail=terms.tail,
             scale_by_t2=terms.scale_by_t2,
+            labels=batch.labels[rows],
             vocab_size=vocab_size,
             **terms.options,
         )

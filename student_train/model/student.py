@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from decant.schemas import FormatError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.student import StudentConfig
+from decant.student_train.model.cut import cut
 from decant.student_train.model.tokenizer import (
     agreed_tokenizer,
     as_fingerprinted,
@@ -40,6 +42,8 @@ SAMPLING = (
 """Generation settings that have an effect with do_sample alone."""
 BEAMS = ("early_stopping", "length_penalty")
 """Generation settings that have an effect with several beams alone."""
+FINGERPRINTED = 1024
+"""Numbers of each tensor that a fingerprint looks at."""
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +83,33 @@ def load_student(
     Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
     the cache's, ValueError if the student cannot be built, or not all of its weights are there.
     """
-    trusted = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = aligned[0] if aligned else load_tokenizer(reader, **trusted)
+    trusted = config.trust_remote_code
+    if aligned:
+        tokenizer = aligned[0]
+    else:
+        tokenizer = load_tokenizer(reader, trust_remote_code=trusted)
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
-    if config.path:
-        student = _pretrained(config.path, dtype=dtype, **attention, **trusted, **options)
+    if not config.config:
+        path, revision = config.path, config.revision
+        if config.from_teacher.is_given:
+            path = config.from_teacher.path
+            if not path:
+                path, _, named = reader.manifest.teacher.name.partition("@")
+                revision = revision or named
+        where: dict[str, Any] = {"trust_remote_code": trusted, "revision": revision or None}
+        student = _pretrained(path, dtype=dtype, **attention, **where, **options)
         if tokenizer is not None and not aligned:
-            tokenizer = _agreed(tokenizer, config, reader, trusted)
-        follow_tokenizer(student, tokenizer, config.path)
+            tokenizer = _agreed(tokenizer, config, path, reader, where)
+        if config.from_teacher.is_given:
+            torch.manual_seed(seed)
+            student = cut(student, config.from_teacher.layers, config.from_teacher.keep)
+        follow_tokenizer(student, tokenizer, path)
         return student, tokenizer
     if config.tokenizer and tokenizer is not None and not aligned:
-        tokenizer = _agreed(tokenizer, config, reader, trusted)
+        only_code = {"trust_remote_code": trusted}
+        tokenizer = _agreed(tokenizer, config, "", reader, only_code)
     fields = dict(config.config)
     model_type = fields.pop("model_type")
     vocab_size = aligned[1] if aligned else reader.manifest.shared_vocab_size
@@ -114,12 +132,13 @@ def load_student(
 
 
 def _agreed(
-    tokenizer: Any, config: StudentConfig, reader: CacheReader, trusted: dict[str, bool]
+    tokenizer: Any, config: StudentConfig, path: str, reader: CacheReader, where: dict[str, Any]
 ) -> Any:
     """The tokenizer to save with a student that has one. Raises FormatError if it is another."""
-    path = config.tokenizer or config.path
+    if config.tokenizer:
+        path, where = config.tokenizer, {**where, "revision": None}
     try:
-        own = AutoTokenizer.from_pretrained(path, **trusted)
+        own = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         name = "tokenizer" if config.tokenizer else "path"
         raise ValueError(
@@ -214,6 +233,16 @@ def _mend_generation(student: PreTrainedModel, path: str) -> None:
     if removed:
         said = ", ".join(f"{name} {value}" for name, value in removed.items())
         log.info("generation settings of %s have no effect and are left out: %s", path, said)
+
+
+def fingerprint(student: PreTrainedModel) -> str:
+    """Of a student's weights: names, shapes, and the first numbers of each tensor."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        first = tensor.detach().flatten()[:FINGERPRINTED].cpu().contiguous()
+        digest.update(first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_savable(student: PreTrainedModel, tokenizer: Any | None) -> None:

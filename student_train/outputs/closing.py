@@ -8,7 +8,7 @@ from typing import Any
 from decant.storage.cli.terminal import megabytes
 from decant.student_train.config.evaluation import ROUGE
 from decant.student_train.outputs.progress import duration
-from decant.student_train.outputs.save import STUDENT
+from decant.student_train.outputs.save import QUANTISED, STUDENT
 
 ROWS = (
     ("heldout_ce", "cross-entropy, nats", "{:.4f}"),
@@ -32,6 +32,8 @@ def closing_text(summary: Mapping[str, Any], output: Path) -> str:
     if best := summary.get("best_step"):
         steps += f"; saved is the best, step {best:,}"
     facts = [("student", str(output / STUDENT)), ("steps", steps)]
+    if summary.get("quantised"):
+        facts.insert(1, ("", f"{output / QUANTISED}  ({summary['quantised']})"))
     if "wall_s" in summary:
         took = duration(summary["wall_s"])
         if summary["resumed_at"]:

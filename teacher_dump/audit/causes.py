@@ -26,6 +26,7 @@ from decant.teacher_dump.audit.judge import (
 from decant.teacher_dump.audit.report import Compared, Finding
 from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
+from decant.teacher_dump.engines.config import REMOTE
 from decant.teacher_dump.teacher import Teacher
 
 
@@ -163,7 +164,7 @@ def find_precision(
     """A note if log probs disagree by no more than what computing in 16 bits does."""
     if all(q.agrees for q in quantities if q.name == "logprob"):
         return []
-    if config.engine == "http":  # a service has the dtype it has
+    if config.engine in REMOTE:  # a server has the dtype it has
         return []
     runs = {config.dtype: live}
     for dtype in ("float32", "bfloat16"):

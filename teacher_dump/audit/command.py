@@ -7,7 +7,7 @@ from typing import Annotated
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Hidden, Shown, Word
-from decant.teacher_dump.engines.config import TeacherConfig
+from decant.teacher_dump.engines.config import REMOTE, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class AuditArguments(TeacherConfig):
     url: Annotated[str, Word("DIR")]
     """The cache: a directory or an fsspec URL."""
     teacher: Annotated[str, Shown("PATH")]
-    """Directory or hub id of the teacher; with engine http the URL of a service."""
+    """Directory or hub id of the teacher; with engines http and openai the URL of a server."""
     sample: int = 32
     """Sequences to score."""
     seed: int = 0
@@ -35,9 +35,9 @@ class AuditArguments(TeacherConfig):
     def config(self) -> TeacherConfig:
         """The teacher. Raises ValueError where its options do not go together."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(TeacherConfig)}
-        is_http = self.engine == "http"
-        given["path"] = "" if is_http else self.teacher
-        given["endpoints"] = (self.teacher,) if is_http else ()
+        is_remote = self.engine in REMOTE
+        given["path"] = "" if is_remote else self.teacher
+        given["endpoints"] = (self.teacher,) if is_remote else ()
         return TeacherConfig(**given)
 
 

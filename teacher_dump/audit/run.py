@@ -26,8 +26,13 @@ from decant.teacher_dump.audit.judge import (
 from decant.teacher_dump.audit.report import AuditReport, Compared, Finding
 from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
-from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS
-from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
+from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS, REMOTE
+from decant.teacher_dump.teacher import (
+    Teacher,
+    describe_teacher,
+    fingerprint_like,
+    hash_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ def audit(
     if not len(reader):
         raise ValueError(f"{url}: no shard is committed yet; there is nothing to compare")
     dtype, _, quantization = manifest.teacher.dtype.partition("+")
-    if config.dtype == "auto" and dtype in DTYPES and config.engine != "http":
+    if config.dtype == "auto" and dtype in DTYPES and config.engine not in REMOTE:
         config = dataclasses.replace(config, dtype=dtype)
     if config.engine == "transformers" and quantization in QUANTIZATIONS:
         config = dataclasses.replace(config, quantization=quantization)
@@ -86,7 +91,8 @@ def audit(
         tolerances = tolerances_from(control, rounding)
         findings += find_unsteady(tolerances, rounding, dtype)
         quantities = compare_quantities(manifest, cached, live, tolerances)
-        stored, given = manifest.teacher.fingerprint, teacher.info.fingerprint
+        stored = manifest.teacher.fingerprint
+        given = fingerprint_like(teacher.info.fingerprint, stored)
         differs = f"(fingerprint {stored} in the manifest, {given} given)"
         causes: list[Finding] = []
         if not all(q.agrees for q in quantities):

@@ -43,16 +43,19 @@ def score_live(
     Neighbours of the targets are scored as well, so that a shift can be recognised. Raises
     EngineError if the teacher can score none.
     """
+    slots = manifest.truncation.slots
+    entries = min(manifest.shared_vocab_size, max(LIVE_ENTRIES, 2 * slots))
+    if teacher.sample_entries:
+        entries = min(entries, max(teacher.sample_entries, slots))
     engine = open_engine(
         config,
         teacher.model_path,
         vocab_size=manifest.shared_vocab_size,
-        truncation=Truncation(
-            k=min(manifest.shared_vocab_size, max(LIVE_ENTRIES, 2 * manifest.truncation.slots))
-        ),
+        truncation=Truncation(k=entries),
         temperatures=temperatures or manifest.temperatures,
         max_length=max(len(s.input_ids) for s in cached),
         fingerprint=teacher.info.fingerprint,
+        tokenizer=teacher.tokenizer,
     )
     inputs = []
     for s in cached:

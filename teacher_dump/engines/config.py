@@ -4,7 +4,14 @@ import dataclasses
 import urllib.parse
 from dataclasses import dataclass, field
 
-ENGINES = ("transformers", "vllm", "http")
+ENGINES = ("transformers", "vllm", "http", "openai")
+
+
+APIS = ("auto", "vllm", "sglang", "completions")
+
+
+REMOTE = ("http", "openai")
+"""Engines whose teacher is elsewhere: nothing of it is read here."""
 
 
 QUANTIZATIONS = ("", "bnb-4bit", "bnb-8bit")
@@ -24,10 +31,14 @@ EFFECT = {
     "max_memory": ("transformers",),
     "offload_folder": ("transformers",),
     "tensor_parallel": ("vllm",),
-    "endpoints": ("http",),
-    "api_key_env": ("http",),
-    "requests": ("http",),
-    "wait_seconds": ("http",),
+    "dtype": ("transformers", "vllm", "http"),
+    "max_batch_tokens": ("transformers", "vllm", "http"),
+    "endpoints": ("http", "openai"),
+    "api_key_env": ("http", "openai"),
+    "requests": ("http", "openai"),
+    "wait_seconds": ("http", "openai"),
+    "model": ("openai",),
+    "api": ("openai",),
 }
 """The engines with which an option has an effect; one that is not named here has it with all."""
 
@@ -38,17 +49,19 @@ class TeacherConfig:
 
     path: str = ""
     """Directory of a causal language model in transformers format, a hub id, or a .gguf file; not
-    with http."""
+    with http and openai."""
     revision: str = ""
     """Branch, tag or commit of a hub id."""
     tokenizer: str = ""
-    """Path of the tokenizer; the teacher's own by default. "none": the source holds ready ids."""
+    """Path of the tokenizer; the teacher's own by default. "none": the source holds ready ids.
+    openai: must be given, since no server gives it."""
     adapter: str = ""
     """transformers: directory or hub id of a PEFT adapter (LoRA) of the model at path."""
     trust_remote_code: bool = False
     """Run the Python code that the model's own files bring along; look at it before."""
     engine: str = "transformers"
-    """transformers | vllm | http (a teacher that `decant serve` offers)."""
+    """transformers | vllm | http (a teacher that `decant serve` offers) | openai (a stock server:
+    vLLM, SGLang, or a completions API with echo and logprobs)."""
     dtype: str = "auto"
     """Computation dtype: auto (as saved) | float32 | bfloat16 | float16."""
     device: str = "auto"
@@ -67,24 +80,30 @@ class TeacherConfig:
     tensor_parallel: int = 1
     """vllm: GPUs over which every layer is split."""
     endpoints: tuple[str, ...] = ()
-    """http: URLs of services that offer the same teacher; the work is spread over them."""
+    """http, openai: URLs of servers that offer the same teacher; the work is spread over them."""
     api_key_env: str = ""
-    """http: environment variable that holds the services' API key."""
+    """http, openai: environment variable that holds the servers' API key."""
     requests: int = 4
-    """http: requests in flight per endpoint; with max_batch_tokens they bound the memory."""
+    """http, openai: requests in flight per endpoint, which bound the memory; with openai each is a
+    sequence."""
     wait_seconds: float = 300.0
-    """http: how long no endpoint may answer before the job gives up."""
+    """http, openai: how long no endpoint may answer before the job gives up."""
+    model: str = ""
+    """openai: name of the model at the server; needed where it serves several."""
+    api: str = "auto"
+    """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo, logprobs)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("engine", ENGINES),
             ("dtype", DTYPES),
             ("quantization", QUANTIZATIONS),
+            ("api", APIS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"teacher.{name} {getattr(self, name)!r} is not one of {allowed}")
         self._refuse_without_effect()
-        if self.engine == "http":
+        if self.engine in REMOTE:
             self._check_endpoints()
         elif not self.path:
             raise ValueError("teacher.path is empty; it must name a model")
@@ -117,15 +136,24 @@ class TeacherConfig:
             return
         have = "have" if len(idle) > 1 else "has"
         why = ""
-        if self.engine == "http" and {"path", "revision"} & {*idle}:
+        if self.engine in REMOTE and {"path", "revision"} & {*idle}:
             why = ": the services at teacher.endpoints say which teacher they offer"
+            if self.engine == "openai":
+                why += "; of several, teacher.model names one"
         raise ValueError(
             f"teacher.{', '.join(idle)} {have} no effect with engine {self.engine}{why}"
         )
 
     def _check_endpoints(self) -> None:
         if not self.endpoints:
-            raise ValueError("teacher.engine http needs teacher.endpoints: [http://host:port, ...]")
+            raise ValueError(
+                f"teacher.engine {self.engine} needs teacher.endpoints: [http://host:port, ...]"
+            )
+        if self.engine == "openai" and self.tokenizer in ("", "none"):
+            raise ValueError(
+                "teacher.engine openai needs teacher.tokenizer: the directory or hub id of the "
+                "teacher's tokenizer, which no server gives"
+            )
         for url in self.endpoints:
             try:
                 parts = urllib.parse.urlsplit(url)

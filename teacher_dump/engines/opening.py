@@ -7,12 +7,13 @@ that equal calls give equal answers.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from decant.schemas import Truncation
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.seam import Engine, EngineError, Generator, Sampling
 
-GENERATING_ENGINES = ("transformers", "vllm")
+GENERATING_ENGINES = ("transformers", "vllm", "openai")
 
 
 def check_engine(config: TeacherConfig, model_path: str) -> list[str]:
@@ -32,12 +33,17 @@ def check_engine(config: TeacherConfig, model_path: str) -> list[str]:
 
 
 def open_generator(
-    config: TeacherConfig, model_path: str, *, sampling: Sampling, max_length: int
+    config: TeacherConfig,
+    model_path: str,
+    *,
+    sampling: Sampling,
+    max_length: int,
+    tokenizer: Any | None = None,
 ) -> Generator:
     """Load the teacher at local path `model_path` for sampling, in the engine that `config` names.
 
-    `max_length` is the longest prompt with its response, in tokens. Raises EngineError if the
-    engine is not installed or cannot sample.
+    `max_length` is the longest prompt with its response, in tokens; engine openai needs the
+    teacher's `tokenizer`. Raises EngineError if the engine is not installed or cannot sample.
     """
     chosen: Callable[..., Generator]
     if config.engine == "transformers":
@@ -53,6 +59,10 @@ def open_generator(
                 "installed here: use teacher.engine transformers, or pip install 'decant[vllm]'"
             ) from error
         chosen = VllmGenerator
+    elif config.engine == "openai":
+        from decant.teacher_dump.engines.openai.generate import OpenAIGenerator
+
+        chosen = functools.partial(OpenAIGenerator, tokenizer=tokenizer)
     else:
         raise EngineError(
             f"source.generate cannot sample with teacher.engine {config.engine}: set one of "
@@ -70,13 +80,15 @@ def open_engine(
     temperatures: tuple[float, ...],
     max_length: int,
     fingerprint: str = "",
+    tokenizer: Any | None = None,
 ) -> Engine:
     """Load the teacher at local path `model_path` in the configured engine.
 
-    With engine http there is no path; the services' teacher must have this `fingerprint`, if one is
-    given. `vocab_size` is the shared vocabulary: logits beyond it are cut before normalisation.
-    `max_length` is the longest sequence that will be scored. Raises EngineError if the engine is
-    not installed or cannot give this truncation or these temperatures.
+    With engines http and openai there is no path; the servers' teacher must have this
+    `fingerprint`, if one is given, and openai needs its `tokenizer`. `vocab_size` is the shared
+    vocabulary: logits beyond it are cut before normalisation. `max_length` is the longest sequence
+    that will be scored. Raises EngineError if the engine is not installed or cannot give this
+    truncation or these temperatures.
     """
     if truncation.slots > vocab_size:
         raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
@@ -85,6 +97,10 @@ def open_engine(
         from decant.teacher_dump.engines.http.engine import HttpEngine
 
         chosen = functools.partial(HttpEngine, config, fingerprint)
+    elif config.engine == "openai":
+        from decant.teacher_dump.engines.openai.engine import OpenAIEngine
+
+        chosen = functools.partial(OpenAIEngine, config, fingerprint, tokenizer)
     elif config.engine == "vllm":
         from decant.teacher_dump.engines.vllm.engine import VllmEngine
 

@@ -50,6 +50,7 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
         temperatures=tuple(config.temperatures),
         max_length=config.sequences.max_length,
         fingerprint=teacher.info.fingerprint,
+        tokenizer=teacher.tokenizer,
     )
 
 

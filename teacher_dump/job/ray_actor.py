@@ -12,7 +12,7 @@ from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
 from decant.teacher_dump.engines.quiet import quiet_transformers
 from decant.teacher_dump.job.fill import fill_shard, is_done, open_teacher
-from decant.teacher_dump.teacher import describe_teacher, hash_weights
+from decant.teacher_dump.teacher import describe_teacher, fingerprint_like, hash_weights
 
 CLAIM_POLL_S, CLAIM_WAIT_S = 0.5, 600.0
 """How often, and how long, an actor asks for a shard that another process holds."""
@@ -96,10 +96,10 @@ class ShardActor:
             )
         teacher = hash_weights(describe_teacher(self._config.teacher))
         ours, theirs = teacher.info.fingerprint, writer.manifest.teacher.fingerprint
-        if ours != theirs:
+        if fingerprint_like(ours, theirs) != theirs:
             raise ValueError(
-                f"{teacher.model_path} has fingerprint {ours} here, but the cache's teacher has "
-                f"{theirs}: copy the same files to every node"
+                f"{teacher.model_path or teacher.info.name} has fingerprint {ours} here, but the "
+                f"cache's teacher has {theirs}: copy the same files to every node"
             )
         return writer, open_teacher(self._config, teacher)
 

@@ -4,10 +4,15 @@ import os
 import re
 from pathlib import Path, PurePath
 
+from decant.schemas import check_same_tokenizer
+from decant.schemas.tokenizer import has_fingerprint
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines.top_entries import refuse_request
+from decant.teacher_dump.inputs.cached import is_cache, open_cache
 from decant.teacher_dump.inputs.sources import source_files
 from decant.teacher_dump.job.responses import (
     refuse_generation,
@@ -32,6 +37,7 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
             f"truncation keeps {slots} entries per target, but {teacher.info.name} has only "
             f"{vocab_size} ids: lower truncation.k (or draws)"
         )
+    refuse_server_limits(config, teacher)
     refuse_generation(config, teacher)
     store = Store(config.output)
     # A cache that was begun in an older version may keep log probs all the same.
@@ -43,6 +49,8 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
         )
     if without:
         config.truncation.check_without_logprobs(config.temperatures)
+    if is_cache(config.source):
+        _refuse_other_tokenizer(config, teacher)
     length, limit = config.sequences.max_length, teacher.max_positions
     if limit and length > limit:
         raise ValueError(
@@ -70,6 +78,35 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
                 f"the source file {file} lies inside the output {output}: choose an output of its "
                 "own"
             )
+
+
+def _refuse_other_tokenizer(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError if the ids of the cache that is the source are not the teacher's."""
+    reader = open_cache(config.source)
+    stored, size = reader.manifest.tokenizer.fingerprint, reader.manifest.shared_vocab_size
+    if not stored or teacher.tokenizer is None or has_fingerprint(teacher.tokenizer, stored):
+        return
+    try:
+        kept = TokenizerFiles.of_cache(reader)
+        check_same_tokenizer(kept, teacher.tokenizer, reader.url, vocab_size=size)
+    except ValueError as error:
+        raise ValueError(
+            f"the ids of {config.source.path} are of another tokenizer than that of "
+            f"{teacher.info.name}: {error}"
+        ) from error
+
+
+def refuse_server_limits(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError for what a stock server does not give."""
+    if config.teacher.engine != "openai":
+        return
+    refuse_request(config.truncation, tuple(config.temperatures))
+    slots, most = config.truncation.slots, teacher.max_entries
+    if slots > most and teacher.entries_limit:
+        raise ValueError(
+            f"truncation.k is {slots}, but the server of {teacher.info.name} gives at most {most} "
+            f"entries per token: lower it, or {teacher.entries_limit.format(k=slots)}"
+        )
 
 
 def refuse_foreign(config: DumpConfig) -> None:

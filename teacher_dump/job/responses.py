@@ -40,7 +40,7 @@ from decant.teacher_dump.job.response_files import (
     rows_of,
 )
 from decant.teacher_dump.progress import progress
-from decant.teacher_dump.teacher import Teacher
+from decant.teacher_dump.teacher import Teacher, stable_identity
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def describe_generation(
     generate |= {name: float(generate[name]) for name in ("temperature", "top_p")}
     settings = {
         "prompts": source["fingerprint"],
-        "teacher": teacher.info.fingerprint,
+        "teacher": stable_identity(teacher),
         "dtype": teacher.info.dtype,
         "engine": config.teacher.engine,
         "stop_ids": list(stop_ids(teacher)),
@@ -216,6 +216,7 @@ def open_sampler(config: DumpConfig, teacher: Teacher) -> Generator:
         teacher.model_path,
         sampling=sampling,
         max_length=config.sequences.max_length,
+        tokenizer=teacher.tokenizer,
     )
 
 

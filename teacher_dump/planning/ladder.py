@@ -41,9 +41,15 @@ class Rung:
     bytes: int
 
 
-def reference_truncation(truncation: Truncation, vocab_size: int) -> Truncation:
-    """The one to score a sample with, so that every k of interest can be cut out of it."""
-    return Truncation(k=min(vocab_size, max(REFERENCE_K, 2 * truncation.k)))
+def reference_truncation(truncation: Truncation, teacher: Teacher) -> Truncation:
+    """The one to score a sample with, so that every k of interest can be cut out of it.
+
+    A teacher that gives few entries sets its size.
+    """
+    k = min(teacher.shared_vocab_size, max(REFERENCE_K, 2 * truncation.k))
+    if teacher.sample_entries:
+        k = min(k, max(teacher.sample_entries, truncation.slots))
+    return Truncation(k=k)
 
 
 def cut_ladder(

@@ -117,7 +117,7 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     names = [name for name in dict.fromkeys(engines) if name != config.teacher.engine]
     others = [_timed_other(config, name, teacher, sequences, counts) for name in names]
 
-    reference = reference_truncation(config.truncation, teacher.shared_vocab_size)
+    reference = reference_truncation(config.truncation, teacher)
     wide = scored
     if config.truncation != reference:
         wide = _score(dataclasses.replace(config, truncation=reference), teacher, sequences)

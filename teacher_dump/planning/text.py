@@ -55,6 +55,11 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
 
 def _recommendation(p: Prediction, config: DumpConfig) -> str:
     rule = f"costs at most {TOLERANCE:g} nats against k={p.reference_k}"
+    if p.recommended_k is None and config.teacher.engine == "openai":
+        return (
+            f"no smaller k {rule}, which is what was asked of the server: keep that many, or "
+            "serve the teacher with `decant serve` for more of it"
+        )
     if p.recommended_k is None:
         return (
             f"no smaller k {rule}: keep that many, or take draws (truncation.method: topk+sample)"

@@ -12,7 +12,8 @@ import socket
 
 from decant.schemas import tokenizer_fingerprint
 from decant.teacher_dump.config import ServeConfig
-from decant.teacher_dump.engines.http.messages import PROTOCOL, TeacherCard, key_from
+from decant.teacher_dump.engines.http.messages import PROTOCOL, TeacherCard
+from decant.teacher_dump.engines.remote.keys import key_from
 from decant.teacher_dump.engines.vllm.process import require_vllm
 from decant.teacher_dump.service.embedded import EngineBackend, listen
 from decant.teacher_dump.service.routes import (

@@ -5,15 +5,12 @@ Requests are in flight several at a time, their answers are taken in order, and 
 for than `teacher.requests` per endpoint, so the memory is bounded.
 """
 
-import asyncio
 import collections
-import contextlib
 import tempfile
-import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
 from decant.teacher_dump.engines.batches import windows
@@ -29,10 +26,9 @@ from decant.teacher_dump.engines.http.messages import (
     unframe_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
+from decant.teacher_dump.engines.remote.loop import EventLoop
 from decant.teacher_dump.engines.seam import EngineError, not_finite
 from decant.teacher_dump.inputs.records import TokenSequence
-
-T = TypeVar("T")
 
 
 class HttpEngine:
@@ -54,7 +50,7 @@ class HttpEngine:
         )
         self._request_tokens = config.max_batch_tokens
         self._num_ahead = config.requests * len(config.endpoints)
-        self._loop = _Loop()
+        self._loop = EventLoop()
         try:
             self._client: TeacherClient = self._loop.call(
                 _open_client(config, fingerprint, max_length)
@@ -113,7 +109,7 @@ def describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
 
     Raises EngineError.
     """
-    loop = _Loop()
+    loop = EventLoop()
     try:
         return loop.call(_describe(config))
     finally:
@@ -157,44 +153,3 @@ async def _open_client(
     config: TeacherConfig, fingerprint: str = "", max_length: int = 0
 ) -> TeacherClient:
     return TeacherClient(config, fingerprint, max_length)
-
-
-class _Loop:
-    """An event loop in a thread of its own, which ends with the process."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = self.start(coroutine)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        if not self.is_running:
-            return
-        with contextlib.suppress(asyncio.CancelledError):
-            self.call(_cancel_others())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-async def _cancel_others() -> None:
-    """Cancel every other task of this loop and wait for its end."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

@@ -8,7 +8,6 @@ sockets nor engines.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -257,21 +256,6 @@ def unframe_files(data: bytes) -> dict[str, bytes]:
     if start != len(body):
         raise MessageError(f"a body of files has {len(body)} bytes, expected {start}")
     return files
-
-
-def key_from(variable: str, option: str) -> str:
-    """The API key in an environment variable, which `option` names; "" if none is named.
-
-    Raises MessageError, never with the key.
-    """
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "")
-    if not key:
-        raise MessageError(f"{option}: ${variable} is not set or empty")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise MessageError(f"{option}: ${variable} must be printable ASCII without spaces")
-    return key
 
 
 def differing(ours: TeacherCard, theirs: TeacherCard) -> list[str]:

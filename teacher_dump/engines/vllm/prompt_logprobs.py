@@ -12,24 +12,17 @@ from numpy.typing import NDArray
 
 from decant.schemas import Distributions
 from decant.teacher_dump.engines.packed_rows import Reduction, pack
-from decant.teacher_dump.engines.sparsify import LOGPROB_FLOOR
+from decant.teacher_dump.engines.top_entries import known_of, problem_with
 from decant.teacher_dump.engines.vllm.messages import Refused, Window
 
-TAIL_RESOLUTION = 2.0**-23
-"""Float32 log probs cannot say whether less than this is left."""
 STEP_BYTES = 1 << 30
 """vLLM holds the float32 log probs of all tokens of a step at once, up to this much."""
 
 
 def check(reduction: Reduction, num_rows: int, why: str) -> None:
     """Raise Refused unless prompt_logprobs can give what is asked."""
-    problem = ""
-    rule = reduction.truncation.rule
-    if rule.varies or rule.has_draws:
-        problem = f"truncation.method {reduction.truncation.method}"
-    elif reduction.temperatures != (1.0,):
-        problem = f"temperatures {list(reduction.temperatures)}"
-    elif num_rows != reduction.vocab_size:
+    problem = problem_with(reduction.truncation, reduction.temperatures)
+    if not problem and num_rows != reduction.vocab_size:
         problem = f"{num_rows} output rows for a vocabulary of {reduction.vocab_size} (padding)"
     if problem:
         raise Refused(
@@ -78,9 +71,7 @@ def rows_from_flat(
 ) -> NDArray[np.int32] | None:
     """Packed rows of the targets from vLLM's flat answer: per token itself, then ranks 1 to k.
 
-    None if log probs of the targets are not finite. The mass not kept is 1 - sum p, as exact as
-    float32 log probs allow, at least what is known to be missing (an actual token outside the top
-    k) and at most V - k times the last kept.
+    None if log probs of the targets are not finite. Of the mass not kept see `top_entries`.
     """
     k = reduction.truncation.slots
     entries = (len(ids) - 1, k + 1)
@@ -89,29 +80,13 @@ def rows_from_flat(
     assert np.array_equal(token_ids[:, 0], ids[positions])
     if not (logprobs < np.inf).all():
         return None
-    label_logprob, kept = logprobs[:, 0], logprobs[:, 1:]
-    outside = ~(token_ids[:, 1:] == token_ids[:, :1]).any(axis=1)
-    known = {
-        "token_ids": token_ids[:, 1:],
-        "logprobs": np.maximum(kept, LOGPROB_FLOOR),
-        "log_z": np.zeros((len(positions), 1), np.float32),
-        "log_tail": _log_tail(kept, np.where(outside, label_logprob, -np.inf), reduction),
-        "label_logprob": np.maximum(label_logprob, LOGPROB_FLOOR),
-    }
+    known = known_of(
+        token_ids[:, 1:],
+        logprobs[:, 1:],
+        token_ids[:, 0],
+        logprobs[:, 0],
+        vocab_size=reduction.vocab_size,
+    )
     given = {name: torch.from_numpy(known[name]) for name in reduction.truncation.given}
     rows: NDArray[np.int32] = pack(Distributions(**given)).numpy()
     return rows
-
-
-def _log_tail(
-    kept: NDArray[np.float32], missing: NDArray[np.float32], reduction: Reduction
-) -> NDArray[np.float32]:
-    """[n, 1] log of the mass that the kept log probs [n, K] leave, `missing` [n] known to be."""
-    p = np.exp(kept.astype(np.float64))
-    least = np.maximum(np.exp(missing.astype(np.float64)), TAIL_RESOLUTION)
-    tail = np.maximum(1 - p.sum(axis=1), least)
-    if p.shape[1]:
-        tail = np.minimum(tail, (reduction.vocab_size - p.shape[1]) * p[:, -1])
-    with np.errstate(divide="ignore"):
-        log_tail: NDArray[np.float32] = np.log(tail[:, None]).astype(np.float32)
-    return log_tail

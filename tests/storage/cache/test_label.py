@@ -48,12 +48,12 @@ def test_what_is_written_is_read(cache: Path) -> None:
     assert verify(cache).ok
 
 
-def test_a_target_takes_four_bytes(tmp_path: Path) -> None:
-    """Beside its token, which every cache holds: 4 bytes of log prob."""
+def test_a_target_takes_three_bytes(tmp_path: Path) -> None:
+    """Beside its token, which every cache holds: fewer than 3 bytes of log prob."""
     shards = caches.random_shards(SETTINGS, num_shards=1, sequences=4, length=400)
     caches.write_cache(tmp_path, SETTINGS, shards)
     report = inspect(tmp_path)
-    assert 3 < report.column_bytes["label_logprob"] / report.targets < 4.5
+    assert 2 < report.column_bytes["label_logprob"] / report.targets < 3
 
 
 def test_wrong_values_are_refused() -> None:
@@ -138,7 +138,8 @@ def test_diff_compares_the_labels(cache: Path, tmp_path: Path) -> None:
     caches.write_cache(tmp_path / "entries", entries, caches.random_shards(entries))
     same, other = diff(cache, cache), diff(cache, tmp_path / "entries")
     for found in (same, other):
-        assert found.label_difference is not None and found.label_difference.max == 0
+        assert found.label_difference is not None
+        assert found.label_difference.max == (0 if found is same else pytest.approx(0, abs=2**-13))
         assert found.same_ids is None and found.top1_agreement is None
         assert "no KL" in diff_text(found) and "None" not in diff_text(found)
 

@@ -11,6 +11,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "transformers": {"path": "x"},
     "vllm": {"path": "x"},
     "http": {"endpoints": ("http://h",)},
+    "openai": {"endpoints": ("http://h",), "tokenizer": "t"},
 }
 OTHER: dict[str, Any] = {
     "path": "x",
@@ -27,6 +28,10 @@ OTHER: dict[str, Any] = {
     "api_key_env": "KEY",
     "requests": 2,
     "wait_seconds": 1.0,
+    "dtype": "float32",
+    "max_batch_tokens": 7,
+    "model": "m",
+    "api": "vllm",
 }
 """A value of each option that is not its default."""
 
@@ -69,6 +74,17 @@ def test_an_option_without_effect_is_refused(engine: str, option: str) -> None:
         ),
         ({"path": "x", "engine": "vllm", "max_memory": {"cpu": "1GB"}}, "max_memory has no effect"),
         ({"engine": "http", "endpoints": ("http://h",), "adapter": "a"}, "adapter has no effect"),
+        ({"engine": "openai"}, "engine openai needs teacher.endpoints"),
+        ({"engine": "openai", "endpoints": ("http://h",)}, "openai needs teacher.tokenizer"),
+        (
+            {"engine": "openai", "endpoints": ("http://h",), "tokenizer": "none"},
+            "openai needs teacher.tokenizer",
+        ),
+        (
+            {"engine": "openai", "endpoints": ("http://h",), "tokenizer": "t", "path": "x"},
+            "path has no effect with engine openai: .*teacher.model names one",
+        ),
+        ({"path": "x", "api": "rest"}, "teacher.api 'rest' is not one of"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -24,8 +24,8 @@ from decant.schemas import ScoredSequence, Truncation
 from decant.storage import CacheReader
 from decant.teacher_dump import DumpConfig, EngineError, dump
 from decant.teacher_dump.engines import TeacherConfig, open_engine
-from decant.teacher_dump.engines.http import client as http_client
 from decant.teacher_dump.engines.http.engine import HttpEngine
+from decant.teacher_dump.engines.remote import client as http_client
 from decant.teacher_dump.engines.seam import SequenceError, Unavailable
 from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.teacher import describe_teacher

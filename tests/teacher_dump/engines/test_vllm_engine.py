@@ -40,13 +40,10 @@ from decant.teacher_dump.engines.opening import open_generator
 from decant.teacher_dump.engines.packed_rows import Reduction
 from decant.teacher_dump.engines.seam import Prompt, Sampling, SequenceError
 from decant.teacher_dump.engines.sparsify import uniforms_for
+from decant.teacher_dump.engines.top_entries import TAIL_RESOLUTION
 from decant.teacher_dump.engines.vllm.engine import VllmEngine
 from decant.teacher_dump.engines.vllm.messages import Refused
-from decant.teacher_dump.engines.vllm.prompt_logprobs import (
-    TAIL_RESOLUTION,
-    check,
-    rows_from_flat,
-)
+from decant.teacher_dump.engines.vllm.prompt_logprobs import check, rows_from_flat
 from decant.teacher_dump.engines.vllm.setup import saved_dtype
 from decant.teacher_dump.inputs.records import TokenSequence
 

@@ -1,0 +1,1 @@
+"""What engines share whose teacher is behind HTTP: endpoints, retries, keys."""
