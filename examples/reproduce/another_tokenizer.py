@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.storage import CacheReader
 from decant.storage.cache import paths
+from decant.storage.cache.plan import plan_of
 from decant.storage.cache.tokenizer_files import TokenizerFiles
-from decant.storage.cache.writer import plan_of, write_cache
+from decant.storage.cache.writer import write_cache
 from decant.storage.files.store import Store
 from decant.student_train import (
     CacheStream,
