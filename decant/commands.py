@@ -27,6 +27,16 @@ TEACHER = (
         "decant.teacher_dump.audit.command:AUDIT",
     ),
     Entry(
+        "rescore",
+        "Score the sequences of a cache again: another k, another teacher.",
+        "decant.teacher_dump.rescore.command:RESCORE",
+    ),
+    Entry(
+        "add-temperature",
+        "Score the sequences of a cache again at more temperatures.",
+        "decant.teacher_dump.rescore.command:ADD_TEMPERATURE",
+    ),
+    Entry(
         "serve",
         "Offer a teacher to dumps on other machines.",
         "decant.teacher_dump.service.command:SERVE",
@@ -54,6 +64,11 @@ CACHE = (
         "decant.storage.cache.command:VERIFY",
     ),
     Entry(
+        "align",
+        "What a student of another tokenizer could learn from a cache.",
+        "decant.student_train.alignment.command:ALIGN",
+    ),
+    Entry(
         "export",
         "Write a cache as plain lists that other tools read.",
         "decant.storage.exchange.command:EXPORT",
@@ -79,6 +94,23 @@ CACHE = (
         "decant.storage.cache.command:MIGRATE",
     ),
 )
+EDIT = (
+    Entry(
+        "subset",
+        "Some sequences of a cache, by id, condition or share, as a cache.",
+        "decant.storage.edit.command:SUBSET",
+    ),
+    Entry(
+        "merge",
+        "Several caches of one teacher as one.",
+        "decant.storage.edit.command:MERGE",
+    ),
+    Entry(
+        "dedupe",
+        "A cache without the sequences that repeat another's tokens.",
+        "decant.storage.edit.command:DEDUPE",
+    ),
+)
 STUDENT = (
     Entry(
         "train",
@@ -101,6 +133,7 @@ START = (
 ALL: Table = (
     ("score a teacher", TEACHER),
     ("look at a cache", CACHE),
+    ("make a cache of others", EDIT),
     ("train a student", STUDENT),
     ("begin", START),
 )

@@ -145,7 +145,7 @@ def _truncation(config: ImportConfig, survey: Survey) -> Truncation:
     if not config.varying:
         return Truncation(method="topk", k=survey.k)
     nucleus = stated_nucleus(config)
-    return Truncation(method="topp", k=survey.k, p=nucleus, min_k=survey.fewest_entries)
+    return Truncation.nucleus(k=survey.k, p=nucleus, min_k=survey.fewest_entries)
 
 
 def _sequences(

@@ -56,6 +56,9 @@ class LossConfig:
     actual token's."""
     scale_by_t2: bool = True
     """Multiply the divergence, value and gradient, by temperature squared."""
+    router_weight: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts; null = its config's own,
+    router_aux_loss_coef; 0 = without."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the kind, for example {head_rule: nucleus, mu: 0.5} for akl; a mapping in place
     of a number is a schedule."""
@@ -69,6 +72,8 @@ class LossConfig:
                 f"loss weights must be >= 0 and not both 0, found kd_weight {self.kd_weight}, "
                 f"ce_weight {self.ce_weight}"
             )
+        if self.router_weight is not None and self.router_weight < 0:
+            raise ValueError(f"loss.router_weight must be >= 0, found {self.router_weight}")
         if isinstance(self.temperature, Schedule) and self.temperature.shape != "step":
             raise ValueError(
                 "a temperature between two stored ones cannot be computed: give the schedule of "
