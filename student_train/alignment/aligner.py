@@ -76,7 +76,7 @@ class Aligner:
         refuse_pair(teacher, student, reader.url, where)
         self.matching = Matching(teacher, student)
         self.vocab_size = len(student)
-        self._layout = reader.manifest.layout
+        self.layout = reader.manifest.layout
         self.figures = Figures()
         self._encode = TextEncoder(tokenizer)
         self._lock = threading.Lock()
@@ -114,8 +114,7 @@ class Aligner:
         ids = rows.token_id.astype(np.int64)
         both = aligned(pieces, len(rows), ids, matching.teacher, matching.student)
         both = _usable(both, rows)
-        at_ends = decode_rows(dataclasses.replace(rows, target_rows=last_rows(both)), self._layout)
-        events = events_of(both, at_ends, rows.scalars["label_logprob"], matching)
+        events = self.events(both, rows, matching)
         figures = Figures.of(both, events, int(rows.is_target.sum()))
         figures.sequences, figures.left_out = len(rows), len(reasons)
         figures.examples = [
@@ -123,6 +122,11 @@ class Aligner:
             for sequence, reason in sorted(reasons.items())[:SHOWN]
         ]
         return _with_placeholders(both, events, rows.sample_ids), figures
+
+    def events(self, both: Aligned, rows: StoredRows, matching: Matching) -> Events:
+        """The events of the chunks of a row group."""
+        at_ends = decode_rows(dataclasses.replace(rows, target_rows=last_rows(both)), self.layout)
+        return events_of(both, at_ends, rows.scalars["label_logprob"], matching)
 
     def _conversations(self, rows: StoredRows) -> dict[int, str]:
         """What is known of what was said, by sequence."""
