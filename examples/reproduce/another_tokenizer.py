@@ -9,14 +9,16 @@ this; figures worth quoting take a few million targets, so that no text is read 
 BPE of each size in --vocab is trained on the text of the first cache. Small students of each learn
 for equally many steps in four ways: cross-entropy alone (ce), the likelihood of chunks from a cache
 of labels alone (labels), events with the forward KL (fkl), and these with half a cross-entropy
-(both). The ceiling is the forward KL of a student of the teacher's own tokenizer (own). Printed are
-bits per byte on held-out text, over all of it and over the tokens that hold digits, by mean and
-spread.
+(both). The ceiling is the forward KL of a student of the teacher's own tokenizer (own). To compare
+with, gold and gold-even train by the rule of `gold.py`, which ranks what has no counterpart.
+Printed are bits per byte on held-out text, over all of it and over the tokens that hold digits, by
+mean and spread.
 """
 
 import argparse
 import dataclasses
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ from decant.student_train.alignment.token_bytes import TokenTable
 from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.model.alignment import Alignment
+from examples.reproduce.gold import WAYS as GOLD
+from examples.reproduce.gold import train_gold
 
 END = "<|endoftext|>"
 WAYS = {
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--heldout", default="build/real/cache-text-heldout", help="another one")
     parser.add_argument("--out", type=Path, default=Path("build/reproduce/another-tokenizer"))
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 16384], help="sizes")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "own"], default=[*WAYS, "own"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *GOLD, "own"], default=[*WAYS, "own"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
@@ -74,14 +78,14 @@ def main() -> None:
     labels = args.out / "cache-labels"
     if "labels" in args.ways and not (labels / "manifest.json").exists():
         labels_alone(args.train, labels)
-    print(f"{'tokenizer':<12}{'way':<8}{'bits per byte':>16}{'on digits':>16}")
+    print(f"{'tokenizer':<12}{'way':<10}{'bits per byte':>16}{'on digits':>16}")
     for vocab, way in itertools.product(args.vocab, args.ways):
         if way == "own" and vocab != args.vocab[0]:
             continue
         found = [one(args, vocab, way, seed, labels) for seed in args.seeds]
         name = "teacher's" if way == "own" else f"BPE {vocab:,}"
         shown = [spread([values[i] for values in found]) for i in range(2)]
-        print(f"{name:<12}{way:<8}{shown[0]:>16}{shown[1]:>16}", flush=True)
+        print(f"{name:<12}{way:<10}{shown[0]:>16}{shown[1]:>16}", flush=True)
 
 
 def one(
@@ -103,8 +107,15 @@ def one(
     own = way == "own"
     student = StudentConfig(config=config, tokenizer="" if own else tokenizer)
     output = args.out / f"{way}-{vocab}-{seed}-{args.steps}"
+    optimizer = OptimizerConfig(lr=1e-3, warmup_ratio=0.05)
+    trained = output / "student"
+    if way in GOLD:
+        if not trained.exists():
+            sizes = {"steps": args.steps, "batch_size": args.batch_size, "seed": seed}
+            train_gold(way, args.train, trained, student, optimizer, **sizes)
+        return bits(str(trained), args.heldout)
     mismatch = "refuse" if own else "align"
-    summary = train(
+    train(
         TrainConfig(
             cache=str(labels if way == "labels" else args.train),
             output=str(output),
@@ -114,35 +125,34 @@ def one(
             steps=args.steps,
             batch_size=args.batch_size,
             packing="rows",
-            optimizer=OptimizerConfig(lr=1e-3, warmup_ratio=0.05),
+            optimizer=optimizer,
             eval=EvalConfig(cache=args.heldout),
             plots=False,
             seed=seed,
         )
     )
-    trained = StudentConfig(path=str(output / "student"))
-    return summary["heldout_bits_per_byte"], digit_bits(trained, args.heldout)
+    return bits(str(trained), args.heldout)
 
 
 @torch.no_grad()
-def digit_bits(student: StudentConfig, cache: str) -> float:
-    """Bits per byte of the tokens that hold digits."""
-    alignment = Alignment(student, AlignConfig())
-    model = AutoModelForCausalLM.from_pretrained(student.path).eval()
-    table = TokenTable.of(alignment.tokenizer, student.path)
+def bits(student: str, cache: str) -> tuple[float, float]:
+    """Bits per byte on held-out text, and of the tokens in it that hold digits."""
+    alignment = Alignment(StudentConfig(path=student), AlignConfig())
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    table = TokenTable.of(alignment.tokenizer, student)
     texts = [table.text_of(torch.tensor([i]).numpy()) for i in range(len(table))]
     has_digit = torch.tensor([any(48 <= byte < 58 for byte in text) for text in texts])
     lengths = torch.from_numpy(table.lengths)
-    bits = num_bytes = 0.0
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # bits and bytes, of all and of digits
     stream = CacheStream(cache, batch_size=8, **alignment.stream_options)
     for batch, _ in heldout_batches(stream):
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         logits = out.logits.flatten(0, 1)[batch.predictors]
         nats = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        chosen = has_digit[batch.labels]
-        bits += float(nats[chosen].sum()) / float(torch.log(torch.tensor(2.0)))
-        num_bytes += float(lengths[batch.labels][chosen].sum())
-    return bits / max(num_bytes, 1.0)
+        found = torch.stack([nats / math.log(2), lengths[batch.labels]])
+        sums += torch.stack([found.sum(1), found[:, has_digit[batch.labels]].sum(1)], 1)
+    overall, of_digits = (sums[0] / sums[1].clamp(min=1)).tolist()
+    return overall, of_digits
 
 
 def save_tokenizer(cache: str, vocab: int, path: str) -> None:

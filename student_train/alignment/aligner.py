@@ -16,10 +16,11 @@ from decant.storage.cache.given_messages import GivenMessages
 from decant.storage.cache.rows import decode_rows
 from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.student_train.alignment.chat import Chats, chat_pieces
+from decant.student_train.alignment.encoder import REMEMBERED, Encoder
 from decant.student_train.alignment.events import Events, Matching, events_of, last_rows
 from decant.student_train.alignment.pieces import Aligned, Pieces, aligned
 from decant.student_train.alignment.report import SHOWN, Figures
-from decant.student_train.alignment.texts import TextEncoder, text_pieces
+from decant.student_train.alignment.texts import text_pieces
 from decant.student_train.alignment.token_bytes import HasTokenizer, TokenTable
 
 FEW = 20
@@ -62,8 +63,11 @@ class Aligner:
         where: str,
         max_left_out: float = 0.01,
         messages: str = "",
+        remembered: int = REMEMBERED,
     ) -> None:
         """`where` names the student's tokenizer in errors; the rest is as in `AlignConfig`.
+
+        `remembered` are bytes of tokens that each encoder keeps of what it encoded.
 
         Raises ValueError for a cache that cannot be aligned with any student, naming what is wrong.
         """
@@ -76,9 +80,9 @@ class Aligner:
         refuse_pair(teacher, student, reader.url, where)
         self.matching = Matching(teacher, student)
         self.vocab_size = len(student)
-        self._layout = reader.manifest.layout
+        self.layout = reader.manifest.layout
         self.figures = Figures()
-        self._encode = TextEncoder(tokenizer)
+        self._encode = Encoder(tokenizer, special_as_text=True, remembered=remembered)
         self._lock = threading.Lock()
         self._given = None
         if messages:
@@ -86,7 +90,8 @@ class Aligner:
             self._given = GivenMessages(messages, windows=windows)
         self._chats = None
         if messages or reader.manifest.messages:
-            self._chats = Chats(tokenizer, where)
+            encode = Encoder(tokenizer, special_as_text=False, remembered=remembered)
+            self._chats = Chats(tokenizer, where, encode)
 
     def __call__(self, rows: StoredRows) -> AlignedRows:
         """Align a row group. Raises ValueError once more sequences than allowed are left out."""
@@ -114,8 +119,7 @@ class Aligner:
         ids = rows.token_id.astype(np.int64)
         both = aligned(pieces, len(rows), ids, matching.teacher, matching.student)
         both = _usable(both, rows)
-        at_ends = decode_rows(dataclasses.replace(rows, target_rows=last_rows(both)), self._layout)
-        events = events_of(both, at_ends, rows.scalars["label_logprob"], matching)
+        events = self.events(both, rows, matching)
         figures = Figures.of(both, events, int(rows.is_target.sum()))
         figures.sequences, figures.left_out = len(rows), len(reasons)
         figures.examples = [
@@ -123,6 +127,11 @@ class Aligner:
             for sequence, reason in sorted(reasons.items())[:SHOWN]
         ]
         return _with_placeholders(both, events, rows.sample_ids), figures
+
+    def events(self, both: Aligned, rows: StoredRows, matching: Matching) -> Events:
+        """The events of the chunks of a row group."""
+        at_ends = decode_rows(dataclasses.replace(rows, target_rows=last_rows(both)), self.layout)
+        return events_of(both, at_ends, rows.scalars["label_logprob"], matching)
 
     def _conversations(self, rows: StoredRows) -> dict[int, str]:
         """What is known of what was said, by sequence."""

@@ -8,11 +8,11 @@ the teacher's tokens.
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from decant.schemas import Conversation
 from decant.storage import StoredRows
+from decant.student_train.alignment.encoder import Encoder
 from decant.student_train.alignment.pieces import Pieces
 from decant.student_train.alignment.texts import LeftOut
 from decant.student_train.alignment.token_bytes import SPECIAL, TEXT, TokenTable
@@ -23,17 +23,19 @@ Ids = NDArray[np.int64]
 class Chats:
     """Renders and encodes conversations as a student reads them."""
 
-    def __init__(self, tokenizer: Any, where: str) -> None:
-        """Keep the tokenizer of transformers. Raises ValueError if it has no chat template."""
+    def __init__(self, tokenizer: Any, where: str, encode: Encoder) -> None:
+        """Keep the tokenizer of transformers, and what encodes with it.
+
+        Raises ValueError if it has no chat template.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"the tokenizer of {where} has no chat template, and the cache holds conversations:"
                 " give it one (chat_template.jinja beside it), as the student would be used"
             )
         self._tokenizer = tokenizer
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self.encode = encode
+        """Texts to ids, special tokens being what they are."""
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where the assistant's messages stand in it.
@@ -61,11 +63,6 @@ class Chats:
             at = begin + len(said)
             spans.append((begin, at))
         return whole, spans
-
-    def encode(self, texts: list[str]) -> list[Ids]:
-        """The ids of rendered texts, special tokens being what they are."""
-        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in found]
 
     def _render(self, messages: list[Any], conversation: Conversation, *, prompt: bool) -> str:
         try:

@@ -168,10 +168,9 @@ def events_of(
         if ids.shape[1] > num_slots:
             log_p = np.pad(log_p, ((0, 0), (0, 1)), constant_values=-np.inf)
         log_tail = at_ends.log_tail[:, 0].astype(np.float64)
-        row = np.repeat(np.arange(len(chunks)), np.count_nonzero(is_unused, axis=1))
-        unmatched = np.bincount(
-            row, np.exp(log_p.ravel()[np.flatnonzero(is_unused)]), len(chunks)
-        ).astype(np.float64)
+        mass = np.exp(log_p)
+        mass *= is_unused
+        unmatched = np.einsum("ce->c", mass).astype(np.float64)
         unmatched[extra] += np.exp(log_p[extra, slot])  # of the id whose slot was taken
         rest = unmatched + np.exp(log_tail)
         rest[extra] -= np.exp(label[extra])
@@ -182,7 +181,8 @@ def events_of(
         as_stored = unmatched == 0
         as_stored[extra] = False
         log_rest[as_stored] = log_tail[as_stored]
-    np.putmask(log_p, is_unused, -np.inf)
+    # By index: masks of many changes are several times slower.
+    log_p.reshape(-1)[np.flatnonzero(is_unused)] = -np.inf
     log_p[extra, slot] = label[extra]
     several = np.flatnonzero(pi < 0)
     log_p[several] += pi[several, None].astype(precision)
@@ -241,12 +241,12 @@ def without_repeats(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _observe(ids: NDArray[np.int32], kept: NDArray[np.int32], ends: _Ends) -> NDArray[np.bool_]:
     """Make the observed completion an event wherever its token is kept; [C] whether it is."""
-    is_label = kept == ends.teacher_id[:, None].astype(np.int32)
-    is_kept = is_label.any(axis=1)
-    row = np.flatnonzero(is_kept)
-    if not len(row):
+    is_kept = np.zeros(len(kept), np.bool_)
+    if not kept.shape[1]:
         return is_kept
-    slot = is_label[row].argmax(axis=1)
+    place = np.flatnonzero(kept == ends.teacher_id[:, None].astype(np.int32))  # one in a row
+    row, slot = np.divmod(place, kept.shape[1])
+    is_kept[row] = True
     wrong = ids[row, slot] != ends.student_id[row]
     row, slot = row[wrong], slot[wrong]
     ours = ids[row]

@@ -8,32 +8,16 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from decant.storage import StoredRows
+from decant.student_train.alignment.encoder import Encoder
 from decant.student_train.alignment.events import Matching
 from decant.student_train.alignment.pieces import Pieces
-from decant.student_train.alignment.token_bytes import NO_BYTES, TEXT, HasTokenizer, ranges
+from decant.student_train.alignment.token_bytes import NO_BYTES, TEXT, ranges
 
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8."""
-
-
-class TextEncoder:
-    """Encodes texts with the student's tokenizer, special tokens spelled out being text."""
-
-    def __init__(self, tokenizer: HasTokenizer) -> None:
-        """Keep a copy of it, without padding or truncation."""
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-
-    def __call__(self, texts: list[str]) -> list[NDArray[np.int64]]:
-        """The ids of each text."""
-        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in found]
 
 
 class LeftOut(Exception):
@@ -61,7 +45,7 @@ NOTHING = np.zeros(0, np.int64)
 
 
 def text_pieces(
-    pieces: Pieces, rows: StoredRows, sequences: list[int], matching: Matching, encode: TextEncoder
+    pieces: Pieces, rows: StoredRows, sequences: list[int], matching: Matching, encode: Encoder
 ) -> dict[int, str]:
     """Add the pieces of these sequences, in order; return why some of them have none."""
     student = matching.student

@@ -165,10 +165,26 @@ class TokenTable:
         ids = ids[ranks == 0]
         return self.hashes[ids], ids
 
+    @functools.cached_property
+    def _is_near(self) -> tuple[NDArray[np.bool_], np.uint64]:
+        """Whether a token's hash begins with these bits, and by how many others they are followed.
+
+        There are so many that few strings which are no token pass.
+        """
+        known, _ = self._by_hash
+        behind = np.uint64(64 - (16 * len(known) + 16).bit_length())
+        is_near = np.zeros(1 << (64 - int(behind)), np.bool_)
+        is_near[known >> behind] = True
+        return is_near, behind
+
     def find(self, hashes: Hashes) -> Ids:
         """The token that has these bytes, or -1."""
+        is_near, behind = self._is_near
+        place = np.flatnonzero(is_near[hashes >> behind])
+        found = np.full(len(hashes), -1)
         known, ids = self._by_hash
-        return _found(hashes, known, ids)
+        found[place] = _found(hashes[place], known, ids)
+        return found
 
     def paired_with(self, other: "TokenTable") -> NDArray[np.int32]:
         """[V] the other's token of equal bytes, or -1; of several the n-th with the n-th.

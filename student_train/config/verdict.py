@@ -93,7 +93,9 @@ class EvaluateArguments(ModelOptions):
         idle, given = (STUDENT_ALONE, "--model") if self.model else (MODEL_ALONE, "--student")
         for name in idle:
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}")
+                is_aligned = name in ("tokenizer_mismatch", "messages")
+                more = ", which compares token by token: give the model as --student" * is_aligned
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}{more}")
         if self.limit and self.sample:
             raise ValueError("--limit and --sample exclude each other: give one")
         for name in ("limit", "sample", "seed", "worst"):

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decant.student_train.alignment.chunks import chunks_of
+from decant.student_train.alignment.encoder import Encoder
 from decant.student_train.alignment.events import Matching
 from decant.student_train.alignment.pieces import Pieces, aligned
-from decant.student_train.alignment.texts import TextEncoder, text_pieces
+from decant.student_train.alignment.texts import text_pieces
 from decant.student_train.alignment.token_bytes import TokenTable
 from tests.support import alignments
 
@@ -81,7 +82,7 @@ def test_chunks_partition_the_bytes(teacher: str, student: str, texts: list[str]
 def aligned_texts(rows: Any, matching: Matching, student: Any) -> Any:
     pieces = Pieces()
     sequences = list(range(len(rows.sample_ids)))
-    reasons = text_pieces(pieces, rows, sequences, matching, TextEncoder(student))
+    reasons = text_pieces(pieces, rows, sequences, matching, Encoder(student, special_as_text=True))
     ids = rows.token_id.astype(np.int64)
     return aligned(pieces, len(sequences), ids, matching.teacher, matching.student), reasons
 
