@@ -168,10 +168,9 @@ class Client:
         if status == 429:
             self.overload(endpoint.url, text)
             self._last_answer = time.monotonic()
-            pause = headers.get("Retry-After", "")
-            raise Away(text, float(pause) if pause.isdecimal() else 1.0)
+            raise Away(text, _pause(headers.get("Retry-After", "")) or 1.0)
         if status in (502, 503, 504):
-            raise Away(f"status {status}: {text}")
+            raise Away(f"status {status}: {text}", _pause(headers.get("Retry-After", "")))
         if status >= 500:
             raise Lost(f"status {status}: {text}", is_there=True)
         if status == 409:  # restarted with another teacher since it was met, which it now shows
@@ -250,6 +249,15 @@ class Client:
             f"no {self._kind} has answered for {seconds:.0f} s (teacher.wait_seconds: "
             f"{self._wait_seconds:g}): {errors}"
         )
+
+
+def _pause(retry_after: str) -> float:
+    """The seconds that a server asks to wait; 0 if it does not say, or names a date."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < float("inf") else 0.0
 
 
 def _error_text(body: bytes) -> str:
