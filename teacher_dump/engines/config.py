@@ -93,7 +93,7 @@ class TeacherConfig:
     wait_seconds: float = 300.0
     """http, openai: how long no endpoint may answer before the job gives up."""
     model: str = ""
-    """openai: name of the model at the server; needed where it serves several, and with api chat."""
+    """openai: name of the model at the server; needed where it serves several, and with chat."""
     api: str = "auto"
     """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo, logprobs) |
     chat (hosted chat APIs: log probs of the answers of source.generate alone)."""

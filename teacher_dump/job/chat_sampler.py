@@ -163,7 +163,7 @@ def as_response(
     answer: Answer, teacher: Teacher, prompt: Prompt, stop: tuple[int, ...]
 ) -> Response:
     """The answer by its ids; by those of its text where it has a problem and will be rejected."""
-    ids = answer.token_ids
+    ids: Sequence[int] = answer.token_ids
     if answer.problem:
         assert teacher.tokenizer is not None
         ids = teacher.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
@@ -226,7 +226,7 @@ class KeptAnswers:
                 finish_reason=row["finish_reason"],
                 model=row["model"],
                 problem=problem,
-                token_ids=[] if problem else row["response_ids"],
+                token_ids=() if problem else tuple(row["response_ids"]),
                 **entries,
             )
         return None

@@ -101,6 +101,11 @@ class StockServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
+    @property
+    def path(self) -> str:
+        """Where requests are posted."""
+        return "/generate" if self.kind == "sglang" else "/v1/completions"
+
     async def _start(self) -> str:
         application = web.Application(client_max_size=1 << 30)
         application.router.add_route("*", "/{path:.*}", self._handle)
@@ -119,7 +124,7 @@ class StockServer:
         if request.path == "/tokenize" and self.has_tokenize and self.kind in ("vllm", "sglang"):
             text = (await request.json())["prompt"]
             return web.json_response({"tokens": self.tokenizer(text)["input_ids"]})
-        if request.path != ("/generate" if self.kind == "sglang" else "/v1/completions"):
+        if request.path != self.path:
             return _refusal(404, "Not Found")
         body = await request.json()
         self.bodies.append(body)

@@ -6,7 +6,7 @@ again. What cannot be brought to ids exactly is an answer with a problem, never 
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One answer; lists are by generated token."""
+    """One answer; what is a tuple is by generated token."""
 
     text: str
     """The message, as the API writes it."""
@@ -76,13 +76,13 @@ class Answer:
     read_tokens: int = 0
     """Tokens of the prompt, as the API counts them; 0 if it does not."""
     problem: str = ""
-    """Why it has no distributions; the lists are empty then."""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    """Why it has no distributions; the tuples are empty then."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
     """Of the generated tokens; below `UNKNOWN` where the API does not tell."""
-    top_ids: list[list[int]] = field(default_factory=list)
-    top_logprobs: list[list[float]] = field(default_factory=list)
-    unnamed_mass: list[float] = field(default_factory=list)
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    unnamed_mass: tuple[float, ...] = ()
     """Of the entries that no one id stands for."""
     num_unnamed: int = 0
     """How many such entries there are."""
@@ -158,15 +158,15 @@ def _refuse_hidden(usage: dict[str, Any], num_listed: int) -> None:
 def _tokens(
     listed: list[dict[str, Any]], form: ChatForm, ids: TokenIds, found: Answer
 ) -> dict[str, Any]:
-    """The lists of an answer. Raises AnswerError for a token that is no one id."""
+    """The tuples of an answer. Raises AnswerError for a token that is no one id."""
     last = listed[-1]
     if found.finish_reason == "stop" and not form.names_ids and last.get("bytes") in (None, []):
         listed = listed[:-1]  # an end token that has no text
     if not listed:
         raise AnswerError("it answers nothing but an end token")
     token_ids, logprobs, masses, num_unnamed = [], [], [], 0
-    top_ids: list[list[int]] = []
-    top_logprobs: list[list[float]] = []
+    top_ids: list[tuple[int, ...]] = []
+    top_logprobs: list[tuple[float, ...]] = []
     for place, entry in enumerate(listed):
         index = _id(entry, form, ids)
         if index is None:
@@ -191,15 +191,15 @@ def _tokens(
                 kept[named] = float(value_of)
         token_ids.append(index)
         logprobs.append(float(value))
-        top_ids.append(list(kept))
-        top_logprobs.append(list(kept.values()))
+        top_ids.append(tuple(kept))
+        top_logprobs.append(tuple(kept.values()))
         masses.append(mass)
     return {
-        "token_ids": token_ids,
-        "logprobs": logprobs,
-        "top_ids": top_ids,
-        "top_logprobs": top_logprobs,
-        "unnamed_mass": masses,
+        "token_ids": tuple(token_ids),
+        "logprobs": tuple(logprobs),
+        "top_ids": tuple(top_ids),
+        "top_logprobs": tuple(top_logprobs),
+        "unnamed_mass": tuple(masses),
         "num_unnamed": num_unnamed,
     }
 

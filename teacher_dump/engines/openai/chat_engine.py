@@ -19,7 +19,7 @@ from decant.teacher_dump.engines.openai.answers import (
 )
 from decant.teacher_dump.engines.openai.chat_answers import Answer
 from decant.teacher_dump.engines.packed_rows import scored_sequence
-from decant.teacher_dump.engines.seam import SequenceError
+from decant.teacher_dump.engines.seam import OwnFault
 from decant.teacher_dump.engines.top_entries import known_of, refuse_request
 from decant.teacher_dump.inputs.records import TokenSequence
 
@@ -50,7 +50,7 @@ class ChatEngine:
             try:
                 known = self._known(sequence)
             except AnswerError as error:
-                raise SequenceError(
+                raise OwnFault(
                     f"sample {sequence.sample_id}, asked of a chat API: {error}", index
                 ) from error
             yield scored_sequence(sequence, known)
@@ -67,7 +67,7 @@ class ChatEngine:
         num_read = len(sequence.input_ids) - len(answer.token_ids)
         positions = np.flatnonzero(sequence.is_target)
         labels = sequence.input_ids[positions]
-        if num_read < 1 or sequence.input_ids[num_read:].tolist() != answer.token_ids:
+        if num_read < 1 or tuple(sequence.input_ids[num_read:].tolist()) != answer.token_ids:
             raise AnswerError("its tokens are not those of the answer that is kept")
         if len(positions) and positions[0] < num_read:
             raise AnswerError("it has targets before the answer, of which the API tells nothing")

@@ -4,6 +4,7 @@ A byte token of byte fallback stands for its byte only where no other token has 
 writes it nowhere else. Bytes that two ids share stand for none. Knows no server.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from decant.storage.inspect.token_bytes import BROKEN, BYTE_TOKEN, token_bytes
@@ -58,7 +59,7 @@ class TokenIds:
             return None
         return int(match[1])
 
-    def text_of(self, ids: list[int]) -> str:
+    def text_of(self, ids: Iterable[int]) -> str:
         """What ids say, special ones left out; broken characters are replaced."""
         parts = (self._bytes[index] for index in ids if index not in self._special)
         return b"".join(part for part in parts if part).decode(errors="replace")
