@@ -27,10 +27,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
 )
 END = 1
-KNOWN = frozenset(
-    ("messages", "model", "logprobs", "top_logprobs", "n", "temperature", "top_p", "seed", "tools")
-    + ("frequency_penalty", "presence_penalty")
-)
+KNOWN = {
+    *("messages", "model", "logprobs", "top_logprobs", "n", "temperature", "top_p", "seed"),
+    *("tools", "frequency_penalty", "presence_penalty"),
+}
 """What a request may have, beside the name of its limit."""
 
 
@@ -80,9 +80,8 @@ class ChatServer(StockServer):
 
     def _answer(self, body: dict[str, Any]) -> tuple[int, Any]:
         known = KNOWN | {self.limit_name} | ({"return_tokens_as_token_ids"} & {self._names})
-        if unknown := sorted(body.keys() - known):
-            if not self.takes_anything:
-                return 400, {"error": {"message": f"Unrecognized request argument: {unknown[0]}"}}
+        if (unknown := sorted(body.keys() - known)) and not self.takes_anything:
+            return 400, {"error": {"message": f"Unrecognized request argument: {unknown[0]}"}}
         if body["model"] not in self.names:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if body["top_logprobs"] > self.limit:

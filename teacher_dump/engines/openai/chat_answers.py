@@ -165,43 +165,46 @@ def _tokens(
     if not listed:
         raise AnswerError("it answers nothing but an end token")
     token_ids, logprobs, masses, num_unnamed = [], [], [], 0
-    top_ids: list[tuple[int, ...]] = []
-    top_logprobs: list[tuple[float, ...]] = []
+    tops: list[dict[int, float]] = []
     for place, entry in enumerate(listed):
         index = _id(entry, form, ids)
         if index is None:
             raise AnswerError(_unnamed(entry, place, form))
-        value = entry.get("logprob")
-        if not _is_number(value):
-            raise AnswerError(f"it gives {value!r} as the log prob of token {place}")
-        top = entry.get("top_logprobs")
-        if not isinstance(top, list) or not top:
-            raise AnswerError(f"it gives no top_logprobs for token {place}")
-        kept: dict[int, float] = {}
-        mass = 0.0
-        for other in top:
-            value_of = other.get("logprob") if isinstance(other, dict) else None
-            if not _is_number(value_of):
-                raise AnswerError(f"its top_logprobs of token {place} have {value_of!r}")
-            named = _id(other, form, ids)
-            if named is None or named in kept:
-                mass += float(np.exp(min(value_of, 0.0)))
-                num_unnamed += 1
-            elif value_of > UNKNOWN:
-                kept[named] = float(value_of)
         token_ids.append(index)
-        logprobs.append(float(value))
-        top_ids.append(tuple(kept))
-        top_logprobs.append(tuple(kept.values()))
+        logprobs.append(_number(entry, f"the log prob of token {place}"))
+        kept, mass, count = _top(entry.get("top_logprobs"), place, form, ids)
+        tops.append(kept)
         masses.append(mass)
+        num_unnamed += count
     return {
         "token_ids": tuple(token_ids),
         "logprobs": tuple(logprobs),
-        "top_ids": tuple(top_ids),
-        "top_logprobs": tuple(top_logprobs),
+        "top_ids": tuple(tuple(top) for top in tops),
+        "top_logprobs": tuple(tuple(top.values()) for top in tops),
         "unnamed_mass": tuple(masses),
         "num_unnamed": num_unnamed,
     }
+
+
+def _top(
+    top: Any, place: int, form: ChatForm, ids: TokenIds
+) -> tuple[dict[int, float], float, int]:
+    """The most probable tokens by id; the mass of those that no one id stands for; their number."""
+    if not isinstance(top, list) or not top:
+        raise AnswerError(f"it gives no top_logprobs for token {place}")
+    kept: dict[int, float] = {}
+    mass, num_unnamed = 0.0, 0
+    for entry in top:
+        value = _number(entry, f"a log prob of the most probable for token {place}")
+        index = _id(entry, form, ids)
+        if form.names_ids and index in kept:
+            raise AnswerError(f"it gives id {index} twice for token {place}")
+        if index is None or index in kept:
+            mass += float(np.exp(min(value, 0.0)))
+            num_unnamed += 1
+        elif value > UNKNOWN:
+            kept[index] = value
+    return kept, mass, num_unnamed
 
 
 def _id(entry: dict[str, Any], form: ChatForm, ids: TokenIds) -> int | None:
@@ -236,5 +239,9 @@ def _checked(found: Answer, ids: TokenIds) -> Answer:
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+def _number(entry: Any, what: str) -> float:
+    """The log prob of an entry. Raises AnswerError."""
+    value = entry.get("logprob") if isinstance(entry, dict) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
+        raise AnswerError(f"it gives {value!r} as {what}")
+    return float(value)

@@ -71,7 +71,8 @@ class ChatEngine:
             raise AnswerError("its tokens are not those of the answer that is kept")
         if len(positions) and positions[0] < num_read:
             raise AnswerError("it has targets before the answer, of which the API tells nothing")
-        rows = [
+        rows: list[TokenEntries | None] = [None] * (num_read - 1)
+        rows += [
             TokenEntries(token_id=index, logprob=logprob, top=list(zip(ids, values, strict=True)))
             for index, logprob, ids, values in zip(
                 answer.token_ids, answer.logprobs, answer.top_ids, answer.top_logprobs, strict=True
@@ -79,9 +80,7 @@ class ChatEngine:
         ]
         try:
             wanted = sequence.is_target[1:]
-            entries = top_entries(
-                [None] * (num_read - 1) + rows, wanted, self._slots, self._vocab_size
-            )
+            entries = top_entries(rows, wanted, self._slots, self._vocab_size)
         except TooFew as error:
             raise AnswerError(
                 f"{error}: {answer.num_unnamed} entries of the answer have no one id in "

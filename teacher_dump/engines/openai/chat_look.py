@@ -136,7 +136,8 @@ async def _most(
     ask: Ask, url: str, model: str, probe: Asked, form: ChatForm, ids: TokenIds
 ) -> tuple[Answer, int]:
     """The answer with as many entries as the API gives, and how many those are."""
-    low, high, found = 1, MOST_ENTRIES, None
+    low, high = 1, MOST_ENTRIES
+    found: Any = None
     wanted = high
     while low <= high:
         try:

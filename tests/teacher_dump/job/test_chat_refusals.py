@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from decant.schemas import Truncation
 from decant.storage import CacheReader, verify
 from decant.teacher_dump import DumpConfig, SequenceConfig, SourceConfig, dump
+from decant.teacher_dump.audit.run import audit
 from decant.teacher_dump.engines import EngineError, open_engine
 from decant.teacher_dump.engines.openai.token_ids import TokenIds
 from decant.teacher_dump.engines.remote import client as remote_client
@@ -237,7 +238,12 @@ def test_what_no_chat_api_gives_is_refused_before_it_is_asked(
 
 
 def test_given_sequences_cannot_be_scored(server: ChatServer, job: DumpConfig) -> None:
-    """Nor audited, nor timed: the engine says why."""
+    """Nor audited: the error says why."""
+    dump(job)
+    before = len(server.bodies)
+    with pytest.raises(EngineError, match="can score nothing that is given"):
+        audit(job.output, job.teacher, sample=2)
+    assert len(server.bodies) == before
     with pytest.raises(EngineError, match="can score nothing that is given"):
         open_engine(
             job.teacher,
