@@ -1,7 +1,7 @@
 """Look at a chat API before it is paid: how it is asked, how much it tells, who answers.
 
-Three short requests: one token to find the form, a few with all entries that it gives, and one more
-token where sampling is not plain, to see whether log probs are of the model or of what is sampled.
+Three short requests: one token to find the form, a line with all entries that it gives, and one more
+where sampling is not plain, to see whether log probs are of the model or of what is sampled.
 Knows no endpoints: `ask` sends one request.
 """
 
@@ -24,6 +24,7 @@ from decant.teacher_dump.engines.openai.chat_answers import (
 from decant.teacher_dump.engines.openai.look import NO_TAIL
 from decant.teacher_dump.engines.openai.probe import Refused
 from decant.teacher_dump.engines.openai.token_ids import TokenIds
+from decant.teacher_dump.engines.remote.client import Lost
 from decant.teacher_dump.engines.seam import Unavailable
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,7 @@ async def look(
     answer, entries = await _most(ask, url, model, probe, form, ids)
     _check(url, answer, ids)
     if (plain.temperature, plain.top_p) != (1.0, 1.0):
-        drawn = dataclasses.replace(
-            probe, max_new_tokens=1, temperature=plain.temperature, top_p=plain.top_p
-        )
+        drawn = dataclasses.replace(probe, temperature=plain.temperature, top_p=plain.top_p)
         request = drawn.request(form, model, entries)
         other = read_answer(await _asked(ask, url, request), form, ids)
         _check_unscaled(url, answer, other, plain)
@@ -108,9 +107,15 @@ async def look(
 async def _form(ask: Ask, url: str, model: str, probe: Asked) -> ChatForm:
     """The first form that is taken, and answered in kind."""
     problems = []
+    lost: Lost | None = None
     for form in FORMS:
         try:
             answer = await ask(probe.request(form, model, 1))
+        except Lost as error:  # some fail at what they do not know
+            if not error.is_there:
+                raise
+            lost = error
+            continue
         except Refused as error:
             if error.status == 404:
                 raise Unavailable(f"{url} has no chat completions of {model}: {error}") from error
@@ -119,6 +124,8 @@ async def _form(ask: Ask, url: str, model: str, probe: Asked) -> ChatForm:
         if form.names_ids and not _names_ids(answer):
             form = ChatForm(names_ids=False)
         return form
+    if lost is not None:
+        raise lost
     raise Unavailable(
         f"{url} refuses a chat completion with log probs: " + "; ".join(dict.fromkeys(problems))
     )
@@ -191,7 +198,7 @@ def _check_unscaled(url: str, plain: Answer, drawn: Answer, sampling: Asked) -> 
     gaps between entries that are 1/T as wide; what is cut by top_p has entries of no probability.
     """
     if drawn.problem:
-        raise Unavailable(f"{url}, asked for one token: {drawn.problem}")
+        raise Unavailable(f"{url}, asked for a line of verse: {drawn.problem}")
     one, other = (dict(zip(a.top_ids[0], a.top_logprobs[0], strict=True)) for a in (plain, drawn))
     shared = sorted(one.keys() & other.keys(), key=lambda index: -one[index])
     gaps, drawn_gaps = (np.ptp([row[i] for i in shared]) if shared else 0 for row in (one, other))
