@@ -63,7 +63,7 @@ def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, 
     reader = CacheReader(cache)
     layout, groups = reader.manifest.layout, reader.row_groups()
     tables = [reader.read_table(group) for group in groups]
-    rows = [rows_codec.decode(table, layout) for table in tables]
+    rows = [reader.decode(group, table) for group, table in zip(groups, tables, strict=True)]
     sequences = [
         [exact(group[i], layout.temperatures) for i in range(len(group))] for group in rows
     ]
@@ -75,7 +75,7 @@ def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, 
             f"{folder}/{time.monotonic_ns()}", [s for g in sequences for s in g], reader.manifest
         ),
         "read_table": lambda: [reader.read_table(group) for group in groups],
-        "decode": lambda: [rows_codec.decode(table, layout) for table in tables],
+        "decode": lambda: [*map(reader.decode, groups, tables)],
         "read": lambda: [reader.read(group) for group in groups],
         "check_rows": lambda: [check_rows(group, layout) for group in rows],
         "verify": lambda: verify(cache),

@@ -2,6 +2,7 @@
 
     python benchmarks/vocab_models.py      once: the models and the caches measured on
     python benchmarks/bench_format.py      the tables, and results/format.csv
+    python benchmarks/bench_format.py --cache DIR ...   the same of caches of another teacher
 
 Every row of ours is a real cache written by `CacheWriter`; bytes are whole shard files. Rates are
 targets per second of CPU time, the best of some runs: `write` includes checks, hashes and fsync,
@@ -84,19 +85,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--caches", type=Path, default=CACHES, help="where vocab_models.py wrote")
+    parser.add_argument(
+        "--cache", type=Path, nargs="+", help="other caches, of 64 or 128 float32 log probs"
+    )
     parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     pa.set_cpu_count(1)
     rows: list[Row] = []
     columns: list[tuple] = []
-    for name in args.only:
+    names = [(f"cache-{name}", f"cache-{name}-sample") for name in args.only]
+    groups = [[args.caches / name for name in pair] for pair in names]
+    for caches in [[cache] for cache in args.cache] if args.cache else groups:
         found: list[Row] = []
-        for cache in (args.caches / f"cache-{name}", args.caches / f"cache-{name}-sample"):
+        for cache in caches:
             found += measure(CacheReader(cache), args.repeats, columns)
         print(shown(found))
         rows += found
-    if tuple(args.only) == NAMES:
+    if args.cache:
+        for column in columns:
+            print(*column, sep="\t")
+    elif tuple(args.only) == NAMES:
         fields = [field.name for field in dataclasses.fields(Row)]
         save("format.csv", fields, [dataclasses.astuple(row) for row in rows])
         save("format_columns.csv", ("vocab_size", "kept", "encoding", "column", "bytes"), columns)
@@ -105,12 +114,13 @@ def main() -> None:
 def measure(reader: CacheReader, repeats: int, columns: list[tuple]) -> Iterator[Row]:
     """All encodings of one cache of float32 log probs; bytes by column go into `columns`."""
     whole = list(reader)
-    for k in (0,) if reader.manifest.truncation.sampled else SLOTS:
+    stored = reader.manifest.truncation
+    for k in (0,) if stored.sampled else [k for k in SLOTS if k <= stored.slots]:
         sequences = [prefix(sequence, k) for sequence in whole] if k else whole
         scored = Scored.of(sequences, reader.manifest.shared_vocab_size)
         kept = f"k={k}" if k else f"{scored.used.sum(1).mean():.1f} sampled"
         base = {"vocab_size": scored.vocab_size, "kept": kept}
-        truncation = Truncation(k=k) if k else reader.manifest.truncation
+        truncation = Truncation(k=k) if k else stored
         print(f"V={scored.vocab_size:,}, {kept}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             for precision in PRECISIONS if k else ("draws",):
@@ -356,10 +366,11 @@ def limits(compact: CacheReader, scored: Scored) -> dict[str, float]:
     if scored.draws is not None:
         orders = np.cumsum(np.log2(np.arange(1, used.shape[1] + 1)))[used.sum(axis=1) - 1]
         return {"ids, unigram": ids - float(orders.mean()) / 8}
-    tables = [compact.read_table(group) for group in compact.row_groups()]
-    stored = pa.concat_tables(tables)
-    rows = stored.filter(stored["is_target"]).column("topk_logprob").combine_chunks()
-    codes = np.frombuffer(rows.buffers()[1], np.uint8).reshape(len(rows), -1)
+    parts = []
+    for rows in map(compact.read_stored, compact.row_groups()):
+        columns = [column[rows.target_rows] for column in rows.topk_logprob or ()]
+        parts.append(logprobs_code.of_planes(columns, used.shape[1], compact=True))
+    codes = np.concatenate(parts)
     bits = sum(
         entropy_bits(slot[mask]) * mask.sum() for slot, mask in zip(codes.T, used.T, strict=True)
     )

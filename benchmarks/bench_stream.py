@@ -32,7 +32,9 @@ from common import peak_mb, save
 
 from decant.schemas import Manifest, ScoredSequence
 from decant.storage import CacheReader
-from decant.storage.cache.writer import plan_of, write_cache
+from decant.storage.cache.logprobs import of_planes
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import write_cache
 from decant.student_train import CacheStream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,6 +272,7 @@ def stored(reader: CacheReader) -> Iterator[Sample]:
     """The columns of every sequence as bytes, in the widths of the cache."""
     for group in reader.row_groups():
         rows = reader.read_stored(group)
+        codes = of_planes(rows.topk_logprob, reader.manifest.layout.slots, compact=True)
         for i in range(len(rows)):
             targets = rows.target_rows[rows.target_starts[i] : rows.target_starts[i + 1]]
             tokens = rows.token_id[rows.row_starts[i] : rows.row_starts[i + 1]]
@@ -278,7 +281,7 @@ def stored(reader: CacheReader) -> Iterator[Sample]:
             yield {
                 "tokens": tokens.tobytes(),
                 "lo": rows.topk_lo[targets].tobytes() + rows.topk_mid[targets].tobytes(),
-                "codes": rows.topk_logprob[targets].tobytes(),
+                "codes": codes[targets].tobytes(),
                 "scalars": scalars.tobytes(),
             }
 

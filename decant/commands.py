@@ -27,6 +27,16 @@ TEACHER = (
         "decant.teacher_dump.audit.command:AUDIT",
     ),
     Entry(
+        "rescore",
+        "Score the sequences of a cache again: another k, another teacher.",
+        "decant.teacher_dump.rescore.command:RESCORE",
+    ),
+    Entry(
+        "add-temperature",
+        "Score the sequences of a cache again at more temperatures.",
+        "decant.teacher_dump.rescore.command:ADD_TEMPERATURE",
+    ),
+    Entry(
         "serve",
         "Offer a teacher to dumps on other machines.",
         "decant.teacher_dump.service.command:SERVE",
@@ -54,6 +64,11 @@ CACHE = (
         "decant.storage.cache.command:VERIFY",
     ),
     Entry(
+        "align",
+        "What a student of another tokenizer could learn from a cache.",
+        "decant.student_train.alignment.command:ALIGN",
+    ),
+    Entry(
         "export",
         "Write a cache as plain lists that other tools read.",
         "decant.storage.exchange.command:EXPORT",
@@ -64,9 +79,36 @@ CACHE = (
         "decant.storage.exchange.command:IMPORT",
     ),
     Entry(
+        "push",
+        "Put a cache on the Hugging Face hub, with a dataset card.",
+        "decant.storage.hub.command:PUSH",
+    ),
+    Entry(
+        "pull",
+        "Copy a cache from the Hugging Face hub, and verify it.",
+        "decant.storage.hub.command:PULL",
+    ),
+    Entry(
         "migrate",
         "Make an older cache again in the present version of the format.",
         "decant.storage.cache.command:MIGRATE",
+    ),
+)
+EDIT = (
+    Entry(
+        "subset",
+        "Some sequences of a cache, by id, condition or share, as a cache.",
+        "decant.storage.edit.command:SUBSET",
+    ),
+    Entry(
+        "merge",
+        "Several caches of one teacher as one.",
+        "decant.storage.edit.command:MERGE",
+    ),
+    Entry(
+        "dedupe",
+        "A cache without the sequences that repeat another's tokens.",
+        "decant.storage.edit.command:DEDUPE",
     ),
 )
 STUDENT = (
@@ -91,6 +133,7 @@ START = (
 ALL: Table = (
     ("score a teacher", TEACHER),
     ("look at a cache", CACHE),
+    ("make a cache of others", EDIT),
     ("train a student", STUDENT),
     ("begin", START),
 )

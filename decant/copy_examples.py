@@ -10,7 +10,7 @@ from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Word
 
 EXAMPLES_FOLDER = Path(__file__).parent / "examples"
-SHIPPED = ("accelerate", "demo", "dump", "train")
+SHIPPED = ("accelerate", "demo", "dump", "loops", "train")
 """The folders that an installed package has; others need the repository around them."""
 
 
@@ -63,6 +63,7 @@ EXAMPLES = Command(
 
 dump/         configurations of dumps and of a service
 train/        configurations of trainings
+loops/        programs for PyTorch, Lightning, transformers and TRL
 accelerate/   configurations of accelerate for several GPUs
 demo/         a teacher of 4.5 M parameters, and a program that dumps,
               inspects, trains and compares

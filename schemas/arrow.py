@@ -15,10 +15,14 @@ PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 NO_LOGPROBS = "none"
 """The precision of draws that are stored without log probs."""
 
-ID_FORMS = ("planes", "lo16")
-"""planes: a column of K bytes for each byte of an id. lo16: the low two of them interleaved."""
+ID_FORMS = ("ranked", "planes", "lo16")
+"""How kept entries are stored. ranked: ids by their numbers in a numbering of the row group, a
+column of K bytes for each byte of a number; differences of log probs in planes. planes: a column
+for each byte of an id; log probs in one column. lo16: the low two bytes of ids interleaved."""
 WIDE_VOCAB = 65_536
-"""Ids from here on need a third byte."""
+"""Numbers from here on need a third byte."""
+ROOM = 8_192
+"""Numbers beyond the vocabulary that two bytes must have room for, or three are taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +69,18 @@ class Layout:
     """Whether conversations are kept."""
     code: CompactCode = CompactCode()
     """The curve of `compact`; without effect on the other precisions."""
+    rounded: bool = False
+    """Whether a writer rounds the numbers per target."""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether ids are stored by their numbers, and log probs by their differences."""
+        return self.ids == "ranked"
 
     @property
     def wide(self) -> bool:
-        """Whether ids need three bytes."""
-        return self.vocab_size > WIDE_VOCAB
+        """Whether ids, or their numbers, need three bytes."""
+        return self.vocab_size + (ROOM if self.ranked else 0) > WIDE_VOCAB
 
     @property
     def has_logprobs(self) -> bool:
@@ -94,9 +105,16 @@ class Layout:
         return (*names, names[0].replace("lo", "hi")) if self.wide else tuple(names)
 
     @property
-    def logprob_bytes(self) -> int:
-        """Width of the `topk_logprob` blob of one target."""
-        return PRECISIONS[self.precision] * self.slots if self.has_logprobs else 0
+    def logprob_columns(self) -> dict[str, int]:
+        """The columns of the kept log probs and their widths: lowest bits first."""
+        if not self.has_logprobs:
+            return {}
+        each = PRECISIONS[self.precision]
+        if not self.ranked:
+            return {"topk_logprob": each * self.slots}
+        if self.precision == "compact":
+            return dict.fromkeys(("topk_code_lo", "topk_code_hi"), -(-self.slots // 2))
+        return {f"topk_logprob_{i}": self.slots for i in range(each)}
 
 
 def temperature_column(name: str, temperature: float) -> str:
@@ -139,7 +157,7 @@ def shard_schema(layout: Layout) -> pa.Schema:
         two = layout.ids == "lo16" and name == "topk_lo"
         columns.append((name, pa.binary((1 + two) * layout.slots)))
     if layout.has_logprobs:
-        columns.append(("topk_logprob", pa.binary(layout.logprob_bytes)))
+        columns += [(name, pa.binary(width)) for name, width in layout.logprob_columns.items()]
         if layout.has_num_kept:
             columns.append(("num_kept", pa.uint16()))
         if layout.has_draws:

@@ -68,7 +68,7 @@ class Manifest:
     compact: CompactCode | None
     """The curve of the codes, if `precision` is compact."""
     ids: str
-    """planes | lo16: how kept ids are stored."""
+    """ranked | planes | lo16: how kept entries are stored."""
     messages: bool
     """Whether the conversations of the records are kept."""
     source: dict[str, Any]
@@ -102,6 +102,8 @@ class Manifest:
             raise ValueError("messages are kept from version 4 of the format on")
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
+        if self.ids == "ranked" and self.format_version < 4:
+            raise ValueError(f"ids 'ranked' in format version {self.format_version}: from 4 on")
         if (self.compact is not None) != (self.precision == "compact"):
             raise ValueError(f"precision {self.precision} with compact {self.compact}")
         check_temperatures(self.temperatures)
@@ -154,7 +156,7 @@ class Manifest:
             temperatures=temperatures,
             precision=precision,
             compact=CompactCode() if precision == "compact" else None,
-            ids="planes",
+            ids="planes" if precision == NO_LOGPROBS else "ranked",
             messages=messages,
             source=source,
             sequences=sequences,
@@ -193,6 +195,22 @@ class Manifest:
         newer = dataclasses.replace(self, format_version=FORMAT_VERSION, cache_id="")
         return dataclasses.replace(newer, cache_id=newer.identity_hash())
 
+    def derived(self, *, source: dict[str, Any], sequences: dict[str, Any]) -> "Manifest":
+        """The start of another cache of rows of this one, in the present format version.
+
+        Its plan, counts and id are to be filled in.
+        """
+        return dataclasses.replace(
+            self,
+            format_version=FORMAT_VERSION,
+            cache_id="",
+            source=source,
+            sequences=sequences,
+            totals=None,
+            records=None,
+            rejected=(),
+        )
+
     @property
     def is_final(self) -> bool:
         """Whether every shard of the plan is committed and sealed."""
@@ -211,6 +229,7 @@ class Manifest:
             ids=self.ids,
             has_messages=self.messages,
             code=self.compact or CompactCode(),
+            rounded=self.format_version >= 4 and self.precision != "f32",
         )
 
     @staticmethod

@@ -126,6 +126,11 @@ class Truncation:
         if "seed" in options and not 0 <= self.seed < 2**63:
             raise ValueError(f"truncation.seed must lie in [0, 2^63), found {self.seed}")
 
+    @classmethod
+    def nucleus(cls, *, k: int, p: float, min_k: int) -> "Truncation":
+        """The smallest set of top entries whose mass reaches p, of `min_k` to `k` entries."""
+        return cls(method="topp", k=k, p=p, min_k=min_k)
+
     @property
     def rule(self) -> Method:
         """What the method keeps, and what follows from it."""

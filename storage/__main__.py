@@ -1,4 +1,4 @@
-"""`python -m storage inspect|head|diff|verify|export|import|migrate`: the commands of a cache."""
+"""`python -m storage inspect|verify|export|subset|merge|...`: the commands of a cache."""
 
 from decant.search_path import leave_out_working_directory
 
@@ -16,10 +16,11 @@ in stats/."""
 
 def main(arguments: list[str]) -> int:
     """Run the command that the arguments name; returns the exit code."""
-    from decant.commands import CACHE
+    from decant.commands import CACHE, EDIT
     from decant.storage.cli.commands import dispatch
 
-    return dispatch("python -m storage", DESCRIPTION, [("commands", CACHE)], arguments)
+    table = [("commands", CACHE), ("make a cache of others", EDIT)]
+    return dispatch("python -m storage", DESCRIPTION, table, arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from decant.student_train.config.mixture import CacheShare
     from decant.student_train.config.run import OptimizerConfig, TrainConfig
     from decant.student_train.config.schedule import Schedule
-    from decant.student_train.config.student import AdapterConfig, StudentConfig
+    from decant.student_train.config.student import (
+        AdapterConfig,
+        CutConfig,
+        QatConfig,
+        StudentConfig,
+    )
     from decant.student_train.data.batch import Batch
     from decant.student_train.data.follow import FollowStream
     from decant.student_train.data.mixture import MixtureStream
@@ -26,6 +31,7 @@ __all__ = [
     "Batch",
     "CacheShare",
     "CacheStream",
+    "CutConfig",
     "Distiller",
     "EvalConfig",
     "FollowStream",
@@ -33,6 +39,7 @@ __all__ = [
     "LossConfig",
     "MixtureStream",
     "OptimizerConfig",
+    "QatConfig",
     "Schedule",
     "StudentConfig",
     "TrainConfig",
@@ -44,6 +51,7 @@ _MODULES = {
     "Batch": "data.batch",
     "CacheShare": "config.mixture",
     "CacheStream": "data.stream",
+    "CutConfig": "config.student",
     "Distiller": "model.distiller",
     "EvalConfig": "config.evaluation",
     "FollowStream": "data.follow",
@@ -51,6 +59,7 @@ _MODULES = {
     "LossConfig": "config.loss",
     "MixtureStream": "data.mixture",
     "OptimizerConfig": "config.run",
+    "QatConfig": "config.student",
     "Schedule": "config.schedule",
     "StudentConfig": "config.student",
     "TrainConfig": "config.run",

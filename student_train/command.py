@@ -95,6 +95,12 @@ def _verdict(arguments: EvaluateArguments) -> str:
     from decant.schemas import to_json
     from decant.storage.cache.command import refuse_missing
     from decant.storage.cli.terminal import json_text
+
+    transformers_logging.disable_progress_bar()
+    refuse_missing(arguments.cache)
+    if arguments.model:
+        return _models(arguments)
+    from decant.student_train.config.alignment import AlignConfig
     from decant.student_train.config.loss import LossConfig
     from decant.student_train.config.student import StudentConfig
     from decant.student_train.verdict import (
@@ -103,8 +109,6 @@ def _verdict(arguments: EvaluateArguments) -> str:
         verdict_text,
     )
 
-    transformers_logging.disable_progress_bar()
-    refuse_missing(arguments.cache)
     student = StudentConfig(
         path=student_folder(arguments.student),
         dtype=arguments.dtype,
@@ -123,13 +127,47 @@ def _verdict(arguments: EvaluateArguments) -> str:
         batch_size=arguments.batch_size,
         heldout_fraction=arguments.heldout_fraction,
         mixed_precision=arguments.mixed_precision,
+        tokenizer_mismatch=arguments.tokenizer_mismatch,
+        align=AlignConfig(messages=arguments.messages),
     )
     return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
+
+
+def _models(arguments: EvaluateArguments) -> str:
+    """Models against the cache, as text, or as JSON; the page is written."""
+    from decant.schemas import to_json
+    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.files.durable import publish_bytes
+    from decant.student_train.evaluation.model_html import models_html
+    from decant.student_train.evaluation.model_text import models_text
+    from decant.student_train.versus import Part, measure_models
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate --model runs in one process: call it without accelerate launch")
+    if arguments.html and not Path(arguments.html).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"{arguments.html}: no such folder to write it into")
+    with progress_bar("evaluate", "sequences") as progress:
+        report = measure_models(
+            arguments.model,
+            arguments.cache,
+            arguments,
+            part=Part(limit=arguments.limit, sample=arguments.sample, seed=arguments.seed),
+            batch_size=arguments.batch_size,
+            worst=arguments.worst,
+            progress=progress,
+        )
+    if arguments.html:
+        page = models_html(report).encode(errors="replace")
+        publish_bytes(Path(arguments.html).expanduser().absolute(), page)
+    return json_text(to_json(report)) if arguments.json else models_text(report)
 
 
 EVALUATE = Command(
     text="""
   decant evaluate --student runs/first --cache caches/heldout
+  decant evaluate --model models/q4.gguf --cache caches/heldout
+  decant evaluate --model models/full --model models/pruned \\
+      --cache caches/heldout --sample 500 --html versus.html
   decant evaluate --student runs/first --cache caches/mine \\
       --heldout-fraction 0.01
   decant evaluate --student path/or/hub-id --cache caches/heldout --json
@@ -140,6 +178,12 @@ cross-entropy and perplexity on the actual tokens, its divergence from the
 teacher, how often its most probable token is the actual one or the teacher's,
 the share of its tokens that the teacher would accept from it as a draft model,
 and the calibration error: the means that a training has in metrics.jsonl.
+
+--model takes any causal LM of the cache's tokenizer: a directory or hub id, also
+with quantised weights, a .gguf file, a PEFT adapter. It says how far the model is
+from the teacher: KL both ways, with bounds where ids are not kept, perplexity,
+top-1 agreement, acceptance, calibration, intervals over sequences, and the worst
+targets in context. Given twice, the paired differences of the two are added.
 """,
     arguments=EvaluateArguments,
     run=run_evaluate,

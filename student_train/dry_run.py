@@ -1,6 +1,7 @@
 """Build a whole run, take one step, say what it will need; write nothing."""
 
 import contextlib
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,30 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.batch import Batch
+from decant.student_train.data.heaviest import heaviest_heldout, heaviest_step
 from decant.student_train.data.steps import StepData, steps_of
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.outputs.hub import check_hub
 from decant.student_train.outputs.metrics import peak_memory_bytes
-from decant.student_train.prepare import Run, check_output, finished, prepare
+from decant.student_train.prepare import (
+    Run,
+    check_output,
+    finished,
+    prepare,
+    refuse_disagreement,
+)
 from decant.student_train.prepare_data import overrides
 from decant.student_train.runtime.distributed import (
     backward,
     microbatch,
+    shards_weights,
     start_accelerator,
     sum_over_processes,
 )
 
 WAIT_SECONDS = 10.0
+ROUNDS = 3
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -32,15 +43,17 @@ def dry_run(config: TrainConfig) -> str:
     check_output(config)
     accelerator = start_accelerator(config)
     set_seed(config.seed)
+    refuse_disagreement(config, accelerator)
     output = Path(config.output)
     if finished(output, config, accelerator.num_processes) is not None:
         return f"{output} is complete already: the run would do nothing"
     if config.push_to_hub and accelerator.is_main_process:
         check_hub(config.push_to_hub)
     run = prepare(config, accelerator)
-    before = peak_memory_bytes()
     rows: list[tuple[str, str]] = _data_rows(config, accelerator, run)
-    data, seconds = _one_step(config, accelerator, run)
+    data, seconds = _first_step(config, accelerator, run)
+    if data is not None:
+        _heaviest(config, accelerator, run)
     parameters = list(run.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     states = [
@@ -59,9 +72,17 @@ def dry_run(config: TrainConfig) -> str:
         ("weights", f"{_size(weights)} per process"),
         ("gradients", _size(gradients)),
         ("optimizer", _size(optimizer)),
-        ("peak memory", f"{_size(peak_memory_bytes())} of the {where} in one step"),
-        ("", f"{_size(before)} of it before the step"),
+        (
+            "peak memory",
+            f"{_size(peak_memory_bytes())} of the {where}, in the heaviest of the steps",
+        ),
+        ("", "with the optimizer's state, and in an evaluation"),
     ]
+    kept = config.keep_checkpoints + 1 if config.save_every_steps else 1
+    free = shutil.disk_usage(_there(output)).free
+    shares = accelerator.num_processes if shards_weights(accelerator) else 1
+    needed = shares * (kept * (weights + optimizer) + weights)
+    rows.append(("disk", f"{_size(needed)} for checkpoints and student, {_size(free)} free"))
     if data is None:
         rows.append(("one step", "none: the cache has too few shards yet"))
     else:
@@ -94,6 +115,10 @@ def _data_rows(config: TrainConfig, accelerator: Accelerator, run: Run) -> list[
     ]
     if run.first_step:
         rows.append(("resumes at", f"step {run.first_step:,}"))
+    if run.alignment:
+        for url, figures in run.alignment.figures.items():
+            rows.append(("aligned", f"{url} with {run.alignment.where}, from a sample"))
+            rows += [("", f"{name}: {text}" if name else text) for name, text in figures.lines()]
     heldout = [s.num_sequences for s in run.evaluation.streams.values()]
     if heldout:
         rows.append(("held out", f"{sum(heldout):,} sequences"))
@@ -102,11 +127,11 @@ def _data_rows(config: TrainConfig, accelerator: Accelerator, run: Run) -> list[
     return rows
 
 
-def _one_step(
+def _first_step(
     config: TrainConfig, accelerator: Accelerator, run: Run
 ) -> tuple[StepData | None, float]:
-    """Take the first step; None if its data is not there. Weights move, in memory alone."""
-    stream, model = run.stream, run.model
+    """Take the first step and time it; None if its data is not there."""
+    stream = run.stream
     through = stream.consumed + stream.sequences_per_step * config.gradient_accumulation
     deadline = time.monotonic() + WAIT_SECONDS
     while not stream.await_data(through, accelerator):
@@ -117,18 +142,50 @@ def _one_step(
     )
     with contextlib.closing(loader) as steps:
         data = next(steps)
-    model.train()
     started = time.monotonic()
-    kept = config.selection.kept_of(batch.num_targets for batch in data.microbatches)
-    num_targets = sum_over_processes(accelerator, kept)
-    terms = config.loss.at(run.first_step, run.steps, overrides(config))
-    for i, batch in enumerate(data.microbatches):
-        with microbatch(accelerator, model, is_last=i == len(data.microbatches) - 1):
-            backward(accelerator, model(batch.to(accelerator.device), num_targets, terms).loss)
-    run.optimizer.step()
+    _step(config, accelerator, run, data.microbatches)
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return data, time.monotonic() - started
+
+
+def _heaviest(config: TrainConfig, accelerator: Accelerator, run: Run) -> None:
+    """The step that needs the most memory, now that the optimizer has its state, and evaluation.
+
+    Several times over, as allocators take more before they find all places for what comes and goes.
+    """
+    step = heaviest_step(run.stream, config.gradient_accumulation, config.packing, run.steps)
+    streams = run.evaluation.streams.values()
+    heldout = [batch for stream in streams if (batch := heaviest_heldout(stream))]
+    for _ in range(ROUNDS):
+        _step(config, accelerator, run, step[: 2 if config.gradient_accumulation > 1 else 1])
+        run.model.eval()
+        for batch in heldout:
+            with torch.no_grad():
+                batch = batch.to(accelerator.device)
+                accelerator.unwrap_model(run.model).measure(batch, config.loss.at(0, 1))
+
+
+def _step(
+    config: TrainConfig, accelerator: Accelerator, run: Run, microbatches: list[Batch]
+) -> None:
+    """A step as a training takes it. Weights move, in memory alone."""
+    run.model.train()
+    kept = config.selection.kept_of(batch.num_targets for batch in microbatches)
+    num_targets = sum_over_processes(accelerator, kept)
+    terms = config.loss.at(run.first_step, run.steps, overrides(config))
+    for i, batch in enumerate(microbatches):
+        with microbatch(accelerator, run.model, is_last=i == len(microbatches) - 1):
+            backward(accelerator, run.model(batch.to(accelerator.device), num_targets, terms).loss)
+    if config.optimizer.max_grad_norm:
+        accelerator.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def _there(path: Path) -> Path:
+    """The path, or the first folder above it that exists."""
+    return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
 
 
 def _size(num_bytes: int) -> str:

@@ -6,6 +6,7 @@ happens, `checkpoint` and `save` write what stays.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -19,14 +20,21 @@ from accelerate.utils import gather_object, set_seed
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.steps import StepData, steps_of
 from decant.student_train.outputs.best import Best
-from decant.student_train.outputs.checkpoint import batch_record, config_record, leaves
 from decant.student_train.outputs.hub import check_hub, push
 from decant.student_train.outputs.metrics import Metrics, Recent, peak_memory_bytes
 from decant.student_train.outputs.model_card import model_card
 from decant.student_train.outputs.plots import PLOT, draw
 from decant.student_train.outputs.progress import Progress
+from decant.student_train.outputs.resuming import batch_record, config_record, leaves
 from decant.student_train.outputs.save import STUDENT, save_student, save_summary
-from decant.student_train.prepare import Run, check_output, finished, held, prepare
+from decant.student_train.prepare import (
+    Run,
+    check_output,
+    finished,
+    held,
+    prepare,
+    refuse_disagreement,
+)
 from decant.student_train.prepare_data import overrides
 from decant.student_train.runtime.distributed import (
     backward,
@@ -56,6 +64,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_output(config)
     accelerator = start_accelerator(config)
     set_seed(config.seed)
+    refuse_disagreement(config, accelerator)
     output = Path(config.output)
     with held(output, accelerator):
         summary = finished(output, config, accelerator.num_processes)
@@ -83,7 +92,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[
             resumed_at=run.first_step,
         )
     if config.trackers:  # which take numbers and texts by name
-        options = leaves(config_record(config))
+        options = leaves(dataclasses.asdict(config))
         shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items()}
         accelerator.init_trackers("decant", config=shown)
     before: dict[str, float] = {}
@@ -116,6 +125,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[
                 log.warning("no %s: %s", output / PLOT, error)
     if best:
         summary["best_step"] = best.step
+    if config.student.qat.scheme:
+        summary["quantised"] = config.student.qat.scheme
     summary |= {
         "peak_memory_mb": round(peak_memory_bytes() / 1e6, 1),
         "wall_s": round(time.monotonic() - started, 1),
@@ -130,6 +141,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[
         card=model_card(config, run.manifests, summary),
         adapter=run.adapter,
         load_base=run.load_base if config.adapter.merge else None,
+        qat=config.student.qat if config.student.qat.scheme else None,
         trust_remote_code=config.student.trust_remote_code,
     )
     if accelerator.is_main_process:
@@ -138,7 +150,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[
             "batches": batch_record(config, accelerator.num_processes),
         }
         save_summary({**summary, **records}, output)
-        run.checkpoints.remove(summary["steps"])
+        if not config.save_every_steps:
+            run.checkpoints.remove(summary["steps"])
     if best:
         best.remove()
     accelerator.end_training()
@@ -200,8 +213,8 @@ def _loop(
                 with microbatch(accelerator, model, is_last=is_last):
                     out = model(batch.to(accelerator.device), num_targets, terms)
                     backward(accelerator, out.loss)
-                parts.append(torch.stack([out.loss.detach(), out.kd, out.ce]))
-            loss, kd, ce = accelerator.reduce(sum(parts), reduction="sum").tolist()
+                parts.append(torch.stack([part.detach() for part in out.parts()]))
+            loss, kd, ce, *router = accelerator.reduce(sum(parts), reduction="sum").tolist()
             if not math.isfinite(loss):
                 raise _not_finite(f"loss is {loss} (kd {kd}, ce {ce})", step, data, parts)
 
@@ -222,6 +235,7 @@ def _loop(
             progress.stepped(loss, recent, took_s)
             if step % config.log_every_steps == 0 or step == run.steps:
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
+                values |= {"router": router[0]} if router else {}
                 values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
                 metrics.write({**values, **recent.summary()})
                 progress.logged(step, values, recent)

@@ -14,30 +14,34 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from decant.schemas import Manifest
-from decant.storage import Store
+from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
+from decant.student_train.model.alignment import Alignment, label_bytes
 from decant.student_train.model.distiller import Distiller
-from decant.student_train.model.probes import packing_refused
+from decant.student_train.model.fake_quantise import fake_quantise
+from decant.student_train.model.probes import freeze_unused, packing_refused
 from decant.student_train.model.student import (
     check_savable,
     compile_layers,
+    fingerprint,
     load_student,
     student_vocab_size,
 )
-from decant.student_train.outputs.checkpoint import (
-    CHECKPOINTS,
-    Checkpoints,
+from decant.student_train.outputs.checkpoint import CHECKPOINTS, Checkpoints
+from decant.student_train.outputs.metrics import METRICS
+from decant.student_train.outputs.resuming import (
     batch_record,
+    changes,
     config_record,
+    leaves,
     refuse_other_batches,
     refuse_other_config,
 )
-from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.outputs.save import STUDENT, SUMMARY
 from decant.student_train.prepare_data import (
     heldout_streams,
@@ -48,11 +52,16 @@ from decant.student_train.prepare_data import (
 from decant.student_train.runtime.distributed import (
     is_deepspeed,
     of_first_process,
+    refuse_differing,
+    refuse_unshared,
     shards_weights,
 )
 from decant.student_train.runtime.optimizer import adamw
 
 log = logging.getLogger(__name__)
+
+PATHS = ("output", "cache", "path")
+"""Last parts of the names of options whose values may be spelt differently on each machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,15 +90,43 @@ class Run:
     """Steps that were done before."""
     steps: int
     """Steps when the run is complete."""
+    alignment: Alignment | None
+    """What the caches of another tokenizer than the student's are aligned by."""
 
 
 @contextlib.contextmanager
 def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other runs out of the output folder. Raises Busy if one is in it."""
+    """Keep other runs out of the output folder.
+
+    Raises Busy if one is in it, ValueError if not all processes see the folder.
+    """
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(Store(output).lock())
+        refuse_unshared(output, accelerator)
         yield
+
+
+def refuse_disagreement(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError if processes were started with different configs, or see different files.
+
+    Without it they would train on together, each from a state of its own, or wait for ever.
+    """
+    if accelerator.num_processes == 1:
+        return
+    output = Path(config.output)
+    options = leaves(dataclasses.asdict(config))
+    urls = [share.cache for share in config.mixture] or [config.cache] * (not config.follow)
+    if config.eval.cache:
+        urls.append(config.eval.cache)
+    refuse_differing(
+        {
+            **{name: value for name, value in options.items() if not name.endswith(PATHS)},
+            "the caches' ids": [CacheReader(url).manifest.cache_id for url in urls],
+            "summary.json in output": (output / SUMMARY).exists(),
+            "checkpoints in output": [p.name for p in sorted(output.glob(f"{CHECKPOINTS}/step-*"))],
+        }
+    )
 
 
 def check_output(config: TrainConfig) -> None:
@@ -118,12 +155,30 @@ def check_output(config: TrainConfig) -> None:
 def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str, Any] | None:
     """The summary of a run that is complete already, else None.
 
-    Raises ValueError if it was of another config.
+    It is not complete if the config asks for more steps by now. Raises ValueError if it was of
+    another config, or if it left no checkpoint to go on from.
     """
     if not (output / SUMMARY).exists():
         return None
     record = json.loads((output / SUMMARY).read_text())
-    refuse_other_config(record.pop("config"), config_record(config), str(output))
+    theirs, ours = record.pop("config"), config_record(config)
+    refuse_other_config(theirs, ours, str(output))
+    if found := changes(theirs, ours):
+        if config.steps <= theirs["steps"] and config.epochs <= theirs["epochs"]:
+            said = ", ".join(
+                f"{name} was {was!r}, is {now!r}" for name, (was, now) in found.items()
+            )
+            raise ValueError(
+                f"{output} is complete after {record['steps']} steps, and {said}: give more "
+                "steps to train on, or another output"
+            )
+        if config.eval.keep_best or not any((output / CHECKPOINTS).glob("step-*")):
+            raise ValueError(
+                f"{output} is complete after {record['steps']} steps, of which no checkpoint is "
+                "left to go on from (one is with save_every_steps and without eval.keep_best). "
+                f"Train its student on, with student.path: {output / STUDENT} and another output"
+            )
+        return None
     refuse_other_batches(record.pop("batches"), batch_record(config, num_processes), str(output))
     log.info(
         "%s is complete already: nothing is trained. To train again, choose another output", output
@@ -133,11 +188,22 @@ def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str,
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Open the data, build or load the student, resume. Raises ValueError if they do not fit."""
-    stream = training_stream(config, accelerator)
+    alignment = None
+    if config.tokenizer_mismatch == "align":
+        alignment = Alignment(config.student, config.align)
+    as_events = alignment.stream_options if alignment else {}
+    stream = training_stream(config, accelerator, as_events)
     reader = stream.reader
     refuse_unknown_entropy(config, stream.readers)
-    heldout = heldout_streams(config, reader, accelerator)
+    if config.selection.by and stream.has_events:
+        raise ValueError(
+            f"selection.by {config.selection.by}: the targets are chunks of tokens, or labels "
+            "alone, and a loss is taken on whole chunks: leave it out"
+        )
+    heldout = heldout_streams(config, reader, accelerator, as_events)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
+    if alignment and alignment.any:
+        held_as["aligned"] = (alignment.tokenizer, stream.vocab_size)
     student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
     check_savable(student, tokenizer)
     is_quantised = bool(getattr(student, "is_quantized", False))
@@ -168,14 +234,23 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         raise ValueError("eval.keep_best cannot be had with DeepSpeed: use DDP or FSDP2")
     if not shards_weights(accelerator) and not is_quantised:
         student.to(accelerator.device)
+    if config.student.qat.scheme:
+        fake_quantise(student, config.student.qat)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable()
+    # As read on the first process, the only one to have the weights under FSDP's lean loading.
+    is_first = accelerator.is_main_process
+    base = of_first_process(fingerprint(student) if config.adapter.r and is_first else "")
     adapter = attach(student, config.adapter) if config.adapter.r else None
     if adapter and not (shards_weights(accelerator) or is_deepspeed(accelerator)):
         checkpoint_adapter_only(accelerator)
     with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
-        vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
-        model = Distiller(student, config.loss, vocab_size, config.selection)
+        freeze_unused(student)
+        vocab_size = stream.vocab_size
+        if not (alignment and alignment.any):
+            vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
+        measured = label_bytes(tokenizer, vocab_size) if heldout else None
+        model = Distiller(student, config.loss, vocab_size, config.selection, measured)
         refusal = packing_refused(student, config.packing)
     # FSDP may load the weights on the first process alone: what others find out counts for nothing.
     model.head = of_first_process(model.head)
@@ -192,6 +267,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         config_record(config),
         batch_record(config, accelerator.num_processes),
         accelerator,
+        base=base,
     )
     first_step = checkpoints.resume(stream)
     sequences_per_step = (
@@ -200,6 +276,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     to_come = (config.epochs - stream.epoch) * stream.num_sequences
     steps = config.steps or first_step + max(0, math.ceil(to_come / sequences_per_step - 1e-9))
     config.refuse_long_warmup(steps)
+    if steps < first_step:
+        raise ValueError(
+            f"{config.output}: {first_step:,} steps are done, and this config has {steps:,}: give "
+            "as many or more, or another output"
+        )
     log.info(
         "trains %s of %s parameters in steps %s to %s of %s sequences each, epoch %.2f to %.2f, "
         "on %d %s",
@@ -229,4 +310,5 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         checkpoints=checkpoints,
         first_step=first_step,
         steps=steps,
+        alignment=alignment,
     )

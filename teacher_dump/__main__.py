@@ -1,4 +1,4 @@
-"""`python -m teacher_dump run|plan|audit|serve`: the commands of a teacher."""
+"""`python -m teacher_dump run|plan|audit|rescore|serve|...`: the commands of a teacher."""
 
 import dataclasses
 

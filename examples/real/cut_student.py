@@ -1,27 +1,18 @@
-"""Cut a student from a teacher: some of its layers, everything else as it is.
+"""Write the student as a training begins with it, `student.from_teacher`, to compare it with.
 
-The layers are renamed in the files alone, so that nothing is computed and no number changes.
-Embeddings, head, tokenizer and chat template stay the teacher's.
+Some of the teacher's layers, everything else as it is: embeddings, head, tokenizer and template
+stay the teacher's.
 """
 
 import argparse
-import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decant.storage.files.durable import publish
-
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+from decant.student_train.model.cut import cut as cut_layers
 
 
 def cut(teacher: Path, student: Path, layers: Sequence[int]) -> int:
@@ -29,31 +20,14 @@ def cut(teacher: Path, student: Path, layers: Sequence[int]) -> int:
 
     Raises ValueError for layers that the teacher does not have. `student` appears when it is whole.
     """
-    config = json.loads((teacher / "config.json").read_text())
-    there = config["num_hidden_layers"]
-    if not layers or not set(layers) <= set(range(there)) or len(set(layers)) < len(layers):
-        raise ValueError(f"{teacher} has layers 0 to {there - 1}, asked for {list(layers)}")
-    new_index = {old: new for new, old in enumerate(layers)}
-    tensors = {}
-    for name, tensor in load_file(teacher / "model.safetensors").items():
-        match = LAYER.match(name)
-        if match is None:
-            tensors[name] = tensor
-        elif (old := int(match[1])) in new_index:
-            tensors[f"model.layers.{new_index[old]}.{name[match.end() :]}"] = tensor
-    config["num_hidden_layers"] = len(layers)
-    if "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][old] for old in layers]
+    model = cut_layers(AutoModelForCausalLM.from_pretrained(teacher), list(layers), 0)
     temporary = student.with_name(student.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in COPIED:
-        if (teacher / name).exists():
-            shutil.copy(teacher / name, temporary / name)
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(temporary)
     publish(temporary, student)
-    return sum(tensor.numel() for tensor in tensors.values())
+    return model.num_parameters()
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def run_all(steps: Steps) -> None:
     steps.run(
         "train",
         *("-m", "decant", "train", "--config", HERE / "train.yaml"),
-        *("--student.path", CUT, "--output", RUN),
+        *("--student.from_teacher.layers", list(LAYERS), "--output", RUN),
     )
     steps.run(
         "evaluate",

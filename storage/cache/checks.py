@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import Conversation, FormatError, Layout, ScoredSequence
 from decant.schemas.distributions import FIELDS
-from decant.storage.cache.logprobs import empty, logprob_bound
+from decant.storage.cache.logprobs import ROUNDING, empty, logprob_bound
 from decant.storage.cache.rows import Rows
 
 EPSILON = 1e-4
@@ -18,8 +18,11 @@ EPSILON = 1e-4
 precisions add what their rounding can move (`codec.logprob_bound`)."""
 
 
-def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
-    """Raise FormatError, naming the sample, unless the sequence is what a shard may hold."""
+def check_sequence(sequence: ScoredSequence, layout: Layout, *, precision: str = "f32") -> None:
+    """Raise FormatError, naming the sample, unless the sequence is what a shard may hold.
+
+    `precision` is what its log probs went through already.
+    """
     length, n = len(sequence.input_ids), sequence.num_targets
     where = f"sample {sequence.sample_id}"
     if not isinstance(sequence.sample_id, str):
@@ -47,7 +50,7 @@ def check_sequence(sequence: ScoredSequence, layout: Layout) -> None:
         raise FormatError(f"{where}: token 0 is a target, but nothing predicts it")
     if not np.array_equal(np.flatnonzero(sequence.is_target), sequence.positions):
         raise FormatError(f"{where}: positions are not the true entries of is_target")
-    problems = distribution_problems(sequence, layout, precision="f32")
+    problems = distribution_problems(sequence, layout, precision=precision)
     if problems:
         raise FormatError(f"{where}: {problems[0]}")
 
@@ -212,6 +215,7 @@ def _check_logprobs(
         tolerance = EPSILON if temperature == 1 else 20 * EPSILON
         off = ~(np.abs(mass - 1) <= tolerance)
         if precision != "f32" and (rows := np.flatnonzero(off)).size:
+            tolerance += 2 * ROUNDING * layout.rounded  # of the tail, and of log Z
             moved = np.expm1(
                 logprob_bound(logprobs[rows], precision, layout.code) / np.float32(temperature)
             )

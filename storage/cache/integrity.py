@@ -8,12 +8,13 @@ from itertools import islice
 import numpy as np
 import xxhash
 
-from decant.schemas import CommitRecord, FormatError, Rejected, ShardPlan
+from decant.schemas import CommitRecord, FormatError, Manifest, Rejected, ShardPlan
 from decant.schemas.manifest import MAX_LISTED
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows, message_problems
+from decant.storage.cache.extension import moving, names_of
 from decant.storage.cache.reader import CacheReader
-from decant.storage.cache.rows import Rows, decode
+from decant.storage.cache.rows import Rows
 from decant.storage.files.sealed import read_json
 from decant.storage.files.store import Store
 
@@ -36,15 +37,19 @@ class VerifyReport:
 
 
 def verify(
-    url: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    url: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    manifest: Manifest | None = None,
 ) -> VerifyReport:
     """Check everything that can be checked without the teacher; never raises for bad data.
 
     `progress` is called with (shards done, shards in all). An incomplete cache is a problem.
+    `manifest` is taken for the cache's own where that is not published yet.
     """
     try:
         hashes = _WholeHash(Store(url))
-        reader = CacheReader(url, allow_incomplete=True, listener=hashes.take)
+        reader = CacheReader(url, allow_incomplete=True, listener=hashes.take, manifest=manifest)
         reader.plan  # noqa: B018  read here: damage to it is one problem, not an exception later
     except FormatError as error:
         return VerifyReport(str(url), 0, 0, 0, 0, (str(error),))
@@ -69,6 +74,7 @@ def verify(
 
 def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
     manifest = reader.manifest
+    extension = moving(store)
     committed = set(reader.index.shards.tolist())
     missing = [plan.shard for plan in reader.plan if plan.shard not in committed]
     if missing:
@@ -106,7 +112,10 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         for record in reader.index:
             name = paths.record(record.shard)
             try:
-                if read_json(store, name) != record.to_json(manifest.format_version):
+                beside = read_json(store, name)
+                if extension:  # while it is moved in, records are those of either cache
+                    beside["cache_id"] = manifest.cache_id
+                if beside != record.to_json(manifest.format_version):
                     yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
             except FormatError as error:
                 yield str(error)
@@ -122,6 +131,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         elif (found := store.hash(path)) != expected:
             yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
     known = {name(p.shard) for p in reader.plan for name in (paths.shard, paths.record)}
+    known |= set(names_of(extension)) if extension else set()
     for name in store.names(paths.SHARDS):
         is_temporary = name.startswith(".")  # of a killed or running writer: absent by definition
         if not is_temporary and f"{paths.SHARDS}/{name}" not in known:
@@ -189,7 +199,7 @@ def _shard_problems(
     for group in reader.index.groups_of(plan.shard):
         try:
             table = reader.read_table(group)
-            rows = decode(table, reader.manifest.layout)
+            rows = reader.decode(group, table)
         except FormatError as error:
             yield str(error)
             return

@@ -1,21 +1,31 @@
-"""Log probs to one byte each and back: the code, its table, its error bound."""
+"""Log probs to their stored bytes and back: the codes, their table, their error bounds."""
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from decant.schemas import CompactCode
+from decant.schemas import CompactCode, Layout
 
 LAST_CODE = 255
 """Compact code: stands for every gap from nearly the limit on."""
 
 
+LOW_HALF, HIGH_HALF, FOUR = np.uint8(15), np.uint8(240), np.uint8(4)
+
+
+ROUNDED_BITS = 12
+ROUNDING = 2.0 ** -(ROUNDED_BITS + 1)
+"""What `rounded` can move a number by, in nats."""
+
+
 BLOCK_ROWS = 2048
-"""Targets decoded at a time."""
+"""Targets decoded at a time: what is in between stays in the processor's cache."""
 
 
 CODE = CompactCode()
@@ -31,12 +41,15 @@ def gap_table(code: CompactCode) -> NDArray[np.float32]:
 
 
 @functools.cache
-def _pair_tables(code: CompactCode) -> tuple[NDArray, NDArray[np.float64]]:
-    """[65536] gaps and summed weights of two neighbouring codes, by the uint16 they form."""
+def _pair_tables(code: CompactCode) -> tuple[pa.Array, pa.Array]:
+    """[65536] gaps and summed weights of two neighbouring codes, by the uint16 they form.
+
+    The two float32 gaps are the bits of one int64, the weights float64.
+    """
     gaps = gap_table(code)
     weights = np.exp(-gaps.astype(np.float64)).astype(np.float32).astype(np.float64)
     pairs = np.stack([np.tile(gaps, 256), np.repeat(gaps, 256)], axis=1).view(np.int64)
-    return pairs, (weights[None, :] + weights[:, None]).ravel()
+    return pa.array(pairs.ravel()), pa.array((weights[None, :] + weights[:, None]).ravel())
 
 
 def encode_logprobs(
@@ -65,6 +78,68 @@ def encode_logprobs(
     steps[:, 1:] -= codes[:, :-1]
     steps[~used] = 0
     return steps
+
+
+def in_planes(stored: NDArray, used: NDArray[np.bool_], layout: Layout) -> list[NDArray[np.uint8]]:
+    """The columns [n, width] of a ranked layout, from `encode_logprobs`, zero in unused slots.
+
+    The steps of compact codes in two planes of half bytes, those of the first half of the slots in
+    the low bits. Otherwise the differences of successive values as integers, a plane for each byte.
+    """
+    n, slots = stored.shape
+    if layout.precision == "compact":
+        steps = np.zeros((n, slots + slots % 2), np.uint8)
+        steps[:, :slots] = stored
+        first, second = np.hsplit(steps, 2)
+        return [first & LOW_HALF | second << FOUR, first >> FOUR | second & HIGH_HALF]
+    width = stored.dtype.itemsize
+    bits = stored.view(f"<u{width}")
+    steps = np.diff(bits, axis=1, prepend=bits.dtype.type(0))
+    steps[~used] = 0
+    planes = steps.view(np.uint8).reshape(n, slots, width)
+    return [np.ascontiguousarray(planes[:, :, i]) for i in range(width)]
+
+
+def of_planes(columns: Sequence[NDArray], slots: int, compact: bool) -> NDArray:
+    """The inverse of `in_planes`, but for unused slots: log probs, or steps of compact codes.
+
+    A single column is what it is already.
+    """
+    if len(columns) == 1:
+        return columns[0]
+    n = len(columns[0])
+    if compact:
+        half = columns[0].shape[1]
+        steps = empty((n, 2 * half), np.uint8)
+        for start in range(0, n, BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            low, high = columns[0][block], columns[1][block]
+            steps[block, :half] = low & LOW_HALF | high << FOUR
+            steps[block, half:] = low >> FOUR | high & HIGH_HALF
+        return steps[:, :slots]
+    width = len(columns)
+    parts = empty((n, slots, width), np.uint8)
+    for i, plane in enumerate(columns):
+        parts[:, :, i] = plane
+    bits = parts.view(f"<u{width}")[:, :, 0]
+    for start in range(0, n, BLOCK_ROWS):
+        rows = bits[start : start + BLOCK_ROWS]
+        for j in range(1, slots):  # cumsum along the rows, in half its time
+            rows[:, j] += rows[:, j - 1]
+    return bits.view(f"<f{width}")
+
+
+def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers per target as they are stored where a little may be lost: fewer digits, fewer bytes.
+
+    To multiples of 2^-ROUNDED_BITS, of those times 2^e where 2^e <= |x| < 2^(e+1) <= 1: so within
+    ROUNDING, and within a relative ROUNDING where |x| < 1.
+    """
+    _, exponent = np.frexp(values)  # |x| < 2^exponent
+    places = ROUNDED_BITS - np.minimum(exponent - 1, 0)
+    near = np.ldexp(np.rint(np.ldexp(values.astype(np.float64), places)), -places)
+    keep = ~np.isfinite(values) | (values > 0)
+    return np.where(keep, values, near).astype(np.float32)
 
 
 def tail_to_store(
@@ -102,23 +177,40 @@ def decode_logprobs(
     # The kept mass is 1 - r exactly, so the most probable entry follows from the gaps.
     with np.errstate(divide="ignore"):
         kept = np.log(-np.expm1(log_tail.astype(np.float64)))
+    even = slots + slots % 2
     for start in range(0, n, BLOCK_ROWS):  # what is in between stays in the processor's cache
         block = slice(start, start + BLOCK_ROWS)
         rows = logprobs[block]
-        codes = np.full((len(rows), slots + slots % 2), LAST_CODE, np.uint8)
-        codes[:, :slots] = stored[block]
-        for j in range(1, slots):  # cumsum along the rows, in half its time
-            codes[:, j] += codes[:, j - 1]
+        codes = _summed(stored[block])
+        codes[:, slots:] = LAST_CODE
         if unused is not None:
             codes[:, :slots][unused[block]] = LAST_CODE  # weighs 4e-11, the first entry 1
-        pairs = codes.view("<u2").astype(np.intp)
-        gaps = pair_gaps.take(pairs, mode="clip").view(np.float32)[:, :slots]
-        weights = pair_weights.take(pairs, mode="clip").sum(axis=1)
+        # Arrow looks up by the indices as they are; numpy would widen them to eight bytes first.
+        pairs = pa.array(codes[:, :even].view("<u2").ravel())
+        gaps = pc.take(pair_gaps, pairs, boundscheck=False).to_numpy().view(np.float32)
+        weights = pc.take(pair_weights, pairs, boundscheck=False).to_numpy()
+        weights = weights.reshape(len(rows), -1).sum(axis=1)
         first = (kept[block] - np.log(weights)).astype(np.float32)
-        np.subtract(first[:, None], gaps, out=rows)
+        np.subtract(first[:, None], gaps.reshape(len(rows), even)[:, :slots], out=rows)
     if unused is not None:
         logprobs[unused] = -np.inf
     return logprobs
+
+
+def _summed(steps: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[n, K or more] sums along the rows: the codes of descending log probs, which are below 256.
+
+    A product with 1 + 2^8 + 2^16 + ... sums the eight bytes of a word.
+    """
+    n, slots = steps.shape
+    codes = np.zeros((n, -(-slots // 8) * 8), np.uint8)
+    codes[:, :slots] = steps
+    ones = np.uint64(0x0101010101010101)
+    words = codes.view("<u8")
+    words *= ones
+    for j in range(1, words.shape[1]):
+        words[:, j] += (words[:, j - 1] >> np.uint64(56)) * ones
+    return codes
 
 
 def logprob_bound(
@@ -127,7 +219,8 @@ def logprob_bound(
     """[n, K] how far a decoded log prob can be from the scored one, in nats; 0 in unused slots.
 
     f16: |log p| / 2^11. compact: half a code, (1/scale + g) expm1(step / 2), plus what all of them
-    together can move the first entry; infinite for the last code, which has no far end.
+    together, and the rounded tail, can move the first entry; infinite for the last code, which has
+    no far end.
     """
     used = np.isfinite(logprobs)
     if precision == "f32":
@@ -138,7 +231,7 @@ def logprob_bound(
     half = (1 / np.float32(code.scale) + gaps) * np.float32(np.expm1(code.step / 2))
     weights = np.where(used, np.exp(-gaps), 0)
     moved = np.log1p((weights * np.expm1(half)).sum(axis=1) / weights.sum(axis=1))
-    bound = half + moved[:, None] + np.float32(1e-5)
+    bound = half + moved[:, None] + np.float32(ROUNDING + 1e-5)
     bound[gaps > gap_table(code)[LAST_CODE - 1] + 1e-3] = np.inf
     return np.where(used, bound, 0)
 

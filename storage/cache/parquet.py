@@ -26,9 +26,9 @@ def parquet_options(schema: pa.Schema, dense: bool) -> dict:
     """
     blobs = [f.name for f in schema if pa.types.is_fixed_size_binary(f.type)]
     floats = [f.name for f in schema if f.type == pa.float32()]
-    split = floats
+    split = floats  # every reader of Parquet has this encoding for floats, not all for blobs
     if "num_kept" not in schema.names and "topk_logprob" in schema.names:
-        split = ["topk_logprob", *floats]  # where slots are left empty, rows compress better
+        split = ["topk_logprob", *floats]  # columns of versions before 4
     full = "topk_mid" in schema.names and "num_kept" not in schema.names
     noise = full and dense and schema.field("topk_lo").type.byte_width >= NOISE_SLOTS
     plain = {"topk_lo"} if noise else set()

@@ -1,5 +1,7 @@
 """Every file name inside a cache, spelled once. All are relative to the cache's root."""
 
+from pathlib import PurePath
+
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 INPUTS = "inputs"
@@ -15,7 +17,9 @@ TOKENIZER = "tokenizer"
 KEPT_REPORT = "stats/inspect.json"
 """Figures that inspect keeps; no part of the cache."""
 RECORD_INDEX = "records/records-000000.parquet"
-"""The commit records of a final cache."""
+"""The commit records of a final cache that was never extended."""
+EXTENSION = "extension"
+"""More shards of a final cache, while they are scored: a cache of its own that is moved in."""
 
 
 def shard(index: int) -> str:
@@ -36,6 +40,16 @@ def inputs(index: int) -> str:
 def generated(index: int) -> str:
     """The responses to a run of prompts."""
     return f"{GENERATED}/part-{index:06d}.parquet"
+
+
+def record_index(index: int = 0) -> str:
+    """The commit records of a final cache, numbered as its plan is."""
+    return f"{RECORDS}/records-{index:06d}.parquet"
+
+
+def number(plan: str) -> int:
+    """The number in the name of a plan: how often the cache was extended."""
+    return int(PurePath(plan).name.split(".")[0].rpartition("-")[2])
 
 
 def segment(kind: str, index: int = 0) -> str:

@@ -14,6 +14,7 @@ from decant.schemas import (
     ByteRange,
     CommitRecord,
     FormatError,
+    Manifest,
     Rejected,
     ScoredSequence,
     ShardPlan,
@@ -22,6 +23,7 @@ from decant.schemas import (
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
+from decant.storage.cache.numbering import Numbering, from_footer
 from decant.storage.cache.records import (
     committed_shards,
     read_manifest,
@@ -48,20 +50,22 @@ class CacheReader:
         *,
         allow_incomplete: bool = False,
         listener: Callable[[int, int, bytes], None] | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         """Open a cache.
 
-        `listener` is called with (shard, offset, bytes) of all that is fetched of shards.
+        `listener` is called with (shard, offset, bytes) of all that is fetched of shards;
+        `manifest` is taken for the cache's own where that is not published yet.
         Raises FormatError if it is absent, damaged, or not complete (unless `allow_incomplete`,
         which gives the sequences of the committed shards, renumbered from 0).
         """
         self._store, self._listener = Store(url), listener
         self.url = self._store.url
-        self.manifest = read_manifest(self._store)
+        self.manifest = manifest or read_manifest(self._store)
         self._set_index(self._index(allow_incomplete))
         self._schema = shard_schema(self.manifest.layout)
         self._recent: dict[int, CommitRecord] = {}
-        self._footers: dict[int, pq.FileMetaData] = {}
+        self._footers: dict[int, tuple[pq.FileMetaData, list[Numbering | None]]] = {}
         self._last: tuple[int, rows_codec.Rows] | None = None
 
     def _set_index(self, index: ShardIndex) -> None:
@@ -144,14 +148,22 @@ class CacheReader:
 
     def read_stored(self, group: RowGroupRef) -> rows_codec.StoredRows:
         """The columns of one row group, not decoded. Raises FormatError as `read`."""
-        return rows_codec.stored_rows(self.read_table(group), self.manifest.layout)
+        return self._stored(group, self.read_table(group))
+
+    def decode(self, group: RowGroupRef, table: pa.Table) -> rows_codec.Rows:
+        """The decoded columns of one row group, of which `read_table` gave the table."""
+        return rows_codec.decode_rows(self._stored(group, table), self.manifest.layout)
+
+    def _stored(self, group: RowGroupRef, table: pa.Table) -> rows_codec.StoredRows:
+        _, numberings = self._footer(self._record(group.shard))
+        return rows_codec.stored_rows(table, self.manifest.layout, numberings[group.index])
 
     def read_table(self, group: RowGroupRef) -> pa.Table:
         """One row group as stored. Raises FormatError as `read`."""
         record = self._record(group.shard)
         entry = record.row_groups[group.index]
         where = self._store.path(paths.shard(group.shard))
-        metadata = self._footer(record)
+        metadata, _ = self._footer(record)
         data = self._verified(group.shard, entry.data)
         try:
             file = pq.ParquetFile(
@@ -171,8 +183,9 @@ class CacheReader:
 
     def column_bytes(self, group: RowGroupRef) -> dict[str, int]:
         """Compressed bytes of each column of one row group, from the shard's footer."""
-        metadata = self._footer(self._record(group.shard)).row_group(group.index)
-        columns = [metadata.column(i) for i in range(metadata.num_columns)]
+        metadata, _ = self._footer(self._record(group.shard))
+        row_group = metadata.row_group(group.index)
+        columns = [row_group.column(i) for i in range(row_group.num_columns)]
         return {c.path_in_schema: c.total_compressed_size for c in columns}
 
     def _record(self, shard: int) -> CommitRecord:
@@ -184,15 +197,21 @@ class CacheReader:
             self._recent[shard] = kept
         return kept
 
-    def _footer(self, record: CommitRecord) -> pq.FileMetaData:
+    def _footer(self, record: CommitRecord) -> tuple[pq.FileMetaData, list[Numbering | None]]:
+        """A shard's footer, and the numbering of each row group."""
         kept = self._footers.get(record.shard)
         if kept is None:
+            where = self._store.path(paths.shard(record.shard))
             data = self._verified(record.shard, record.footer)
             try:
-                kept = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+                metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
             except (OSError, pa.ArrowException) as error:
-                where = self._store.path(paths.shard(record.shard))
                 raise FormatError(f"{where}: its footer cannot be read: {error}") from error
+            groups = len(record.row_groups)
+            numberings: list[Numbering | None] = [None] * groups
+            if self.manifest.layout.ranked:
+                numberings = from_footer(metadata.metadata, self.manifest.layout, groups, where)
+            kept = metadata, numberings
             if len(self._footers) >= RECENT_SHARDS:
                 self._footers.clear()
             self._footers[record.shard] = kept

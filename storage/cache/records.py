@@ -50,10 +50,11 @@ def publish_records(
             store, paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
         )
         return segment, ShardIndex.of(known, manifest.cache_id)
-    with store.staged(paths.RECORD_INDEX) as path:
+    name = paths.record_index(paths.number(manifest.plan.name))
+    with store.staged(name) as path:
         entries = ShardIndex.write(path, records, version)
         data = path.read_bytes()
-    segment = segment_of(paths.RECORD_INDEX, data, entries)
+    segment = segment_of(name, data, entries)
     return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
 
 

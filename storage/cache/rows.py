@@ -19,15 +19,19 @@ from decant.storage.cache.logprobs import (
     decode_logprobs,
     empty,
     encode_logprobs,
+    in_planes,
+    of_planes,
+    rounded,
     tail_to_store,
 )
+from decant.storage.cache.numbering import Numbering, ids_of_planes, numbers_of_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StoredRows:
     """The columns of whole sequences as they are stored: views of Arrow's memory where possible.
 
-    Values of rows that are no target are zero.
+    Values of rows that are no target are zero, those of unused slots any.
     """
 
     sequence: NDArray[np.int64]
@@ -48,15 +52,17 @@ class StoredRows:
     """[R] as stored."""
     token_id: NDArray[np.int32]
     """[R]."""
+    numbering: Numbering | None
+    """What the numbers stand for; None: for the ids that they are."""
     topk_lo: NDArray[np.uint8]
-    """[R, K] lowest byte of the kept ids."""
+    """[R, K] lowest byte of the numbers of the kept ids."""
     topk_mid: NDArray[np.uint8]
     """[R, K] second byte."""
     topk_hi: NDArray[np.uint8] | None
-    """[R, K] third byte, where ids need it."""
-    topk_logprob: NDArray | None
-    """[R, K] float32, float16 or uint8: log probs or steps of compact codes. None where draws are
-    stored without log probs; the ids are ascending then."""
+    """[R, K] third byte, where numbers need it."""
+    topk_logprob: tuple[NDArray, ...] | None
+    """The columns of the log probs, for `of_planes`: [R, K] float32, float16 or uint8 alone, or
+    planes of uint8. None where draws are stored without log probs; the ids are ascending then."""
     num_kept: NDArray[np.uint16] | None
     """[R] where it varies."""
     draws: NDArray[np.uint16] | None
@@ -120,10 +126,19 @@ class Rows(Distributions[NDArray[Any]]):
         )
 
 
-def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> pa.Table:
+def encode(
+    sequences: Sequence[ScoredSequence],
+    first: int,
+    layout: Layout,
+    numbering: Numbering | None = None,
+    *,
+    decoded: bool = False,
+) -> pa.Table:
     """One table of whole sequences whose plan indices start at `first`.
 
-    The sequences must have passed `storage.check.check_sequence`.
+    Kept ids are stored by their numbers, where there is a numbering. The sequences must have
+    passed `storage.check.check_sequence`. Those that were `decoded` from rows of this layout keep
+    the values that they had there: nothing is rounded.
     """
     lengths = np.array([len(s.input_ids) for s in sequences])
     is_target = np.concatenate([s.is_target for s in sequences])
@@ -159,11 +174,14 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
     if layout.has_logprobs:
         ids = np.where(used, token_ids, 0)
         logprobs, log_tail = known["logprobs"], known["log_tail"]
-        if layout.precision == "compact":
+        if layout.precision == "compact" and not decoded:
             log_tail[:, 0] = tail_to_store(logprobs, log_tail[:, 0])
-        columns["topk_logprob"] = blob(
-            encode_logprobs(logprobs, used, layout.precision, layout.code)
-        )
+        stored = encode_logprobs(logprobs, used, layout.precision, layout.code)
+        parts = in_planes(stored, used, layout) if layout.ranked else [stored]
+        for name, part in zip(layout.logprob_columns, parts, strict=True):
+            columns[name] = blob(part)
+        if numbering:
+            ids = np.where(used, numbers_of_ids(ids, numbering, layout.vocab_size), 0)
         if layout.has_num_kept:
             columns["num_kept"] = scatter(used.sum(axis=1).astype(np.uint16))
         if layout.has_draws:
@@ -174,10 +192,11 @@ def encode(sequences: Sequence[ScoredSequence], first: int, layout: Layout) -> p
     for name, plane in zip(layout.id_columns, planes, strict=False):
         two = layout.ids == "lo16" and name == "topk_lo"
         columns[name] = blob(plane.astype("<u2" if two else np.uint8))  # the low byte of each
+    shown = rounded if layout.rounded and not decoded else np.asarray
     for name, i, column in temperature_columns(layout):
-        columns[column] = scatter(known[name][:, i])
+        columns[column] = scatter(shown(known[name][:, i]))
     for name in scalar_columns(layout):
-        columns[name] = scatter(known[name])
+        columns[name] = scatter(shown(known[name]))
     schema = shard_schema(layout)
     return pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
 
@@ -209,12 +228,12 @@ def draws_of_steps(
     return ids.reshape(n, slots), counts.reshape(n, slots).astype(np.uint16), num_kept
 
 
-def decode(table: pa.Table, layout: Layout) -> Rows:
+def decode(table: pa.Table, layout: Layout, numbering: Numbering | None = None) -> Rows:
     """The inverse of `encode` for a table of whole sequences (one row group)."""
-    return decode_rows(stored_rows(table, layout), layout)
+    return decode_rows(stored_rows(table, layout, numbering), layout)
 
 
-def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
+def stored_rows(table: pa.Table, layout: Layout, numbering: Numbering | None = None) -> StoredRows:
     """The columns of a table of whole sequences, nothing decoded."""
     table = table.combine_chunks()
     sequence = _column(table, "sequence")
@@ -254,6 +273,11 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         ids, draws, num_kept = draws_of_steps(steps)
         draws[~is_target], num_kept[~is_target] = 0, 0
         planes = [(ids >> 8 * i).astype(np.uint8) for i in range(len(planes))]
+    logprobs = None
+    if layout.ranked:
+        logprobs = tuple(blob(name, "u1") for name in layout.logprob_columns)
+    elif layout.has_logprobs:
+        logprobs = (blob("topk_logprob", STORED_LOGPROB[layout.precision]),)
     return StoredRows(
         sequence=sequence[row_starts[:-1]],
         sample_ids=only_chunk("sample_id").take(pa.array(row_starts[:-1])).to_pylist(),
@@ -268,12 +292,11 @@ def stored_rows(table: pa.Table, layout: Layout) -> StoredRows:
         is_target=is_target,
         position=_column(table, "position"),
         token_id=_column(table, "token_id"),
+        numbering=numbering,
         topk_lo=planes[0],
         topk_mid=planes[1],
         topk_hi=planes[2] if layout.wide else None,
-        topk_logprob=(
-            blob("topk_logprob", STORED_LOGPROB[layout.precision]) if layout.has_logprobs else None
-        ),
+        topk_logprob=logprobs,
         num_kept=num_kept,
         draws=draws,
         by_temperature=by_temperature,
@@ -290,15 +313,12 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         out = empty((n, values.shape[1]), values.dtype)
         return values.take(targets, axis=0, out=out, mode="clip")
 
-    pairs = empty((n, layout.slots, 2), np.uint8)
-    pairs[:, :, 0], pairs[:, :, 1] = taken(stored.topk_lo), taken(stored.topk_mid)
-    token_ids = empty((n, layout.slots), np.int32)
-    token_ids[:] = pairs.view("<u2")[:, :, 0]
+    planes = [stored.topk_lo, stored.topk_mid]
     if stored.topk_hi is not None:
-        high = empty(token_ids.shape, np.int32)
-        high[:] = taken(stored.topk_hi)
-        high <<= 16
-        token_ids |= high
+        planes.append(stored.topk_hi)
+    token_ids = ids_of_planes(
+        [taken(plane) for plane in planes], stored.numbering, layout.vocab_size
+    )
     unused = None
     if stored.num_kept is not None:
         unused = np.arange(layout.slots) >= stored.num_kept[targets][:, None]
@@ -313,7 +333,11 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         known[name] = values[targets]
     if stored.topk_logprob is not None:
         known["logprobs"] = decode_logprobs(
-            taken(stored.topk_logprob),
+            of_planes(
+                [taken(column) for column in stored.topk_logprob],
+                layout.slots,
+                layout.precision == "compact",
+            ),
             unused,
             known["log_tail"][:, 0],
             layout.precision,

@@ -8,8 +8,9 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from decant.schemas import (
     CommitRecord,
     FormatError,
-    Layout,
     Manifest,
     Rejected,
     RowGroup,
@@ -31,13 +31,13 @@ from decant.schemas import (
     shard_schema,
     to_json,
 )
-from decant.schemas.distributions import FIELDS
-from decant.schemas.shards import REASON_LENGTH
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_sequence
 from decant.storage.cache.logprobs import decoding_error
+from decant.storage.cache.numbering import Fitter
 from decant.storage.cache.parquet import DENSE, byte_range, extent, parquet_options
+from decant.storage.cache.plan import plan_of
 from decant.storage.cache.records import (
     committed_shards,
     read_manifest,
@@ -45,6 +45,7 @@ from decant.storage.cache.records import (
     read_record,
     seal,
 )
+from decant.storage.cache.rejected import one_line, without_targets
 from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
 
@@ -54,6 +55,18 @@ ROW_GROUP_BYTES = 1 << 24
 """The same in bytes of ids and log probs before compression: fewer rows where K is large."""
 RECORDS_AT_ONCE = 16
 """Commit records that are fetched together: on an object store each one is a round trip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Carried:
+    """What the commit record of a shard says whose sequences come from shards of other caches."""
+
+    kl_error_mean: float
+    kl_error_max: float
+    seconds: float
+    """Of the scoring."""
+    worker: str
+    """Who scored."""
 
 
 class CacheWriter:
@@ -67,9 +80,16 @@ class CacheWriter:
 
     @classmethod
     def create(
-        cls, url: str | os.PathLike[str], draft: Manifest, plan: Iterable[ShardPlan]
+        cls,
+        url: str | os.PathLike[str],
+        draft: Manifest,
+        plan: Iterable[ShardPlan],
+        *,
+        number: int = 0,
     ) -> "CacheWriter":
         """Start a cache: seal the plan, then publish the manifest.
+
+        `number` of the plan's file is another than 0 for one that has taken others' place.
 
         `draft` is a `Manifest.draft`; its plan, counts and id are filled in here.
         Raises FileExistsError if the directory holds a cache already, or if another process starts
@@ -80,7 +100,7 @@ class CacheWriter:
             raise FileExistsError(f"{store.url} already holds a cache")
         shards = list(plan)
         entries = [to_json(s) for s in shards]
-        segment = publish_segment(store, paths.segment(paths.PLAN), entries, new=True)
+        segment = publish_segment(store, paths.segment(paths.PLAN, number), entries, new=True)
         manifest = dataclasses.replace(
             draft,
             plan=segment,
@@ -154,17 +174,24 @@ class ShardWriter:
         *,
         replace: bool = False,
         row_group_rows: int = ROW_GROUP_ROWS,
+        carried: Carried | None = None,
     ) -> None:
-        """Prepare; nothing is touched before the context is entered."""
+        """Prepare; nothing is touched before the context is entered.
+
+        With `carried` the sequences to come are decoded ones of caches of the same layout: their
+        values are stored with the bytes that they had there.
+        """
+        self._carried = carried
         self._store, self._manifest, self._plan = store, manifest, plan
         self._replace = replace
         self._layout = manifest.layout
-        row_bytes = 2 * self._layout.slots + self._layout.logprob_bytes
+        row_bytes = 2 * self._layout.slots + sum(self._layout.logprob_columns.values())
         self._group_rows = min(row_group_rows, ROW_GROUP_BYTES // max(row_bytes, 1))
         self._buffer: list[ScoredSequence] = []
         self._buffered_rows = 0
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
         self._rejected: list[Rejected] = []
+        self._fitter = Fitter(self._layout) if self._layout.ranked else None
         self._error_sum = self._error_max = 0.0
         self.bytes_written = 0
         """Size of the shard file, once committed."""
@@ -184,7 +211,8 @@ class ShardWriter:
 
     def write(self, sequence: ScoredSequence) -> None:
         """Append one sequence. Raises FormatError naming the sample if it is not valid."""
-        check_sequence(sequence, self._layout)
+        precision = self._layout.precision if self._carried else "f32"
+        check_sequence(sequence, self._layout, precision=precision)
         length = len(sequence.input_ids)
         if (
             self._buffered_rows + length > self._group_rows
@@ -221,27 +249,41 @@ class ShardWriter:
                 f"sample {sample_id}: is_target must be bool [{len(input_ids)}] with token 0 "
                 f"false, found shape {is_target.shape}, token 0 {is_target[:1]}"
             )
+        ids = np.asarray(input_ids, np.int32)
+        nothing = without_targets(sample_id, ids, messages, self._layout)
+        self.write_rejected(nothing, int(is_target.sum()), reason)
+
+    def write_rejected(self, sequence: ScoredSequence, targets: int, reason: str) -> None:
+        """Append a sequence without targets, as many of which were lost, for a reason of one line.
+
+        Raises FormatError if it is not valid.
+        """
         done = sum(group[1] for group in self._groups) + len(self._buffer)
         rejected = Rejected(
             sequence=self._plan.first_sequence + done,
-            sample_id=sample_id,
-            targets=int(is_target.sum()),
+            sample_id=sequence.sample_id,
+            targets=targets,
             reason=reason,
         )
-        ids = np.asarray(input_ids, np.int32)
-        self.write(_without_targets(sample_id, ids, messages, self._layout))
+        self.write(sequence)
         self._rejected.append(rejected)
 
     def _flush(self) -> None:
         first = self._plan.first_sequence + sum(group[1] for group in self._groups)
-        table = rows_codec.encode(self._buffer, first, self._layout)
-        self._parquet.write_table(table, row_group_size=len(table))
         scored = sum(s.num_targets for s in self._buffer)
-        if self._layout.has_logprobs and self._layout.precision != "f32":
-            decoded = rows_codec.decode(table, self._layout).logprobs
-            assert decoded is not None
+        numbering = None
+        if self._fitter:
+            ids = np.concatenate([s.token_ids for s in self._buffer])
+            written = sum(group[2] for group in self._groups)
+            numbering = self._fitter.choose(ids, self._plan.num_targets - written)
+        decoded = self._carried is not None
+        table = rows_codec.encode(self._buffer, first, self._layout, numbering, decoded=decoded)
+        self._parquet.write_table(table, row_group_size=len(table))
+        if self._layout.has_logprobs and self._layout.precision != "f32" and not decoded:
+            stored = rows_codec.decode(table, self._layout, numbering).logprobs
+            assert stored is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]
-            error = decoding_error(np.concatenate(given), decoded)
+            error = decoding_error(np.concatenate(given), stored)
             self._error_sum += float(error.sum())
             self._error_max = max(self._error_max, float(error.max(initial=0)))
         self._groups.append((len(table), len(self._buffer), scored))
@@ -261,6 +303,8 @@ class ShardWriter:
         try:
             if error is None and self._buffer:
                 self._flush()
+            if self._fitter:
+                self._parquet.add_key_value_metadata(self._fitter.to_footer())
             self._parquet.close()
             if error is None:
                 record = self._record()
@@ -300,6 +344,12 @@ class ShardWriter:
                     RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
                 )
             end = groups[-1].data.offset + groups[-1].data.length if groups else 0
+            said = self._carried or Carried(
+                kl_error_mean=self._error_sum / max(targets, 1),
+                kl_error_max=self._error_max,
+                seconds=round(time.monotonic() - self._start, 3),
+                worker=f"{socket.gethostname()}:{os.getpid()}",
+            )
             return CommitRecord(
                 shard=plan.shard,
                 cache_id=self._manifest.cache_id,
@@ -312,10 +362,10 @@ class ShardWriter:
                 xxh3_128=xxhash.xxh3_128(whole).hexdigest(),
                 row_groups=tuple(groups),
                 footer=byte_range(whole, end, len(whole)),
-                kl_error_mean=self._error_sum / max(targets, 1),
-                kl_error_max=self._error_max,
-                seconds=round(time.monotonic() - self._start, 3),
-                worker=f"{socket.gethostname()}:{os.getpid()}",
+                kl_error_mean=said.kl_error_mean,
+                kl_error_max=said.kl_error_max,
+                seconds=said.seconds,
+                worker=said.worker,
             )
 
 
@@ -340,46 +390,3 @@ def write_cache(
             for sequence in itertools.islice(source, entry.num_sequences):
                 shard.write(sequence)
     return writer.finalize()
-
-
-def plan_of(shards: Iterable[Sequence[ScoredSequence]]) -> list[ShardPlan]:
-    """The plan of a cache that holds these sequences in these shards."""
-    plan: list[ShardPlan] = []
-    first = 0
-    for index, sequences in enumerate(shards):
-        plan.append(
-            ShardPlan(
-                shard=index,
-                first_sequence=first,
-                num_sequences=len(sequences),
-                num_tokens=sum(len(s.input_ids) for s in sequences),
-                num_targets=sum(s.num_targets for s in sequences),
-                input_xxh3_128="",
-            )
-        )
-        first += len(sequences)
-    return plan
-
-
-def one_line(reason: str) -> str:
-    """A reason as a record holds it: one line of printable text, cut where it is too long."""
-    line = " ".join(reason.split())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 1] + "…"
-
-
-def _without_targets(
-    sample_id: str, input_ids: NDArray[np.int32], messages: str | None, layout: Layout
-) -> ScoredSequence:
-    sizes = 0, layout.slots, len(layout.temperatures)
-    nothing: dict[str, NDArray] = {
-        name: np.zeros(FIELDS[name].shape(*sizes), FIELDS[name].dtype) for name in layout.fields
-    }
-    return ScoredSequence(
-        sample_id=sample_id,
-        input_ids=input_ids,
-        is_target=np.zeros(len(input_ids), np.bool_),
-        positions=np.zeros(0, np.int32),
-        messages=messages,
-        **nothing,
-    )

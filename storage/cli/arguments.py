@@ -31,7 +31,18 @@ def parse_arguments(kind: type, arguments: Sequence[str]) -> Any:
             raise ValueError(f"{name} is not an option{did_you_mean(name, known)}")
         raise ValueError(f"{word!r} is one word too many")
     given = vars(values)
-    return kind(**{option.field: given[option.key] for option in known.values()})
+    return kind(**{option.field: _value(option, given[option.key]) for option in known.values()})
+
+
+def _value(option: Option, given: Any) -> Any:
+    """What a field gets: of an option that may be given several times, all that was given."""
+    if not _is_several(option):
+        return given
+    return tuple(given) if given is not None else option.default
+
+
+def _is_several(option: Option) -> bool:
+    return get_origin(without_none(option.kind)) in (list, tuple)
 
 
 def flag(option: Option) -> str:
@@ -51,8 +62,13 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     elif get_origin(kind) is dict:
         about["type"] = _mapping
     if option.word:
-        parser.add_argument(option.key, metavar=option.word.shown)
+        several: dict[str, Any] = {"nargs": "+"} if _is_several(option) else {}
+        parser.add_argument(option.key, metavar=option.word.shown, **several)
         return
+    if _is_several(option):
+        about |= {"action": "append", "default": None}
+        item = get_args(kind)[0]
+        about |= {"type": item} if item in (int, float) else {}
     if kind is not bool:
         about["required"] = option.default is REQUIRED
     parser.add_argument(flag(option), dest=option.key, **about)

@@ -20,7 +20,10 @@ REQUIRED = object()
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """Annotates a field that is given by its place on the command line, not by its name."""
+    """Annotates a field that is given by its place on the command line, not by its name.
+
+    If it is a list, by all places up to those of the words that follow it.
+    """
 
     shown: str
     """How help calls it."""

@@ -1,7 +1,6 @@
-"""Write a cache as plain lists for other tools: Parquet files, or a Hugging Face dataset.
+"""Write a cache in a form that other tools read: Parquet files, or a Hugging Face dataset.
 
-Decides nothing about values: they are what the reader gives, log probs decoded to float32. Unused
-slots are left out, so a list of K entries is as long as what the target keeps.
+Decides nothing about values, and nothing about columns: each form's own module makes its tables.
 """
 
 import itertools
@@ -11,20 +10,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from decant.schemas import Layout, Manifest, to_json
-from decant.schemas.arrow import scalar_columns, temperature_columns
-from decant.schemas.distributions import FIELDS, SLOTS
+from decant.schemas import Manifest, to_json
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.rows import Rows
+from decant.storage.exchange import axolotl, distillkit, lists
+from decant.storage.exchange.peers import Peer
 from decant.storage.files.durable import staged_directory
 
 FORMATS = ("parquet", "hf")
 ROWS = ("sequences", "targets")
+PEERS = ("axolotl", "distillkit")
+FORMS = ("lists", "hf", *PEERS)
 METADATA = b"decant"
 """Key of the Arrow schema's metadata: JSON that says which cache the values come from."""
 
@@ -43,30 +42,59 @@ def export(
     url: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    file_format: str = "parquet",
+    to: str = "lists",
+    file_format: str | None = None,
     rows: str = "sequences",
+    temperature: float = 1.0,
+    renormalise: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write a final cache into a new local directory, one row group in memory at a time.
 
-    `file_format` "parquet" gives one file per shard; "hf" a directory for
+    `to` is "lists", "axolotl" or "distillkit"; "hf" is lists in a saved dataset. `file_format`
+    "parquet" gives one file per shard, and is the default of lists; "hf" a directory for
     `datasets.load_from_disk`. `rows` "sequences" gives a row per sequence with lists of lists,
-    "targets" a row per target. `progress` is called with (row groups done, row groups in all).
+    "targets" a row per target. For axolotl, log probs are those at a stored `temperature`, and add
+    up to 1 over the kept entries if told to `renormalise`. `progress` is called with (row groups
+    done, row groups in all).
 
-    Raises FileExistsError if `target` exists, FormatError if the cache is damaged or not final.
-    Nothing is left under `target` then.
+    Raises FileExistsError if `target` exists, FormatError if the cache is damaged or not final,
+    ValueError if it has nothing that the tool could read. Nothing is left under `target` then.
     """
-    if file_format not in FORMATS or rows not in ROWS:
-        raise ValueError(f"cannot export {rows!r} as {file_format!r}: expected {ROWS}, {FORMATS}")
+    if file_format is None:
+        file_format = "parquet" if to == "lists" else "hf"
+    if to == "hf" and file_format != "hf":
+        raise ValueError("--to hf writes a saved dataset: --format parquet is for the others")
+    if file_format not in FORMATS or rows not in ROWS or to not in FORMS:
+        raise ValueError(
+            f"cannot export {rows!r} to {to!r} as {file_format!r}: expected {ROWS}, {FORMS}, "
+            f"{FORMATS}"
+        )
+    if rows != "sequences" and to in PEERS:
+        raise ValueError(f"--to {to} reads a row per sequence: --rows {rows} is for lists")
+    if to != "axolotl" and (temperature != 1 or renormalise):
+        name = "--renormalise" if renormalise else f"--temperature {temperature:g}"
+        raise ValueError(f"{name} has no effect with --to {to}")
     reader = CacheReader(url)
-    table_of = _sequences if rows == "sequences" else _targets
-    layout = reader.manifest.layout
     metadata = {METADATA: json.dumps(_origin(reader.manifest), ensure_ascii=False)}
     groups = reader.row_groups()
+    if to in PEERS:
+        peer = Peer.of(reader, to, temperature=temperature, renormalise=renormalise)
+        make = axolotl.table if to == "axolotl" else distillkit.table
+
+        def made(group: Rows) -> Iterator[pa.Table]:
+            return (make(peer, sequences) for sequences in peer.batches(group))
+
+    else:
+        plain = lists.sequences if rows == "sequences" else lists.targets
+
+        def made(group: Rows) -> Iterator[pa.Table]:
+            yield plain(group, reader.manifest.layout)
 
     def tables(members: Iterable[int]) -> Iterator[pa.Table]:
         for i in members:
-            yield table_of(reader.read(groups[i]), layout).replace_schema_metadata(metadata)
+            for table in made(reader.read(groups[i])):
+                yield table.replace_schema_metadata(metadata)
             if progress:
                 progress(i + 1, len(groups))
 
@@ -124,64 +152,3 @@ def _write_hf(folder: Path, tables: Iterator[pa.Table], description: str) -> Non
             datasets.enable_progress_bars()
     (scratch / "all.arrow").unlink()
     scratch.rmdir()
-
-
-def _sequences(rows: Rows, layout: Layout) -> pa.Table:
-    """A row per sequence; n targets each: lists of L tokens, of n targets, of n lists."""
-
-    def per_token(values: NDArray) -> pa.Array:
-        return _lists(rows.row_starts, pa.array(values))
-
-    def per_target(values: pa.Array) -> pa.Array:
-        return _lists(rows.target_starts, values)
-
-    return pa.table(
-        {
-            "sequence": rows.sequence,
-            "sample_id": pa.array(rows.sample_ids, pa.string()),
-            "input_ids": per_token(rows.input_ids),
-            "is_target": per_token(rows.is_target),
-            "positions": per_target(pa.array(rows.positions)),
-            **{name: per_target(values) for name, values in _distributions(rows, layout)},
-            **_messages(rows),
-        }
-    )
-
-
-def _messages(rows: Rows) -> dict[str, pa.Array]:
-    """A column of conversations, null where there is none, in caches that keep them."""
-    if rows.messages is None:
-        return {}
-    return {"messages": pa.array([text or None for text in rows.messages], pa.string())}
-
-
-def _targets(rows: Rows, layout: Layout) -> pa.Table:
-    """A row per target: what SQL takes."""
-    counts = np.diff(rows.target_starts)
-    sample = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    return pa.table(
-        {
-            "sequence": np.repeat(rows.sequence, counts),
-            "sample_id": pa.array(rows.sample_ids, pa.string()).take(pa.array(sample)),
-            "position": rows.positions,
-            "label": rows.labels,
-            **dict(_distributions(rows, layout)),
-        }
-    )
-
-
-def _distributions(rows: Rows, layout: Layout) -> Iterator[tuple[str, pa.Array]]:
-    """Columns of n rows: lists of the entries in use, and the scalars of every temperature."""
-    used = rows.token_ids >= 0
-    starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
-    for name, values in rows.known().items():
-        if FIELDS[name].axis == SLOTS and layout.slots:
-            yield name, _lists(starts, pa.array(values[used]))
-    for name, i, column in temperature_columns(layout):
-        yield column, pa.array(getattr(rows, name)[:, i])
-    for name in scalar_columns(layout):
-        yield name, pa.array(getattr(rows, name))
-
-
-def _lists(starts: NDArray, values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)

@@ -18,8 +18,16 @@ from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo,
 from decant.schemas.strict import canonical
 from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.cache.writer import write_cache
-from decant.storage.exchange.foreign import ForeignRecord, read_foreign, source_files
-from decant.storage.exchange.survey import TAIL_RESOLUTION, ImportConfig, Survey
+from decant.storage.exchange.config import ImportConfig
+from decant.storage.exchange.foreign import ForeignRecord
+from decant.storage.exchange.formats import (
+    found_settings,
+    read_foreign,
+    source_files,
+    stated_nucleus,
+    stated_vocab_size,
+)
+from decant.storage.exchange.survey import TAIL_RESOLUTION, TOLERANCE, Survey
 from decant.storage.files.durable import staged_directory
 from decant.storage.files.store import Store
 
@@ -47,7 +55,7 @@ def import_cache(
         tokenizer = TokenizerFiles.read(config.tokenizer) if config.tokenizer else None
         vocab_size = _vocab_size(config, tokenizer)
         survey = Survey(config, vocab_size)
-        for done, record in enumerate(_records(config, vocab_size)):
+        for done, record in enumerate(read_foreign(config, vocab_size)):
             survey.add(record)
             progress(done + 1, 0)
         survey.judge()
@@ -61,21 +69,20 @@ def import_cache(
     return manifest
 
 
-def _records(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
-    return read_foreign(
-        config.path, config.file_format, vocab_size, config.logprobs_field, config.shift
-    )
-
-
 def _vocab_size(config: ImportConfig, tokenizer: TokenizerFiles | None) -> int:
+    stated, given = stated_vocab_size(config), config.vocab_size
+    if stated and given and stated != given:
+        raise ValueError(f"--vocab-size {given}, but {config.path} is of {stated} ids")
+    size = given or stated
     if tokenizer is None:
-        return config.vocab_size
-    if config.vocab_size and config.vocab_size < tokenizer.vocab_size:
+        return size
+    if size and size < tokenizer.vocab_size:
+        what = f"--vocab-size {given}" if given else f"{config.path}: a vocabulary of {stated}"
         raise ValueError(
-            f"--vocab-size {config.vocab_size} is less than the {tokenizer.vocab_size} ids of the "
-            f"tokenizer {config.tokenizer}: they do not belong together"
+            f"{what} is less than the {tokenizer.vocab_size} ids of the tokenizer "
+            f"{config.tokenizer}: they do not belong together"
         )
-    return config.vocab_size or tokenizer.vocab_size
+    return size or tokenizer.vocab_size
 
 
 def _draft(
@@ -84,11 +91,11 @@ def _draft(
     root = Path(config.path).expanduser()
     files = [
         {
-            "name": file.name if file == root else file.relative_to(root).as_posix(),
+            "name": file.relative_to(root).as_posix() if root in file.parents else file.name,
             "bytes": file.stat().st_size,
             "xxh3_128": Store(file.parent).hash(file.name),
         }
-        for file in source_files(config.path)
+        for file in source_files(config)
     ]
     options = {
         "format": config.file_format,
@@ -97,6 +104,11 @@ def _draft(
         "normalised_over": "kept ids" if config.renormalised else "vocabulary",
         "unknown_label": config.unknown_label,
     }
+    if config.max_excess:
+        options["max_excess"] = config.max_excess
+    if config.bos >= 0:
+        options["bos"] = config.bos
+    options |= found_settings(config)
     identity = xxhash.xxh3_128(canonical({**options, "files": files})).hexdigest()
     return Manifest.draft(
         teacher=TeacherInfo(
@@ -109,7 +121,7 @@ def _draft(
         ),
         tokenizer=tokenizer,
         shared_vocab_size=vocab_size,
-        truncation=Truncation(method="topk", k=survey.k),
+        truncation=_truncation(config, survey),
         temperatures=(1.0,),
         precision=config.precision,
         source={
@@ -117,7 +129,9 @@ def _draft(
             "files": files,
             **options,
             "unknown_labels": survey.unknown,
+            "floored_labels": survey.floored,
             "unresolved_tails": 0 if config.renormalised else survey.unresolved,
+            "scaled_targets": 0 if config.renormalised else survey.scaled,
             "fingerprint": identity,
         },
         sequences={
@@ -127,10 +141,17 @@ def _draft(
     )
 
 
+def _truncation(config: ImportConfig, survey: Survey) -> Truncation:
+    if not config.varying:
+        return Truncation(method="topk", k=survey.k)
+    nucleus = stated_nucleus(config)
+    return Truncation.nucleus(k=survey.k, p=nucleus, min_k=survey.fewest_entries)
+
+
 def _sequences(
     config: ImportConfig, survey: Survey, vocab_size: int, progress: Callable[[int, int], None]
 ) -> Iterator[ScoredSequence]:
-    for done, record in enumerate(_records(config, vocab_size)):
+    for done, record in enumerate(read_foreign(config, vocab_size)):
         progress(done + 1, survey.records)
         sequence = _scored(config, record, survey.k, vocab_size)
         if sequence.num_targets:
@@ -139,18 +160,29 @@ def _sequences(
 
 def _scored(config: ImportConfig, record: ForeignRecord, k: int, vocab_size: int) -> ScoredSequence:
     """The k most probable entries of each target, the mass of the rest, the actual token's."""
-    is_label = record.token_ids == record.labels[:, None]
-    known = is_label.any(axis=1)
+    own = record.label_values
+    known = ~np.isnan(own)
     targets = np.flatnonzero(known) if config.unknown_label == "skip" else np.arange(len(known))
-    values, known = record.values[targets], known[targets]
+    values, own, known = record.values[targets], own[targets], known[targets]
+    ids = record.token_ids[targets]
+    if (lacking := k - values.shape[1]) > 0:  # lists vary, and these are shorter than others
+        values = np.pad(values, ((0, 0), (0, lacking)), constant_values=-np.inf)
+        ids = np.pad(ids, ((0, 0), (0, lacking)), constant_values=-1)
     if config.renormalised and len(targets):
-        values = values - np.logaddexp.reduce(values[:, :k], axis=1)[:, None]
+        moved = np.logaddexp.reduce(values[:, :k], axis=1)
         log_tail = np.full(len(targets), -np.inf)
     else:
-        log_tail = _log_tail(values, k, vocab_size)
+        if record.log_tail is None:
+            log_tail = _log_tail(values, k, vocab_size)
+        else:
+            log_tail = record.log_tail[targets]
+        total = np.exp(values[:, :k]).sum(axis=1) + np.exp(log_tail)
+        moved = np.where(np.abs(total - 1) > TOLERANCE, np.log(total), 0)
+        log_tail = log_tail - moved
+    values, own = values - moved[:, None], own - moved
     logprobs = values[:, :k].astype(np.float32)
-    bound = np.where(np.isfinite(log_tail), np.minimum(logprobs[:, -1], log_tail), logprobs[:, -1])
-    own = values[np.arange(len(targets)), is_label[targets].argmax(axis=1)]
+    last = _last(logprobs)
+    bound = np.where(np.isfinite(log_tail), np.minimum(last, log_tail), last)
     positions = record.positions[targets]
     is_target = np.zeros(len(record.input_ids), bool)
     is_target[positions] = True
@@ -159,7 +191,7 @@ def _scored(config: ImportConfig, record: ForeignRecord, k: int, vocab_size: int
         input_ids=record.input_ids,
         is_target=is_target,
         positions=positions.astype(np.int32),
-        token_ids=record.token_ids[targets, :k].astype(np.int32),
+        token_ids=ids[:, :k].astype(np.int32),
         logprobs=logprobs,
         log_z=np.zeros((len(targets), 1), np.float32),
         log_tail=log_tail[:, None].astype(np.float32),
@@ -175,6 +207,15 @@ def _log_tail(values: NDArray[np.float64], k: int, vocab_size: int) -> NDArray[n
     """
     p = np.exp(values)
     rest = np.maximum(p[:, k:].sum(axis=1), TAIL_RESOLUTION)
-    tail = np.minimum(np.maximum(1 - p[:, :k].sum(axis=1), rest), (vocab_size - k) * p[:, k - 1])
+    others = vocab_size - np.isfinite(values[:, :k]).sum(axis=1)
+    most = others * np.exp(_last(values[:, :k]))
+    tail = np.minimum(np.maximum(1 - p[:, :k].sum(axis=1), rest), most)
     with np.errstate(divide="ignore"):
         return np.log(tail)
+
+
+def _last(values: NDArray) -> NDArray:
+    """[n] the least of each row's entries; -inf is none."""
+    if not values.size:
+        return np.zeros(len(values), values.dtype)
+    return np.where(np.isfinite(values), values, np.inf).min(axis=1)

@@ -13,62 +13,19 @@ from numpy.typing import NDArray
 
 from decant.schemas import ShardPlan
 from decant.storage.cache.checks import EPSILON
-from decant.storage.exchange.foreign import FORMATS, ForeignError, ForeignRecord
+from decant.storage.exchange.config import ImportConfig
+from decant.storage.exchange.foreign import ForeignError, ForeignRecord
 
 TAIL_RESOLUTION = 2.0**-23
 """Float32 log probs cannot say whether less mass than this is left."""
-UNKNOWN_LABEL = ("refuse", "bound", "skip")
 TOLERANCE = EPSILON / 2
 """How far probabilities may add up to anything but 1; a cache allows twice that after rounding."""
 MISALIGNED = 0.2
 """So many more actual tokens found one token earlier or later mean that the lists are shifted."""
+WORSE = 0.5
+"""So many nats more per actual token one token earlier or later mean the same."""
 JUDGED_TARGETS = 20
 """Fewer targets are too few to judge alignment, or whether a file is renormalised, by."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImportConfig:
-    """What to import and how."""
-
-    path: str
-    """A .parquet, .jsonl or .arrow file, a directory of them, or a saved Hugging Face dataset."""
-    file_format: str
-    """distillkit | axolotl."""
-    teacher: str
-    """Whose distributions these are; goes into the manifest."""
-    tokenizer: str = ""
-    """Directory of the tokenizer of the ids; empty if there is none at hand."""
-    vocab_size: int = 0
-    """V: rows of the teacher's output layer; 0 = one more than the tokenizer's largest id."""
-    k: int = 0
-    """Entries to keep per target; 0 = all that every target has."""
-    renormalised: bool = False
-    """The values are logits, or log probs that add up to 1 over the kept ids."""
-    unknown_label: str = "refuse"
-    """refuse | bound | skip targets whose actual token is not among the entries."""
-    shift: int = 0
-    """Move every list by so many tokens from where the format puts it."""
-    logprobs_field: str = "logprobs"
-    """axolotl: the column of log probs, its `logprobs_field`."""
-    precision: str = "f32"
-    """f32 | f16 | compact."""
-    shard_targets: int = 2_000_000
-    """Targets per shard, at least."""
-
-    def __post_init__(self) -> None:
-        if self.file_format not in FORMATS:
-            raise ValueError(f"format {self.file_format!r} is not one of {FORMATS}")
-        if self.unknown_label not in UNKNOWN_LABEL:
-            raise ValueError(f"unknown label {self.unknown_label!r} is not one of {UNKNOWN_LABEL}")
-        if not (self.tokenizer or self.vocab_size):
-            raise ValueError("give --tokenizer, or --vocab-size if there is none at hand")
-        if self.file_format != "axolotl" and self.logprobs_field != "logprobs":
-            raise ValueError(f"--logprobs-field has no effect with --format {self.file_format}")
-        for name in ("k", "vocab_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.shard_targets < 1:
-            raise ValueError(f"shard_targets is {self.shard_targets}: expected at least 1")
 
 
 @dataclass(slots=True)
@@ -97,6 +54,8 @@ class Survey:
     """Targets whose actual token is among their entries."""
     neighbours: dict[int, int] = field(default_factory=lambda: {-1: 0, 1: 0})
     """Targets whose entries hold the token this far from the actual one."""
+    nats: dict[int, float] = field(default_factory=lambda: {-1: 0.0, 0: 0.0, 1: 0.0})
+    """Log probs of the tokens this far from the actual ones; at least the last entry's."""
     renormalised: int = 0
     """Targets whose log probs add up to 1."""
     unresolved: int = 0
@@ -104,12 +63,17 @@ class Survey:
     unknown: int = 0
     """Targets whose actual token is not."""
     first_unknown: str = ""
+    floored: int = 0
+    """Targets whose actual token's log prob is only an upper bound."""
     most: _Peak = field(default_factory=_Peak)
     """Entries of a target."""
     fewest: _Peak = field(default_factory=_Peak)
     """Entries of a target, negative."""
     top_value: _Peak = field(default_factory=_Peak)
-    top_mass: _Peak = field(default_factory=_Peak)
+    excess: _Peak = field(default_factory=_Peak)
+    """Mass above 1, less what the rounding of the file's values can add."""
+    scaled: int = 0
+    """Targets whose probabilities add up to more than 1, or to less than what is left explains."""
     lost_mass: _Peak = field(default_factory=_Peak)
     """Mass that the entries leave."""
     unexplained: _Peak = field(default_factory=_Peak)
@@ -126,19 +90,22 @@ class Survey:
         self.records += 1
         values, used = record.values, record.token_ids >= 0
         counts, each = used.sum(axis=1), np.arange(len(used))
-        known = (record.token_ids == record.labels[:, None]).any(axis=1)
+        known = ~np.isnan(record.label_values)
         with np.errstate(all="ignore"):  # of logits, which are refused
             p = np.exp(values)
             mass = p.sum(axis=1)
+            rounded = rounding_error(record, p)
             last = counts - 1
             added = record.token_ids[each, last] == record.labels  # may be less than the k-th
             last -= added & (counts > 1)
-            unexplained = 1 - mass - (self.vocab_size - counts) * p[each, last]
+            unexplained = 1 - mass - (self.vocab_size - counts) * p[each, last] - rounded
+        if record.log_tail is not None:
+            unexplained = -rounded
         for peak, quantity in (
             (self.most, counts),
             (self.fewest, -counts),
             (self.top_value, values.max(axis=1, initial=-np.inf)),
-            (self.top_mass, mass),
+            (self.excess, mass - 1 - rounded),
             (self.lost_mass, 1 - mass),
             (self.unexplained, unexplained),
         ):
@@ -147,14 +114,26 @@ class Survey:
             self.first_unknown = self.first_unknown or record.place(int(np.argmin(known)))
             self.unknown += int((~known).sum())
         self.targets += len(known)
-        self.found += int(known.sum())
+        self.found += int((record.token_ids == record.labels[:, None]).any(axis=1).sum())
         self.renormalised += int((np.abs(mass - 1) <= TOLERANCE).sum())
-        self.unresolved += int((1 - mass < TAIL_RESOLUTION).sum())
-        for step in self.neighbours:
-            at = np.clip(record.positions + step, 0, len(record.input_ids) - 1)
-            near = (record.token_ids == record.input_ids[at][:, None]).any(axis=1)
-            self.neighbours[step] += int(near.sum())
+        self.scaled += int(((mass > 1 + TOLERANCE) | (unexplained + rounded > TOLERANCE)).sum())
+        if record.floored is not None:
+            self.floored += int(record.floored.sum())
+        if record.log_tail is None:
+            self.unresolved += int((1 - mass < TAIL_RESOLUTION).sum())
+        self._align(record, values[each, counts - 1] if len(each) else mass)
         self._plan(record, len(known) if self.config.unknown_label != "skip" else int(known.sum()))
+
+    def _align(self, record: ForeignRecord, last: NDArray[np.float64]) -> None:
+        """Look at how well the lists fit the tokens one earlier, their own, and one later."""
+        for step in self.nats:
+            at = np.clip(record.positions + step, 0, len(record.input_ids) - 1)
+            near = record.values_of(record.input_ids[at], np.full(len(at), np.nan))
+            if step:
+                self.neighbours[step] += int((~np.isnan(near)).sum())
+            elif record.actual is not None:
+                near = record.label_values
+            self.nats[step] += float(np.fmax(near, last).sum())
 
     def _plan(self, record: ForeignRecord, targets: int) -> None:
         if not targets:
@@ -190,7 +169,9 @@ class Survey:
 
     @property
     def k(self) -> int:
-        """Entries that every target gets."""
+        """Entries that every target gets; at most, where lists vary."""
+        if self.config.varying:
+            return int(self.most.value)
         return self.config.k or self.fewest_entries
 
     @property
@@ -213,11 +194,11 @@ class Survey:
                 f"{self.fewest.place}: {fewest} entries, fewer than --k {config.k}: give --k "
                 f"{fewest} or less"
             )
-        if not config.k and most > fewest + 1:  # one more: the actual token
+        if not (config.k or config.varying) and most > fewest + 1:  # one more: the actual token
             raise ForeignError(
                 f"{self.most.place}: {most} entries, but {self.fewest.place}: {fewest}; expected "
                 f"as many for every target: give --k {fewest} to keep the most probable of each, "
-                "or mend the dump"
+                "--varying to keep each list as it is, or mend the dump"
             )
         if self.k > self.vocab_size:
             raise ForeignError(f"{path}: {self.k} entries of a vocabulary of {self.vocab_size}")
@@ -235,34 +216,56 @@ class Survey:
             raise ForeignError(f"{path}: no target's actual token is among its entries")
 
     def _judge_alignment(self) -> None:
+        if self.targets < JUDGED_TARGETS:
+            return
         step, near = max(self.neighbours.items(), key=lambda item: item[1])
-        if self.targets < JUDGED_TARGETS or near - self.found <= MISALIGNED * self.targets:
+        best = max((-1, 1), key=lambda step: self.nats[step])
+        means = {step: total / self.targets for step, total in self.nats.items()}
+        if near - self.found > MISALIGNED * self.targets:
+            found = (
+                f"the entries hold {self.found / self.targets:.0%} of the actual tokens where this "
+                f"format puts them, but {near / self.targets:.0%}"
+            )
+        elif not self.config.renormalised and means[best] - means[0] > WORSE:
+            step = best
+            found = (
+                f"the actual tokens have {means[0]:.2f} nats on average where this format puts the "
+                f"lists, but {means[best]:.2f}"
+            )
+        else:
             return
         raise ForeignError(
-            f"{self.config.path}: the entries hold {self.found / self.targets:.0%} of the actual "
-            f"tokens where this format puts them, but {near / self.targets:.0%} one token "
-            f"{'later' if step > 0 else 'earlier'}: give --shift {self.config.shift + step}"
+            f"{self.config.path}: {found} one token {'later' if step > 0 else 'earlier'}: the rows "
+            f"are shifted; give --shift {self.config.shift + step}"
         )
 
     def _judge_logprobs(self) -> None:
-        if self.top_value.value > TOLERANCE:
+        allowed = max(TOLERANCE, self.config.max_excess)
+        mend = (
+            f"--max-excess {max(self.excess.value, self.unexplained.value) * 1.06:.2g} to scale "
+            f"such lists to 1 ({self.scaled} of {self.targets})"
+        )
+        if self.top_value.value > max(TOLERANCE, np.log1p(self.config.max_excess)):
             raise ForeignError(
                 f"{self.top_value.place}: {self.top_value.value:g} is a logit, expected log probs "
-                "over the vocabulary: give --renormalised to import its softmax over the kept ids"
+                "over the vocabulary: give --renormalised to import its softmax over the kept "
+                f"ids, or, if the values were fitted, {mend}"
             )
-        if self.top_mass.value > 1 + TOLERANCE:
+        if self.excess.value > allowed:
             raise ForeignError(
-                f"{self.top_mass.place}: probabilities add up to {self.top_mass.value:.6f}, "
-                f"expected at most 1 within {TOLERANCE:g}: these are no log probs over the "
-                "vocabulary, or rounded below float32"
+                f"{self.excess.place}: probabilities add up to {1 + self.excess.value:.6f}, "
+                f"expected at most 1 within {allowed:g} and the rounding of the values: these are "
+                f"no log probs over the vocabulary, or are known too roughly: give {mend}"
             )
-        if self.unexplained.value > TOLERANCE:
+        if self.unexplained.value > allowed:
             raise ForeignError(
                 f"{self.unexplained.place}: {self.unexplained.value:.6f} of the mass is neither in "
                 "the entries nor can be in the other ids, each no more probable than the last "
-                f"entry: expected the most probable ids of a vocabulary of {self.vocab_size}"
+                f"entry: expected the most probable ids of a vocabulary of {self.vocab_size}; if "
+                f"the values were fitted, give {mend}"
             )
         judged = self.targets >= JUDGED_TARGETS and self.fewest_entries < self.vocab_size
+        judged = judged and self.config.file_format != "llamacpp"
         if judged and self.renormalised == self.targets:
             raise ForeignError(
                 f"{self.config.path}: the entries of every target add up to 1: renormalised over "
@@ -284,6 +287,17 @@ class Survey:
                 "renormalised: every tail is 0 and probabilities are too high by what was cut "
                 "off; a student trained on this cache is overconfident"
             )
+        if self.scaled and not self.config.renormalised:
+            worst = max(self.excess.value, self.unexplained.value, 0)
+            yield (
+                f"{self.scaled} of {self.targets} targets have probabilities that miss 1, at worst "
+                f"by {worst:.2g} beyond rounding; they are scaled to 1"
+            )
+        if self.floored:
+            yield (
+                f"{self.floored} of {self.targets} targets' actual tokens are at the floor of what "
+                "the file can say: their label_logprob is an upper bound"
+            )
         if self.unknown:
             what = {
                 "bound": "hold an upper bound of label_logprob, so the teacher's cross-entropy is "
@@ -294,3 +308,10 @@ class Survey:
                 f"{self.unknown} of {self.targets} targets without an entry of their "
                 f"actual token {what}"
             )
+
+
+def rounding_error(record: ForeignRecord, p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[m] how far the rounding of values in the file moves the sum of probabilities p [m, W]."""
+    finite = np.where(record.token_ids >= 0, record.values, 0)
+    error: NDArray[np.float64] = record.rounding * (p * np.abs(finite)).sum(axis=1)
+    return error

@@ -1,4 +1,4 @@
-"""How a bucket is opened, and how often it is tried."""
+"""How object stores are opened, and how often they are tried."""
 
 import os
 from typing import Any

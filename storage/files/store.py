@@ -7,7 +7,6 @@ upload. Nothing is remembered of a store between calls: other processes write to
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import tempfile
@@ -19,7 +18,11 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
+from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
+
+FETCHING: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
+"""What a file system needs told to fetch a range and no more."""
 
 
 class Busy(RuntimeError):
@@ -43,6 +46,7 @@ class Store:
         self.is_local = isinstance(files, LocalFileSystem)
         root = root.rstrip("/")
         self._root = root if self.is_local else files.unstrip_protocol(root)
+        self._how = FETCHING.get(str(files.protocol), {})
 
     @property
     def _fs(self) -> Any:
@@ -97,7 +101,8 @@ class Store:
             return {}
         listed = {(entry["name"] if detail else entry).rstrip("/"): entry for entry in found}
         listed.pop(where, None)  # the empty object that some consoles make to show a folder
-        return {path.rsplit("/", 1)[-1]: entry for path, entry in listed.items()}
+        named = {path.rsplit("/", 1)[-1]: entry for path, entry in listed.items()}
+        return {name: entry for name, entry in named.items() if not is_lock_file(name)}
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
@@ -120,7 +125,7 @@ class Store:
         where = self.path(name)
         with self._reaching(name):
             try:
-                return bytes(self._fs.cat_file(where, start=start, end=end))
+                return bytes(self._fs.cat_file(where, start=start, end=end, **self._how))
             except FileNotFoundError:
                 raise
             except (OSError, ValueError):
@@ -193,9 +198,12 @@ class Store:
                     raise
         self._fs.put_file(str(file), where)
 
-    def copy(self, source: "Store", name: str) -> None:
-        """Publish the file of this name of another store here; a hard link where that works."""
-        with self.staged(name) as temporary:
+    def copy(self, source: "Store", name: str, new_name: str = "") -> None:
+        """Publish a file of another store here, by a `new_name` if one is given.
+
+        It is a hard link where that works.
+        """
+        with self.staged(new_name or name) as temporary:
             if source.is_local and self.is_local:
                 with contextlib.suppress(OSError):  # another file system, or one without links
                     os.link(source.path(name), temporary)
@@ -233,7 +241,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, folder: str = "", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-        """Hold a folder, alone or `shared`; the kernel lets go when the process ends, however.
+        """Hold a folder, alone or `shared`; it is let go when the process ends, however.
 
         Raises Busy if another process holds it in a way that excludes this one, unless told to
         `wait`. Object stores have no lock: there, nothing is held.
@@ -241,19 +249,15 @@ class Store:
         if not self.is_local:
             yield
             return
-        Path(self.path(folder)).mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path(folder), os.O_RDONLY)
-        how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        place = Path(self.path(folder))
+        place.mkdir(parents=True, exist_ok=True)
         try:
-            try:
-                fcntl.flock(handle, how)
-            except BlockingIOError:
-                raise Busy(
-                    f"{self.url} is being written by another process; wait for it or stop it"
-                ) from None
-            yield
-        finally:
-            os.close(handle)
+            with locked(place, write=False, shared=shared, wait=wait):
+                yield
+        except Held:
+            raise Busy(
+                f"{self.url} is being written by another process; wait for it or stop it"
+            ) from None
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -264,16 +268,10 @@ class Store:
         if not self.is_local:
             yield True
             return
-        try:
-            handle = os.open(self.path(name), os.O_RDWR)  # NFS locks only what could be written
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(Path(self.path(name)), write=True))
+            except (FileNotFoundError, Held):
+                yield False
+                return
             yield True
-        finally:
-            os.close(handle)

@@ -39,7 +39,8 @@ class LossConfig:
     """What is minimised: kd_weight * divergence(teacher, student) + ce_weight * cross-entropy."""
 
     kind: str = "fkl"
-    """Divergence: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl or alpha_beta."""
+    """Divergence: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl, alpha_beta or tail_kl; for
+    draft models acceptance or acceptance_hybrid; for the order of ids alone hinge or logistic."""
     kd_weight: Weight = 1.0
     """Weight of the divergence to the teacher; a number or a schedule, for example
     {values: [1.0, 0.5], at: [0, 1]}."""
@@ -51,9 +52,13 @@ class LossConfig:
     tail: str = "bucket"
     """What stands for the ids that were not kept. bucket: they are one class with their exact mass;
     renormalize: both sides count the kept ids alone; teacher_renormalize: the teacher's side alone
-    does (biased, for comparison); uniform: their mass is spread evenly."""
+    does (biased, for comparison); uniform: their mass is spread evenly; label: their mass is the
+    actual token's."""
     scale_by_t2: bool = True
     """Multiply the divergence, value and gradient, by temperature squared."""
+    router_weight: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts; null = its config's own,
+    router_aux_loss_coef; 0 = without."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the kind, for example {head_rule: nucleus, mu: 0.5} for akl; a mapping in place
     of a number is a schedule."""
@@ -67,6 +72,8 @@ class LossConfig:
                 f"loss weights must be >= 0 and not both 0, found kd_weight {self.kd_weight}, "
                 f"ce_weight {self.ce_weight}"
             )
+        if self.router_weight is not None and self.router_weight < 0:
+            raise ValueError(f"loss.router_weight must be >= 0, found {self.router_weight}")
         if isinstance(self.temperature, Schedule) and self.temperature.shape != "step":
             raise ValueError(
                 "a temperature between two stored ones cannot be computed: give the schedule of "
@@ -80,6 +87,9 @@ class LossConfig:
                         f"loss.options.{name}: alpha_beta has branches of its own at 0, which a "
                         f"{value.shape} schedule may pass by; give it shape step"
                     )
+        head = parsed.get("head")
+        if isinstance(head, Schedule) and head.shape != "step":
+            raise ValueError("loss.options.head is a count: give its schedule shape step")
         # Where a schedule goes linearly between valid values, all in between are valid.
         for temperature in self.temperatures:
             for at_knot in _knots(parsed):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from decant.student_train.config.alignment import AlignConfig, check_mismatch
 from decant.student_train.config.evaluation import EvalConfig
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.mixture import CacheShare
@@ -28,7 +29,7 @@ class OptimizerConfig:
     warmup_ratio: float = 0.0
     """Instead of warmup_steps: this share of the run's steps, at least one."""
     min_lr_ratio: float = 0.0
-    """Final learning rate over lr."""
+    """The last step's learning rate over lr; 0 = it would be 0 in the step after the last."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases and norms have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -75,6 +76,11 @@ class TrainConfig:
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
     """A pretrained model, or a new one from a configuration."""
+    tokenizer_mismatch: str = "refuse"
+    """What to do where the student's tokenizer is not the cache's. refuse: stop; align: train on
+    what both can say, chunk by chunk of equal bytes."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """How a cache is aligned with a student of another tokenizer."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -105,8 +111,8 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation on targets that are not trained on, and which student is kept."""
     save_every_steps: int = 0
-    """Checkpoint every so many steps; 0 = only when the run is interrupted. After the last step
-    there is always one, until the student is saved and has been read back."""
+    """Checkpoint every so many steps, and after the last: a later run can take more steps. 0 = only
+    when the run is interrupted, and after the last step until the student is saved."""
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     log_every_steps: int = 10
@@ -130,12 +136,20 @@ class TrainConfig:
             raise ValueError(
                 f"output {self.output} must be a local directory; copy or push afterwards"
             )
+        check_mismatch(self.tokenizer_mismatch)
+        if self.tokenizer_mismatch == "refuse" and self.align != AlignConfig():
+            raise ValueError("align has no effect without tokenizer_mismatch: align")
         if bool(self.cache) == bool(self.mixture):
             raise ValueError("give a cache or a mixture of caches, not both, not neither")
-        if self.student.config and (self.adapter.quantization or not self.adapter.merge):
+        if not self.student.path and (self.adapter.quantization or not self.adapter.merge):
             raise ValueError(
-                "a student made from student.config has no weights to quantise or to name as the "
-                "adapter's base: give student.path"
+                "a student of student.config or student.from_teacher has no files to quantise or "
+                "to name as the adapter's base: give student.path"
+            )
+        if self.student.qat.scheme and self.adapter.r:
+            raise ValueError(
+                "student.qat trains the weights themselves, an adapter leaves them as they are: "
+                "give one of the two"
             )
         if self.student.dtype == "float16" and not self.adapter.r:
             raise ValueError(

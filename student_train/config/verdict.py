@@ -1,38 +1,105 @@
-"""What the evaluation of a finished student takes."""
+"""What the evaluation of a finished student, or of any model, takes."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from decant.storage.cli.options import Shown
+from decant.student_train.config.alignment import check_mismatch
+
+STUDENT_ALONE = (
+    *("heldout_fraction", "kind", "temperature", "tail", "options", "mixed_precision"),
+    *("tokenizer_mismatch", "messages"),
+)
+MODEL_ALONE = (
+    *("device", "quantization", "base", "tokenizer", "trust_remote_code", "limit", "sample"),
+    *("seed", "worst", "html"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
-    """Which student, on which targets, and what is measured."""
+class ModelOptions:
+    """How a model that is to be measured is loaded."""
 
-    student: Annotated[str, Shown("PATH")]
-    """The student: a directory, a hub id, or the output folder of a training."""
-    cache: Annotated[str, Shown("DIR")]
-    """The cache with the targets: a directory or an fsspec URL."""
-    heldout_fraction: float = 0.0
-    """Take only the part that a training with this eval.heldout_fraction never saw; 0 = all."""
-    kind: str = "fkl"
-    """Divergence to measure: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl or
-    alpha_beta."""
-    temperature: float = 1.0
-    """Temperature of the divergence, which must be stored in the cache."""
-    tail: str = "bucket"
-    """What stands for the ids that were not kept: bucket, renormalize, teacher_renormalize or
-    uniform, as in a training's loss.tail."""
-    options: Annotated[dict[str, Any], Shown("{...}")] = field(default_factory=dict)
-    """Options of the kind, for example {mu: 0.5} for akl."""
-    batch_size: int = 16
-    """Sequences per batch and process."""
     dtype: str = "float32"
-    """Dtype of the weights: float32 | bfloat16 | float16."""
+    """Dtype of the weights: float32 | bfloat16 | float16, with --model also auto: as saved."""
     attention: str = ""
     """Attention implementation of transformers, for example sdpa or eager; "" = its own choice."""
+    device: str = "auto"
+    """--model: where it is computed: cpu, cuda, cuda:1, ...; auto = cuda if there is one."""
+    quantization: Literal["", "4bit", "8bit"] = ""
+    """--model: quantise the weights so while they are loaded, through bitsandbytes (4bit: NF4)."""
+    base: Annotated[str, Shown("PATH")] = ""
+    """--model: the base of a PEFT adapter, if it is not the one that the adapter names."""
+    tokenizer: Annotated[str, Shown("DIR")] = ""
+    """--model: where its tokenizer is, if it is not beside it."""
+    trust_remote_code: bool = False
+    """--model: run the Python code that comes with it. Only for code that you have read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(ModelOptions):
+    """Which student or models, on which targets, and what is measured."""
+
+    cache: Annotated[str, Shown("DIR")]
+    """The cache with the targets: a directory or an fsspec URL."""
+    student: Annotated[str, Shown("PATH")] = ""
+    """A student: a directory, a hub id, or the output folder of a training."""
+    model: Annotated[tuple[str, ...], Shown("PATH")] = ()
+    """Any model of the cache's tokenizer: a directory, a hub id, a .gguf file or a PEFT adapter.
+    Given twice, the two are compared."""
+    heldout_fraction: float = 0.0
+    """--student: take only the part that a training with this eval.heldout_fraction never saw;
+    0 = all."""
+    kind: str = "fkl"
+    """--student: divergence to measure: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl or
+    alpha_beta."""
+    temperature: float = 1.0
+    """--student: temperature of the divergence, which must be stored in the cache."""
+    tail: str = "bucket"
+    """--student: what stands for the ids that were not kept: bucket, renormalize,
+    teacher_renormalize or uniform, as in a training's loss.tail."""
+    options: Annotated[dict[str, Any], Shown("{...}")] = field(default_factory=dict)
+    """--student: options of the kind, for example {mu: 0.5} for akl."""
+    batch_size: int = 16
+    """Sequences per batch and process."""
     mixed_precision: str = "no"
-    """no | bf16 | fp16, through accelerate."""
+    """--student: no | bf16 | fp16, through accelerate."""
+    tokenizer_mismatch: str = "refuse"
+    """--student: where its tokenizer is not the cache's: refuse, or align, as in a training."""
+    messages: Annotated[str, Shown("FILE")] = ""
+    """For align: the messages of a chat cache that does not hold them, from decant messages."""
+    limit: int = 0
+    """--model: only the first sequences of the cache, this many; 0 = all."""
+    sample: int = 0
+    """--model: only this many sequences, chosen at random; 0 = all."""
+    seed: int = 0
+    """--model: of the random choice and of the intervals."""
+    worst: int = 10
+    """--model: targets to show on which it is farthest from the teacher."""
     json: bool = False
     """Print one JSON object."""
+    html: Annotated[str, Shown("FILE")] = ""
+    """--model: write one self-contained page as well."""
+
+    def __post_init__(self) -> None:
+        check_mismatch(self.tokenizer_mismatch)
+        if self.messages and self.tokenizer_mismatch == "refuse":
+            raise ValueError("--messages has no effect without --tokenizer-mismatch align")
+        if bool(self.student) == bool(self.model):
+            raise ValueError("give --student, or --model once or twice")
+        if len(self.model) > 2:
+            raise ValueError(f"--model was given {len(self.model)} times: two can be compared")
+        defaults = {f.name: f.default for f in fields(self)} | {"options": {}}
+        idle, given = (STUDENT_ALONE, "--model") if self.model else (MODEL_ALONE, "--student")
+        for name in idle:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}")
+        if self.limit and self.sample:
+            raise ValueError("--limit and --sample exclude each other: give one")
+        for name in ("limit", "sample", "seed", "worst"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size} must be at least 1")
+        if self.model and self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {self.dtype!r} is not auto, float32, bfloat16 or float16")

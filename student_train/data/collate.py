@@ -1,7 +1,8 @@
 """Scored sequences to one `Batch`."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from decant.storage import StoredRows
 from decant.storage.cache.logprobs import empty
 from decant.student_train.data.batch import Batch, StoredTargets
 from decant.student_train.data.packing import rows_of
+from decant.student_train.data.planes import Numberings
 
 
 def collate(
@@ -29,7 +31,7 @@ def collate(
     keep the order of the sequences, wherever these are.
     """
     spans = [_Span(rows, index) for rows, index in sequences]
-    ids, mask, position_ids, starts = _laid_out(spans, packing)
+    ids, mask, position_ids, starts = laid_out(spans, packing)
     predictors = np.concatenate(
         [span.positions + (start - 1) for span, start in zip(spans, starts, strict=True)]
     )
@@ -59,12 +61,22 @@ def collate(
         """[N, T] a field at the temperatures of the batch."""
         return torch.stack([at_temperature(name, i, missing) for i in temperature_indices], dim=1)
 
+    def columns_of_logprobs() -> tuple[Tensor, ...] | None:
+        columns = spans[0].rows.topk_logprob
+        if columns is None:
+            return None
+        each = range(len(columns))
+        return tuple(tensor(joined(lambda rows, i=i: rows.topk_logprob[i])) for i in each)
+
     num_kept = joined(lambda rows: rows.num_kept)
     stored = StoredTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
         topk_mid=tensor(joined(lambda rows: rows.topk_mid)),
         topk_hi=tensor(joined(lambda rows: rows.topk_hi)),
-        topk_logprob=tensor(joined(lambda rows: rows.topk_logprob)),
+        numberings=Numberings.of(
+            [span.rows.numbering for span in spans], [len(span.positions) for span in spans]
+        ),
+        topk_logprob=columns_of_logprobs(),
         num_kept=tensor(None if num_kept is None else num_kept.astype(np.int32)),
         draws=tensor(joined(lambda rows: rows.draws), "i2"),
         log_tail_t1=at_temperature("log_tail", 0, -math.inf),  # draws alone stand for all ids
@@ -85,16 +97,28 @@ def collate(
         num_tokens=sum(span.length for span in spans),
         vocab_size=layout.vocab_size,
         temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
-        source=None
-        if sources is None
-        else torch.repeat_interleave(
-            torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
-        ),
+        source=source_of(sources, [len(span.positions) for span in spans]),
     )
 
 
-def _laid_out(
-    spans: "list[_Span]", packing: str
+def source_of(sources: list[int] | None, num_targets: list[int]) -> Tensor | None:
+    """[N] the cache that each target is of, given that and the number of targets by sequence."""
+    if sources is None:
+        return None
+    return torch.repeat_interleave(torch.tensor(sources), torch.tensor(num_targets))
+
+
+class Span(Protocol):
+    """Where one sequence is in the columns of its row group."""
+
+    rows: Any
+    """Has `token_id`."""
+    start: int
+    length: int
+
+
+def laid_out(
+    spans: Sequence[Span], packing: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None, list[int]]:
     """Ids [R, L] of rows; a mask, or position ids if packed; the place of each sequence's start."""
     rows = rows_of([span.length for span in spans], packing)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from decant.schemas import NO_LOGPROBS, FormatError, Layout
 from decant.storage import CacheReader, StoredRows
-from decant.storage.cache.logprobs import decode_logprobs
+from decant.storage.cache.logprobs import decode_logprobs, of_planes
 from decant.storage.cache.same_tokenizer import same_ids
+from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import (
     SequenceStream,
@@ -81,14 +82,18 @@ class MixtureStream(SequenceStream):
     ) -> None:
         """Open the caches; `options` are the fields of `StreamConfig`, `lanes` are of each cache.
 
-        Raises ValueError if the caches differ in tokenizer or vocabulary, if one lacks a
+        Raises ValueError if the caches differ in tokenizer or vocabulary (and there is no
+        `alignment`), if one lacks a
         temperature, or if drawn targets were to be mixed with others.
         """
         super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url) for url in urls]
-        for reader in self.readers[1:]:
-            check_same_vocabulary(self.reader, reader)
-        self._check_forms()
+        self._align()
+        if self.config.alignment is None:
+            for reader in self.readers[1:]:
+                check_same_vocabulary(self.reader, reader)
+        if self._to_events is None:
+            self._check_forms()
         wanted = self.config.temperatures
         self._temperatures = [1.0] + [t for t in wanted if t != 1]
         self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
@@ -133,10 +138,12 @@ class MixtureStream(SequenceStream):
             yield Entry((source, lane), (source, *visit), member, source)
             place += 1
 
-    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+    def _load(self, visit: tuple[int, ...]) -> StoredRows | AlignedRows:
         source, _, group = visit
         reader = self.readers[source]
-        rows = reader.read_stored(reader.row_groups()[group])
+        rows = self.read(reader.row_groups()[group], source)
+        if isinstance(rows, AlignedRows):
+            return rows
         return _as_layout(rows, reader.manifest.layout, self._layout, self._indices[source])
 
     def _check_forms(self) -> None:
@@ -178,7 +185,7 @@ def _common_layout(layouts: Sequence[Layout], temperatures: Sequence[float]) -> 
     """The layout that all targets fit in."""
     slots = max(layout.slots for layout in layouts)
     return dataclasses.replace(
-        layouts[0],
+        max(layouts, key=lambda layout: layout.wide),
         slots=slots,
         precision="f32" if layouts[0].has_logprobs else NO_LOGPROBS,
         temperatures=tuple(temperatures),
@@ -205,13 +212,17 @@ def _as_layout(
     if rows.topk_logprob is not None:
         tail = rows.by_temperature["log_tail"][0]
         assert tail is not None
-        logprobs = decode_logprobs(rows.topk_logprob, unused, tail, layout.precision, layout.code)
+        stored = of_planes(rows.topk_logprob, layout.slots, layout.precision == "compact")
+        logprobs = decode_logprobs(stored, unused, tail, layout.precision, layout.code)
+    high = rows.topk_hi
+    if high is None and common.wide:
+        high = np.zeros_like(rows.topk_lo)
     return dataclasses.replace(
         rows,
         topk_lo=widened(rows.topk_lo),
         topk_mid=widened(rows.topk_mid),
-        topk_hi=None if rows.topk_hi is None else widened(rows.topk_hi),
-        topk_logprob=None if logprobs is None else widened(logprobs),
+        topk_hi=None if high is None else widened(high),
+        topk_logprob=None if logprobs is None else (widened(logprobs),),
         num_kept=num_kept,
         draws=None if rows.draws is None else widened(rows.draws),
         by_temperature={

@@ -51,8 +51,9 @@ class CacheOrder:
         self.seed, self.lanes = seed, lanes
         self._first, self._all = first_sequence, sequences
         self._part, self._heldout_fraction = part, heldout_fraction
-        self._sizes = self._part_sizes()
-        self.num_sequences = int(self._sizes.sum())
+        self.sizes = self._part_sizes()
+        """[row groups] sequences of the part in each."""
+        self.num_sequences = int(self.sizes.sum())
         """Sequences of the part."""
 
     def after(self, consumed: int) -> Iterator[Entry]:
@@ -64,10 +65,10 @@ class CacheOrder:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Entry]:
         """The order of one epoch, after its first `skip` sequences."""
-        order = permutation(len(self._sizes), self.seed, epoch, 0)
-        order = order[self._sizes[order] > 0]
+        order = permutation(len(self.sizes), self.seed, epoch, 0)
+        order = order[self.sizes[order] > 0]
         dealt = [order[lane :: self.lanes] for lane in range(min(self.lanes, len(order)))]
-        ends = [np.cumsum(self._sizes[groups]) for groups in dealt]
+        ends = [np.cumsum(self.sizes[groups]) for groups in dealt]
         totals = np.array([lane_ends[-1] for lane_ends in ends], dtype=np.int64)
         taken = taken_in_turn(totals, skip)
         lanes = [

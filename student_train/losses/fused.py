@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from decant.student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from decant.student_train.losses.divergences import (
+    AnyTargets,
+    Divergence,
+    checked_vocab,
+    compute_dtype,
+)
+from decant.student_train.losses.events import row_slices
+from decant.student_train.losses.kinds import RANKINGS
 from decant.student_train.losses.products import add_product, product_dtype, product_into
 from decant.student_train.losses.targets import MASKED_LOGIT, SparseTargets
 
@@ -39,6 +46,12 @@ class FusedLoss:
     """The divergence, T² included, detached."""
     ce: Tensor
     """The cross entropy of the labels at T=1, detached; 0 without labels."""
+    router: Tensor | None = None
+    """The load-balancing loss of a student's routers, detached, without its weight in `loss`."""
+
+    def parts(self) -> list[Tensor]:
+        """The loss, and what it is made of."""
+        return [self.loss, self.kd, self.ce, *([] if self.router is None else [self.router])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +59,7 @@ class _Job:
     """What the forward pass needs besides tensors with gradients."""
 
     divergence: Divergence
-    targets: SparseTargets
+    targets: AnyTargets
     labels: Tensor | None
     kd_weight: float | Tensor
     ce_weight: float | Tensor
@@ -61,7 +74,7 @@ class _Job:
 def fused_linear_divergence(
     hidden_NH: Tensor,
     weight_VH: Tensor,
-    targets: SparseTargets,
+    targets: AnyTargets,
     labels_N: Tensor | None = None,
     kind: str = "fkl",
     kd_weight: float | Tensor = 1.0,
@@ -92,6 +105,8 @@ def fused_linear_divergence(
     in the inputs' dtype, or autocast's; logits, losses and sums of gradients are float32. Backward
     may run once: the gradients are handed over, not copied.
     """
+    if labels_N is not None:
+        labels_N = torch.as_tensor(labels_N, device=hidden_NH.device).to(torch.int64)
     vocab_size = _check_shapes(hidden_NH, weight_VH, bias, targets, labels_N, vocab_size)
     for weight_name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if isinstance(weight, Tensor) and weight.shape != (len(targets),):
@@ -111,7 +126,7 @@ def fused_linear_divergence(
     )
     job = _Job(
         divergence=divergence,
-        targets=divergence.check_targets(targets, vocab_size),
+        targets=divergence.check_targets(targets, vocab_size, labels_N),
         labels=labels_N,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
@@ -119,18 +134,26 @@ def fused_linear_divergence(
         softcap=softcap,
         num_targets=float(num_targets or max(len(targets), 1)),
         vocab_size=vocab_size,
-        chunk_rows=chunk_size or max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)),
+        chunk_rows=chunk_size or _chunk_rows(kind, targets.token_ids.shape[1], vocab_size),
         wants_gradient=torch.is_grad_enabled(),
     )
     loss, kd, ce = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
     return FusedLoss(loss=loss, kd=kd, ce=ce)
 
 
+def _chunk_rows(kind: str, num_slots: int, vocab_size: int) -> int:
+    """Return how many rows are computed at once; a ranking's pairs are not to outgrow logits."""
+    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
+    if kind in RANKINGS:
+        rows = min(rows, max(1, CHUNK_BYTES // (4 * max(num_slots, 1) ** 2)))
+    return rows
+
+
 def _check_shapes(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
-    targets: SparseTargets,
+    targets: AnyTargets,
     labels_N: Tensor | None,
     vocab_size: int | None,
 ) -> int:
@@ -175,11 +198,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
         loss_of_chunk = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_VH = weight_VH[: job.vocab_size].to(narrow)
-            buffer_RV = hidden_NH.new_empty(
-                min(job.chunk_rows, len(hidden_NH)), job.vocab_size, dtype=wide
-            )
-            for start in range(0, len(hidden_NH), job.chunk_rows):
-                rows = slice(start, min(start + job.chunk_rows, len(hidden_NH)))
+            slices = list(row_slices(job.targets, job.chunk_rows))
+            most_rows = max((rows.stop - rows.start for rows in slices), default=0)
+            buffer_RV = hidden_NH.new_empty(most_rows, job.vocab_size, dtype=wide)
+            for rows in slices:
                 hidden_RH = hidden_NH[rows].to(narrow)
                 logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = _finish_logits(logits_RV, bias_V, job)
@@ -278,10 +300,12 @@ def _reduced_chunk(
     if not wants_gradient:
         return kd_R.detach(), ce_R, None
 
+    # The loss of a chunk of several rows stands in its last row, and so does its weight.
+    weight_R = job.kd_weight[rows] if isinstance(job.kd_weight, Tensor) else job.kd_weight
     grad_x_RK, grad_tail_R = torch.autograd.grad(
-        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R), materialize_grads=True
+        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R) * weight_R, materialize_grads=True
     )
-    kd_factor = _column(job.kd_weight, rows) * job.logit_scale / temperature
+    kd_factor = job.logit_scale / temperature
     grad_kept_RK = kd_factor * grad_x_RK
     tail_factor_R1 = kd_factor * grad_tail_R[:, None] / sum_R1
     if not isinstance(job.ce_weight, Tensor) and job.ce_weight == 0:
@@ -306,7 +330,9 @@ def _dense_chunk(
     with torch.enable_grad():
         logits_RV = logits_RV.detach().requires_grad_()
         x_RV = logits_RV / job.divergence.temperature
-        kd_R = job.divergence.of_dense(x_RV, job.targets[rows])
+        targets = job.targets[rows]
+        assert isinstance(targets, SparseTargets)
+        kd_R = job.divergence.of_dense(x_RV, targets)
         ce_R = kd_R.new_zeros(len(kd_R))
         if job.labels is not None:
             nll_R1 = -logits_RV.log_softmax(1).gather(1, label_R1)
@@ -332,7 +358,8 @@ def _sum(weight: float | Tensor, loss_R: Tensor, rows: slice) -> Tensor:
 def _labels(job: _Job, rows: slice) -> tuple[Tensor, Tensor]:
     """Return [R, 1] labels fit for gathering, and [R, 1] which of them count."""
     if job.labels is None:
-        nothing_R1 = torch.zeros_like(job.targets.token_ids[rows, :1])
+        device = job.targets.token_ids.device
+        nothing_R1 = torch.zeros(rows.stop - rows.start, 1, dtype=torch.int64, device=device)
         return nothing_R1, nothing_R1 != 0
     labels_R1 = job.labels[rows, None]
     has_label_R1 = labels_R1 != IGNORED_LABEL

@@ -15,15 +15,33 @@ DIVERGENCES: dict[str, dict[str, float | str]] = {
     "skew_fkl": {"lam": 0.1},
     "skew_rkl": {"lam": 0.1},
     "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "tail_kl": {"head": 10, "beta": 2.0},
+    "acceptance": {"bound": "lower"},
+    "acceptance_hybrid": {"eta": 3.0},
+    "hinge": {"margin": "teacher"},
+    "logistic": {},
 }
 """Every kind with its own options and their defaults."""
 
 
-TAIL_MODES = ("bucket", "renormalize", "teacher_renormalize", "uniform")
+TAIL_MODES = ("bucket", "renormalize", "teacher_renormalize", "uniform", "label")
 """What stands in for the teacher's probabilities outside the kept ids."""
 
 
-HEAD_RULES = ("official", "nucleus")
+RANKINGS = ("hinge", "logistic")
+"""Kinds that compare the order of the kept ids, and nothing else."""
+
+
+FINITE_AT_ZERO = ("fkl", "jsd", "tvd", "skew_fkl", "skew_rkl")
+"""Kinds that are finite where the teacher rules out what the student does not."""
+
+
+WORDS = {
+    "head_rule": ("official", "nucleus"),
+    "bound": ("lower", "upper"),
+    "margin": ("teacher",),
+}
+"""Options that may be words, and which."""
 
 
 # In alpha_beta, float32 loses the value to cancellation between 0 and this magnitude.
@@ -49,19 +67,50 @@ def check(kind: str, temperature: float, tail: str, options: dict[str, Any]) -> 
         raise ValueError(f"{kind} has no option {', '.join(unknown)}; its options: {valid}")
     complete: dict[str, Any] = {**defaults, **options}
     _check_ranges(kind, complete)
+    _check_tail(kind, tail, complete)
     return complete
+
+
+def _check_tail(kind: str, tail: str, options: dict[str, Any]) -> None:
+    """Raise ValueError if a kind has no value with a tail mode, or none that differs."""
+    if tail == "bucket":
+        return
+    if kind in RANKINGS:
+        raise ValueError(f"{kind} compares kept ids alone: tail={tail!r} has no effect, leave it")
+    if (kind, tail) == ("tail_kl", "uniform"):
+        raise ValueError("tail_kl ranks ids, and tail='uniform' makes those of the tail alike")
+    if options.get("bound") == "upper":
+        raise ValueError(f"acceptance: bound='upper' is of tail='bucket', got tail={tail!r}")
+    ends_in_rkl = options.get("beta") == 1 if kind == "jsd" else options.get("lam") == 0
+    if tail == "label" and (
+        kind not in FINITE_AT_ZERO or (ends_in_rkl and kind in ("jsd", "skew_rkl"))
+    ):
+        raise ValueError(
+            f"tail='label' gives every id but the kept ones and the label the probability 0, where "
+            f"{kind} with {options} is infinite: use {', '.join(FINITE_AT_ZERO)}"
+        )
 
 
 def _check_ranges(kind: str, options: dict[str, Any]) -> None:
     """Raise ValueError if an option of this kind has a value outside its range."""
     for name, value in options.items():
-        if name == "head_rule":
-            if value not in HEAD_RULES:
-                raise ValueError(f"unknown head_rule {value!r}; one of {', '.join(HEAD_RULES)}")
+        if isinstance(value, str) and name in WORDS:
+            if value not in WORDS[name]:
+                raise ValueError(f"unknown {name} {value!r}; one of {', '.join(WORDS[name])}")
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{kind}: {name} must be a finite number, got {value!r}")
+        is_word = name in WORDS and name != "margin"
+        if is_word or not isinstance(value, (int, float)) or not math.isfinite(value):
+            expected = f"one of {', '.join(WORDS[name])}" if is_word else "a finite number"
+            raise ValueError(f"{kind}: {name} must be {expected}, got {value!r}")
         if kind == "alpha_beta":
+            continue
+        if name in ("eta", "margin") or (name, kind) == ("beta", "tail_kl"):
+            if value < 0:
+                raise ValueError(f"{kind}: {name} must be >= 0, got {value}")
+            continue
+        if name == "head":
+            if value < 1 or value != int(value):
+                raise ValueError(f"{kind}: head must be a whole number >= 1, got {value}")
             continue
         if name == "mu" and not 0 < value < 1:
             raise ValueError(f"{kind}: mu must lie between 0 and 1, got {value}")

@@ -9,12 +9,15 @@ Shape letters: N targets, K slots per target, V ids of the student's vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from decant.schemas.distributions import Distributions
 
 PADDING_ID = -1
 
@@ -24,6 +27,9 @@ LOG_FLOOR = -87.0
 
 # float32 stand-in for log 0 inside a logsumexp: unlike -inf it has a zero gradient, not a NaN.
 MASKED_LOGIT = -1e30
+
+# A logsumexp below this is that of masked logits alone, at any temperature: there is no tail.
+NO_TAIL = -1e20
 
 # Stored log probs may be quantised, so the total mass is only nearly 1; a wrong temperature is far.
 _MASS_TOLERANCE = 0.1
@@ -39,7 +45,7 @@ class SparseTargets:
     """
 
     token_ids: Tensor
-    """[N, K] int64 kept ids, -1 in unused slots, no id twice in a row."""
+    """[N, K] int64 (or int32) kept ids, -1 in unused slots, no id twice in a row."""
     logprobs: Tensor | None
     """[N, K] float32 log probs at T=1 over the full vocabulary, -inf in unused slots; None where
     the draws alone are known."""
@@ -53,6 +59,43 @@ class SparseTargets:
     """[N] float32 nats of the whole distribution at T=1; where there are no log probs."""
     checked_for: tuple[int, float] | None = None
     """(student vocabulary, temperature) that `validate` has passed; kept by `to` and by slices."""
+
+    @classmethod
+    def of(
+        cls,
+        distributions: Distributions[Any],
+        stored: Sequence[float] = (1.0,),
+        temperature: float = 1.0,
+    ) -> SparseTargets:
+        """The targets of a scored sequence, or of distributions in numpy or torch, as losses want.
+
+        `stored` are the temperatures of their cache (`reader.manifest.temperatures`), `temperature`
+        the one that the loss is to be computed at. Raises ValueError if `stored` cannot be theirs,
+        or if `temperature` is not one of them.
+        """
+        columns = distributions.log_z.shape[1]
+        if len(stored) != columns:
+            raise ValueError(
+                f"log_z has {columns} columns, one for each temperature of the cache, but stored "
+                f"is {list(stored)}: give the manifest's temperatures"
+            )
+        if temperature not in stored:
+            raise ValueError(
+                f"temperature {temperature:g} is not stored: {', '.join(f'{t:g}' for t in stored)}"
+            )
+        column = list(stored).index(temperature)
+        log_z = _float_tensor(distributions.log_z)[:, column]
+        log_tail = _float_tensor(distributions.log_tail)
+        return cls(
+            token_ids=torch.as_tensor(distributions.token_ids).to(torch.int64),
+            logprobs=_float_tensor(distributions.logprobs),
+            log_z=log_z,
+            log_tail=torch.full_like(log_z, -torch.inf)
+            if log_tail is None
+            else log_tail[:, column],
+            draws=None if distributions.draws is None else torch.as_tensor(distributions.draws),
+            entropy=_float_tensor(distributions.entropy),
+        )
 
     def __len__(self) -> int:
         """Return N."""
@@ -84,18 +127,30 @@ class SparseTargets:
             smaller, at = self.checked_for
             if smaller <= vocab_size and at == float(temperature):
                 return self
-        self._check_layout()
-        if len(self) > 0:
-            self._check_values(vocab_size, temperature)
-        return dataclasses.replace(self, checked_for=(vocab_size, float(temperature)))
+        targets = self._as_tensors()
+        targets._check_layout()
+        targets = dataclasses.replace(targets, token_ids=targets.token_ids.to(torch.int64))
+        if len(targets) > 0:
+            targets._check_values(vocab_size, temperature)
+        return dataclasses.replace(targets, checked_for=(vocab_size, float(temperature)))
+
+    def _as_tensors(self) -> SparseTargets:
+        """The same with tensors where arrays of numpy were given."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(value)
+            for name, value in values.items()
+            if isinstance(value, np.ndarray)
+        }
+        return dataclasses.replace(self, **tensors)
 
     def _check_layout(self) -> None:
         if self.token_ids.ndim != 2 or self.token_ids.shape[1] == 0:
             raise ValueError(
                 f"token_ids must be [N, K] with K >= 1, got shape {tuple(self.token_ids.shape)}"
             )
-        if self.token_ids.dtype != torch.int64:
-            raise ValueError(f"token_ids must be int64, got {self.token_ids.dtype}")
+        if self.token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token_ids must be int64 or int32, got {self.token_ids.dtype}")
         num_targets = self.token_ids.shape[0]
         expected = {
             "logprobs": self.token_ids.shape,
@@ -225,6 +280,32 @@ class SparseTargets:
         log_p = self.logprobs / temperature - self.log_z[:, None]
         return torch.where(self.is_real(), log_p, LOG_FLOOR).clamp(min=LOG_FLOOR)
 
+    def with_tail_on(self, labels: Tensor, vocab_size: int, temperature: float) -> SparseTargets:
+        """The targets with the mass of the tail given to `labels` [N], K + 1 slots of them.
+
+        A label that is kept has both; one that is not has a slot of its own. Raises ValueError
+        unless there is an id of the student's vocabulary for each target.
+        """
+        if labels.shape != (len(self),) or bool(((labels < 0) | (labels >= vocab_size)).any()):
+            raise ValueError(
+                f"tail='label' needs [{len(self)}] labels, one id below {vocab_size} for each "
+                f"target, got {tuple(labels.shape)} from {labels.amin()} to {labels.amax()}"
+            )
+        assert self.logprobs is not None
+        is_label = self.token_ids == labels[:, None]
+        is_kept = is_label.any(1, keepdim=True)
+        log_p = self.logprobs / temperature - self.log_z[:, None]
+        tail = self.log_tail[:, None]
+        log_p = torch.where(is_label, torch.logaddexp(log_p, tail.expand_as(log_p)), log_p)
+        log_p = torch.cat([log_p, torch.where(is_kept, -torch.inf, tail)], dim=1)
+        own = torch.where(is_kept, PADDING_ID, labels[:, None])
+        return dataclasses.replace(
+            self,
+            token_ids=torch.cat([self.token_ids, own], dim=1),
+            logprobs=temperature * (log_p + self.log_z[:, None]),
+            log_tail=torch.full_like(self.log_tail, -torch.inf),
+        )
+
     def kept_mass(self, temperature: float = 1.0) -> Tensor:
         """Return [N]: Σ p_T over the kept ids."""
         return torch.where(self.is_real(), self.log_p(temperature).exp(), 0.0).sum(1)
@@ -249,3 +330,11 @@ class SparseTargets:
         mass_outside_head = torch.where(drawn > 0, probs, 0.0).sum(1) + self.log_tail.exp()
         per_draw = mass_outside_head / drawn.sum(1).clamp(min=1.0)
         return torch.where(is_head, probs, drawn * per_draw[:, None])
+
+
+def _float_tensor(values: Any) -> Any:
+    """A float32 (or float64) tensor of numpy's or torch's numbers; None of None."""
+    if values is None:
+        return None
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

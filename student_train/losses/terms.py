@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decant.student_train.losses.targets import LOG_FLOOR
+
+# Nothing, inside a logsumexp: unlike -inf it has a zero gradient, not a NaN.
+LOG_NOTHING = -1e30
+# Probabilities and differences of them that a ranking takes for 0.
+SMALLEST_RANKED = 1e-8
 # alpha_beta with a negative exponent diverges where one side vanishes: linear from exp(_EXP_MAX).
 _EXP_MAX = 50.0
 
@@ -21,8 +27,8 @@ def divergence_of_classes(
     kind: str, log_p: Tensor, log_q: Tensor, options: dict[str, Any], *, has_bucket: bool = False
 ) -> Tensor:
     """Return the divergence [N] of a kind; `has_bucket` says that the last class is the bucket."""
-    if kind == "akl":
-        return _akl_terms(log_p, log_q, has_bucket=has_bucket, **options).sum(1)
+    if kind in _OF_CLASSES:
+        return _OF_CLASSES[kind](log_p, log_q, has_bucket=has_bucket, **options)
     return _TERMS[kind](log_p, log_q, **options).sum(1)
 
 
@@ -53,10 +59,77 @@ def _kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
     return log_a.exp() * (log_a - log_b)
 
 
-def _akl_terms(log_p: Tensor, log_q: Tensor, **rule: Any) -> Tensor:
+def _akl(log_p: Tensor, log_q: Tensor, **rule: Any) -> Tensor:
     weight_head, weight_tail = akl_weights(log_p.exp(), log_q.detach().exp(), **rule)
-    forward, reverse = _kl_terms(log_p, log_q), _kl_terms(log_q, log_p)
-    return weight_head[:, None] * forward + weight_tail[:, None] * reverse
+    forward, reverse = _kl_terms(log_p, log_q).sum(1), _kl_terms(log_q, log_p).sum(1)
+    return weight_head * forward + weight_tail * reverse
+
+
+def _is_nothing(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Classes that both sides give nothing, unused slots among them: no mass to sum up."""
+    return (log_p <= LOG_FLOOR) & (log_q <= LOG_FLOOR)
+
+
+def _tail_kl(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, head: float, beta: float) -> Tensor:
+    """KL over the `head` most probable classes and the rest as one, and beta times what is left."""
+    num_ranked = log_p.shape[1] - has_bucket
+    top = log_p[:, :num_ranked].topk(min(int(head), num_ranked), dim=1).indices
+    in_head = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, top, True)
+    terms = _kl_terms(log_p, log_q)
+    in_rest = ~(in_head | _is_nothing(log_p, log_q))
+    rest_p, rest_q = (
+        torch.where(in_rest, log_x, LOG_NOTHING).logsumexp(1) for log_x in (log_p, log_q)
+    )
+    of_rest = torch.where(in_rest.any(1), _kl_terms(rest_p, rest_q), 0.0)
+    coarse = torch.where(in_head, terms, 0.0).sum(1) + of_rest
+    return coarse + beta * (torch.where(in_head, 0.0, terms).sum(1) - of_rest)
+
+
+def _acceptance(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, bound: str) -> Tensor:
+    """-log Σ min(p, q); `upper` leaves the bucket out."""
+    both = torch.minimum(log_p, log_q)
+    both = torch.where(_is_nothing(log_p, log_q), LOG_NOTHING, both)
+    return -(both[:, :-1] if has_bucket and bound == "upper" else both).logsumexp(1)
+
+
+def _acceptance_hybrid(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, eta: float) -> Tensor:
+    """λ KL(p‖q) + (1-λ) TV, with λ = exp(-eta Σ min(p, q)), a constant to the gradient."""
+    accepted = torch.minimum(log_p, log_q.detach()).exp().sum(1)
+    share = torch.exp(-eta * accepted)
+    return share * _kl_terms(log_p, log_q).sum(1) + (1 - share) * _tvd_terms(log_p, log_q).sum(1)
+
+
+def _mean_over_pairs(
+    log_p: Tensor, has_bucket: bool, loss_of: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """The mean over pairs of kept ids of which the teacher prefers the first; 0 without a pair.
+
+    `loss_of(p_gap, ids)` gives [N, K, K] of all pairs, from p of the first minus p of the second.
+    """
+    ids = slice(0, log_p.shape[1] - has_bucket)
+    p = log_p[:, ids].exp()
+    is_known = p > SMALLEST_RANKED
+    gap = p[:, :, None] - p[:, None, :]
+    preferred = (gap > SMALLEST_RANKED) & is_known[:, :, None] & is_known[:, None, :]
+    losses = torch.where(preferred, loss_of(gap, ids), 0.0)
+    return losses.sum((1, 2)) / preferred.sum((1, 2)).clamp(min=1)
+
+
+def _hinge(log_p: Tensor, log_q: Tensor, *, has_bucket: bool, margin: float | str) -> Tensor:
+    def loss_of(gap: Tensor, ids: slice) -> Tensor:
+        q = log_q[:, ids].exp()
+        wanted = gap if margin == "teacher" else torch.full_like(gap, float(margin))
+        return (wanted - (q[:, :, None] - q[:, None, :])).clamp(min=0)
+
+    return _mean_over_pairs(log_p, has_bucket, loss_of)
+
+
+def _logistic(log_p: Tensor, log_q: Tensor, *, has_bucket: bool) -> Tensor:
+    def loss_of(_: Tensor, ids: slice) -> Tensor:
+        x = log_q[:, ids]  # up to a constant, which differences lose
+        return torch.nn.functional.softplus(x[:, None, :] - x[:, :, None])
+
+    return _mean_over_pairs(log_p, has_bucket, loss_of)
 
 
 def _jeffreys_terms(log_p: Tensor, log_q: Tensor, lam: float) -> Tensor:
@@ -115,3 +188,15 @@ _TERMS: dict[str, Callable[..., Tensor]] = {
     "skew_rkl": lambda log_p, log_q, lam: _kl_terms(log_q, _log_mix(lam, log_q, log_p)),
     "alpha_beta": _alpha_beta_terms,
 }
+"""Sums over classes: the terms [N, C]."""
+
+
+_OF_CLASSES: dict[str, Callable[..., Tensor]] = {
+    "akl": _akl,
+    "tail_kl": _tail_kl,
+    "acceptance": _acceptance,
+    "acceptance_hybrid": _acceptance_hybrid,
+    "hinge": _hinge,
+    "logistic": _logistic,
+}
+"""What is no such sum, or has to know the bucket: the divergence [N]."""

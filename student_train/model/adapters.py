@@ -93,6 +93,37 @@ def attach(student: PreTrainedModel, config: AdapterConfig) -> Any:
     return adapter
 
 
+def put_on(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """A model with the saved adapter at `path` merged in, or beside its weights if quantised.
+
+    Raises ImportError if peft is not installed, ValueError if the adapter is not one of this model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"the adapter {path} needs peft: pip install 'decant[peft]'") from error
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, path)
+        loaded = adapted.load_adapter(path, "default")  # again, for what it says
+    except Exception as error:  # whatever peft raises for shapes, names and files
+        raise ValueError(
+            f"the adapter {path} cannot be put on {type(model).__name__}: {error}"
+        ) from error
+    stray = [*loaded.missing_keys, *loaded.unexpected_keys]
+    if stray:
+        raise ValueError(
+            f"the adapter {path} does not belong to this model: {len(stray)} of its tensors are "
+            f"missing or have no place here, first {stray[0]}"
+        )
+    if adapted.peft_config["default"].is_prompt_learning:
+        raise ValueError(f"the adapter {path} puts tokens before every text: it cannot be measured")
+    if getattr(model, "is_quantized", False):
+        inner: PreTrainedModel = adapted.base_model.model
+        return inner
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged
+
+
 def checkpoint_adapter_only(accelerator: Accelerator) -> None:
     """Let `save_state` and `load_state` leave out what is frozen.
 

@@ -6,6 +6,7 @@ capped (probed on the model, not assumed) go through the model's logits instead.
 Shapes: B sequences, L length, H hidden, N targets, V vocabulary.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
 from decant.student_train.model.hooks import Sealed, call_as, opened
 from decant.student_train.model.probes import refuse_sight_of_later_tokens
+from decant.student_train.model.routers import routers_of
 from decant.student_train.model.selection import by_student, highest, teacher_entropy
 from decant.student_train.model.student import layer_classes
 
@@ -39,27 +41,32 @@ class Distiller(nn.Module):
         loss: LossConfig,
         vocab_size: int,
         selection: SelectionConfig | None = None,
+        label_bytes: Tensor | None = None,
     ) -> None:
-        """`vocab_size` is the cache's shared vocabulary: the student's rows beyond it are masked.
+        """`vocab_size` is that of the targets: the student's rows beyond it are masked.
 
-        `selection` says on which of the targets a loss is taken; they are all measured. Raises
-        ValueError if the student has fewer rows, or sees later tokens.
+        `selection` says on which of the targets a loss is taken; they are all measured.
+        `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if
+        the student has fewer rows, or sees later tokens.
         """
         super().__init__()
         self.student = student
         self.loss = loss
         self.vocab_size = vocab_size
         self.selection = selection or SelectionConfig()
+        self.label_bytes = label_bytes
         rows = student.get_output_embeddings().weight.shape[0]
         if rows < vocab_size:
             raise ValueError(
                 f"the student has {rows} output rows, the cache's vocabulary {vocab_size} ids; "
-                "use a student of the teacher's tokenizer"
+                "use a student of the teacher's tokenizer, or tokenizer_mismatch: align"
             )
         refuse_sight_of_later_tokens(student)
         name = type(student).__name__
         self.head: dict[str, Any] | None = None
         """Options of the fused loss for this student's head; None if its own logits are used."""
+        self.routers = routers_of(student, loss.router_weight)
+        """The load-balancing loss of a mixture of experts, if it has one and it has a weight."""
         try:
             self.head = linear_head(student)
             log.info("student %s: head fused with the loss", name)
@@ -83,7 +90,29 @@ class Distiller(nn.Module):
         `terms` are the numbers of the step, by default those at the begin of a run.
         """
         terms = terms or self.loss.at(0, 1)
-        return opened(super().__call__(Sealed((batch, terms)), num_targets))
+        found: FusedLoss = opened(super().__call__(Sealed((batch, terms)), num_targets))
+        return found
+
+    def within(
+        self,
+        wrapped: nn.Module,
+        top: nn.Module,
+        batch: Batch,
+        num_targets: float | None = None,
+        terms: LossTerms | None = None,
+    ) -> FusedLoss:
+        """What `__call__` gives, computed in the forward of a loop's own model around the student.
+
+        `top` is the student or an adapter around it, and `wrapped` what the loop has made of it for
+        several processes, perhaps nothing.
+        """
+        terms = terms or self.loss.at(0, 1)
+
+        def forward(_: Sealed) -> FusedLoss:
+            return self._loss(batch, terms, num_targets)
+
+        out: FusedLoss = call_as(top, forward, Sealed(batch), wrapped=wrapped)
+        return out
 
     def measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
         """What the student is worth on a batch; logits are held for some targets at a time."""
@@ -102,8 +131,9 @@ class Distiller(nn.Module):
         return out.loss, Sealed(out)
 
     def _loss(self, batch: Batch, terms: LossTerms, num_targets: float | None) -> FusedLoss:
+        count = self.selection.kept(batch.num_targets)
+        share = count / (num_targets or max(count, 1))
         if self.selection.by == BY_TEACHER:
-            count = self.selection.kept(batch.num_targets)
             batch = batch.of_targets(highest(teacher_entropy(batch), count))
         inputs = _inputs(batch)
         options: dict[str, Any] = {
@@ -114,19 +144,35 @@ class Distiller(nn.Module):
             "vocab_size": self.vocab_size,
             **terms.options,
         }
+        if self.routers:
+            inputs["output_router_logits"] = True
         if self.head is not None:
-            return self._fused(inputs, batch, terms, num_targets, options | self.head)
-        logits_NV = self.student(**inputs).logits.flatten(0, 1).index_select(0, batch.predictors)
+            return self._fused(inputs, batch, terms, num_targets, options | self.head, share)
+        outputs = self.student(**inputs)
+        logits_NV = outputs.logits.flatten(0, 1).index_select(0, batch.predictors)
         if self.selection.by in BY_STUDENT:
             rows = self._rows_by_student(logits_NV.detach().__getitem__, batch, terms)
             batch, logits_NV = batch.of_targets(rows), logits_NV.index_select(0, rows)
         total = num_targets or max(batch.num_targets, 1)
         kd_weight, ce_weight = _both_weights(terms, batch)
-        kd_N = sparse_divergence(logits_NV, batch.targets_at(terms.temperature), **options)
+        targets = batch.targets_at(terms.temperature)
+        kd_N = sparse_divergence(logits_NV, targets, labels=batch.labels, **options)
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
-        return FusedLoss(loss=loss, kd=kd_N.detach().sum() / total, ce=ce_N.detach().sum() / total)
+        kd, ce = (values_N.detach().sum() / total for values_N in (kd_N, ce_N))
+        out = FusedLoss(loss=loss, kd=kd, ce=ce)
+        return self._with_routers(out, outputs, batch.attention_mask, share)
+
+    def _with_routers(
+        self, out: FusedLoss, outputs: Any, mask: Tensor | None, share: float
+    ) -> FusedLoss:
+        """The loss with that of the routers; `share` is the batch's, of the step's targets."""
+        if self.routers is None:
+            return out
+        router = share * self.routers.loss(outputs.router_logits, mask)
+        loss = out.loss + self.routers.weight * router.to(out.loss)
+        return dataclasses.replace(out, loss=loss, router=router.detach())
 
     def _fused(
         self,
@@ -135,6 +181,7 @@ class Distiller(nn.Module):
         terms: LossTerms,
         num_targets: float | None,
         options: dict[str, Any],
+        share: float,
     ) -> FusedLoss:
         def loss_of(hidden_NH: Tensor, head: nn.Linear) -> FusedLoss:
             chosen = batch
@@ -155,31 +202,55 @@ class Distiller(nn.Module):
                 **options,
             )
 
-        return self._at_head(inputs, batch, loss_of)
+        def with_routers(out: FusedLoss, outputs: Any) -> FusedLoss:
+            return self._with_routers(out, outputs, batch.attention_mask, share)
+
+        return self._at_head(inputs, batch, loss_of, with_routers)
 
     def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
-        inputs, vocab_size = _inputs(batch), self.vocab_size
+        label_bytes = self.label_bytes
+        if label_bytes is not None:
+            label_bytes = label_bytes.to(batch.labels.device)
+
+        def sums(logits_of: Callable[[slice], Tensor]) -> HeldoutSums:
+            return sums_of_chunks(logits_of, batch, terms, self.vocab_size, label_bytes=label_bytes)
+
+        found: HeldoutSums = self.with_logits(batch, sums)
+        return found
+
+    def with_logits(
+        self, batch: Batch, function: Callable[[Callable[[slice], Tensor]], Any]
+    ) -> Any:
+        """What `function` makes of the logits of a batch's targets.
+
+        It is given what gives the logits [R, V] of some of them, so that no more need be held.
+        """
+        inputs = _inputs(batch)
         if self.head is None:
             logits_NV = self.student(**inputs).logits.flatten(0, 1)
-            logits_NV = logits_NV.index_select(0, batch.predictors)
-            return sums_of_chunks(logits_NV.__getitem__, batch, terms, vocab_size)
+            return function(logits_NV.index_select(0, batch.predictors).__getitem__)
 
-        def sums_of(hidden_NH: Tensor, head: nn.Linear) -> HeldoutSums:
-            return sums_of_chunks(self._logits_of(hidden_NH, head), batch, terms, vocab_size)
+        def at_head(hidden_NH: Tensor, head: nn.Linear) -> Any:
+            return function(self._logits_of(hidden_NH, head))
 
-        return self._at_head(inputs, batch, sums_of)
+        return self._at_head(inputs, batch, at_head, lambda found, _: found)
 
     def _logits_of(self, hidden_NH: Tensor, head: nn.Linear) -> Callable[[slice], Tensor]:
         """What gives the logits [R, V] of some rows of the hidden states."""
         assert self.head is not None
         scale, softcap = self.head["logit_scale"], self.head["softcap"]
-        product = wide_linear(hidden_NH, head.weight, head.bias)
+        product = wide_linear(hidden_NH, head.weight, head.bias) if self._is_plain(head) else None
 
         def logits_of(rows: slice) -> Tensor:
-            logits_RV = scale * product(rows)
+            logits_RV = scale * (product(rows) if product else head(hidden_NH[rows]).float())
             return softcap * torch.tanh(logits_RV / softcap) if softcap else logits_RV
 
         return logits_of
+
+    def _is_plain(self, head: nn.Linear) -> bool:
+        """Whether the head's weight is one to multiply with, and not a quantised form of it."""
+        is_quantised = bool(getattr(self.student, "is_quantized", False))
+        return not is_quantised or type(head.weight) is nn.Parameter
 
     def _rows_by_student(
         self, logits_of: Callable[[slice], Tensor], batch: Batch, terms: LossTerms
@@ -190,18 +261,25 @@ class Distiller(nn.Module):
         return highest(values_N, self.selection.kept(batch.num_targets))
 
     def _at_head(
-        self, inputs: dict[str, Any], batch: Batch, function: Callable[[Tensor, Any], Any]
+        self,
+        inputs: dict[str, Any],
+        batch: Batch,
+        function: Callable[[Tensor, Any], Any],
+        completed: Callable[[Any, Any], Any],
     ) -> Any:
-        """What `function` makes of the last hidden states of the predictors and of the head."""
+        """What `function` makes of the last hidden states of the predictors and of the head.
+
+        `completed` makes the result of that and of all that the student's body gave.
+        """
         head = self.student.get_output_embeddings()
 
         def at_head(hidden_NH: Tensor) -> Any:
             return function(hidden_NH, head)
 
         def of_student() -> Any:
-            hidden_BLH = self.student.base_model(**inputs).last_hidden_state
-            hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, batch.predictors)
-            return call_as(head, at_head, hidden_NH)
+            outputs = self.student.base_model(**inputs)
+            hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
+            return completed(call_as(head, at_head, hidden_NH), outputs)
 
         return call_as(self.student, of_student)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decant.student_train.losses.fused import FusedLoss
-
 
 class Sealed:
     """Keeps a batch or a loss in float32.
@@ -20,28 +18,33 @@ class Sealed:
         self.content = content
 
 
-def opened(out: tuple[Tensor, Sealed]) -> FusedLoss:
-    """The loss behind a module's hooks: ZeRO-3 gathers in the backward of what it hands out."""
+def opened(out: tuple[Tensor | None, Sealed]) -> Any:
+    """What is behind a module's hooks: ZeRO-3 gathers in the backward of the loss it hands out."""
     loss, content = out[0], out[1].content
+    if loss is None:
+        return content
     is_cast = loss.dtype != content.loss.dtype
     return content if is_cast else dataclasses.replace(content, loss=loss)
 
 
-def call_as(module: nn.Module, forward: Callable[..., Any], *args: Tensor) -> Any:
-    """Return `module(*args)` with `forward` in place of its own.
+def call_as(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, wrapped: nn.Module | None = None
+) -> Any:
+    """Return `module(*args)`, or what wraps it of `args`, with `forward` in place of its own.
 
     So the module's hooks run around it: FSDP2 gathers a module's parameters before its forward and
-    frees them after, wherever the module was sharded.
+    frees them after, wherever the module was sharded; DDP, in `wrapped`, exchanges gradients. What
+    `forward` gives has a `loss`, which hooks see, unless there is nothing to learn from it.
     """
 
-    def sealed(*args: Tensor) -> tuple[Tensor, Sealed]:
+    def sealed(*args: Any) -> tuple[Tensor | None, Sealed]:
         out = forward(*args)
-        return out.loss, Sealed(out)
+        return getattr(out, "loss", None), Sealed(out)
 
     own = module.__dict__.get("forward")
     module.forward = sealed
     try:
-        return opened(module(*args))
+        return opened((wrapped or module)(*args))
     finally:
         if own is None:
             del module.forward

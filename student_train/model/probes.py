@@ -81,6 +81,55 @@ def refuse_sight_of_later_tokens(student: PreTrainedModel) -> None:
         )
 
 
+def freeze_unused(student: PreTrainedModel) -> int:
+    """Freeze what no text reaches, and give how many weights that is.
+
+    The vision part of a multimodal student, or a decoder's attention to an encoder that is not
+    there: such weights would have no gradient, for which DDP would wait in vain. Experts are left
+    alone, as other tokens than those asked may choose them.
+    """
+    device = student.get_input_embeddings().weight.device
+    tokens = torch.arange(1, sum(PROBED_LENGTHS), device=device).unsqueeze(0)
+    tokens %= student.config.get_text_config().vocab_size
+    try:
+        with probing(student), torch.enable_grad():
+            reached = _leaves(student(input_ids=tokens, use_cache=False).logits)
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        log.info("student %s: not asked what it uses: %s", type(student).__name__, error)
+        return 0
+    unused = [
+        (name, parameter)
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reached and "expert" not in name
+    ]
+    for _, parameter in unused:
+        parameter.requires_grad_(False)
+    if unused:
+        log.info(
+            "student %s: %d tensors that text does not reach stay as they are, first %s",
+            type(student).__name__,
+            len(unused),
+            unused[0][0],
+        )
+    return sum(parameter.numel() for _, parameter in unused)
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """The ids of the parameters in the graph of a tensor; no gradient is computed."""
+    found: set[int] = set()
+    seen = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
 @contextlib.contextmanager
 def _embedding(student: PreTrainedModel) -> Iterator[list[Tensor]]:
     """What the input embedding puts out, call by call, as leaves that take gradients."""

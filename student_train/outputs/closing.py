@@ -8,12 +8,14 @@ from typing import Any
 from decant.storage.cli.terminal import megabytes
 from decant.student_train.config.evaluation import ROUGE
 from decant.student_train.outputs.progress import duration
-from decant.student_train.outputs.save import STUDENT
+from decant.student_train.outputs.save import QUANTISED, STUDENT
 
 ROWS = (
     ("heldout_ce", "cross-entropy, nats", "{:.4f}"),
     ("heldout_perplexity", "perplexity", "{:,.2f}"),
     ("heldout_divergence", "divergence, nats", "{:.4f}"),
+    ("heldout_bits_per_byte", "bits per byte", "{:.4f}"),
+    ("heldout_divergence_per_byte", "divergence, nats per byte", "{:.4f}"),
     ("heldout_loss", "loss, nats", "{:.4f}"),
     ("top1_accuracy", "top-1 accuracy", "{:.2%}"),
     ("top1_agreement", "top-1 agreement", "{:.2%}"),
@@ -30,6 +32,8 @@ def closing_text(summary: Mapping[str, Any], output: Path) -> str:
     if best := summary.get("best_step"):
         steps += f"; saved is the best, step {best:,}"
     facts = [("student", str(output / STUDENT)), ("steps", steps)]
+    if summary.get("quantised"):
+        facts.insert(1, ("", f"{output / QUANTISED}  ({summary['quantised']})"))
     if "wall_s" in summary:
         took = duration(summary["wall_s"])
         if summary["resumed_at"]:

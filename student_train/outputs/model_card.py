@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from decant.schemas import Manifest
 from decant.student_train.config.evaluation import NAMES, ROUGE
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.config.student import StudentConfig
 from decant.student_train.evaluation.heldout_sums import NUM_BINS
 
 MEANINGS = {
@@ -19,6 +20,8 @@ MEANINGS = {
     "heldout_perplexity": "its exponential",
     "heldout_divergence": "the divergence that was minimised, nats per token",
     "heldout_loss": "the weighted sum that was minimised",
+    "heldout_bits_per_byte": "cross-entropy in bits per byte of text: compares tokenizers",
+    "heldout_divergence_per_byte": "the divergence in nats per byte of text",
     "teacher_ce": "the teacher's cross-entropy of the same tokens",
     "ece": f"expected calibration error of the most probable token, {NUM_BINS} equal-width bins",
     "top1_accuracy": "share of tokens whose most probable token is the actual one",
@@ -98,7 +101,7 @@ def _truncation(manifest: Manifest) -> str:
 def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("loss", _yaml(dataclasses.asdict(config.loss))),
-        ("student", config.student.path or f"from scratch: {_yaml(config.student.config)}"),
+        ("student", _student(config.student)),
         ("steps", f"{summary['steps']:,} ({summary['epochs']} epochs)"),
         ("sequences per step", _step(config)),
         ("packing", config.packing),
@@ -117,6 +120,15 @@ def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[s
     if config.adapter.r:
         rows.insert(2, ("adapter", _yaml(dataclasses.asdict(config.adapter))))
     return rows
+
+
+def _student(student: StudentConfig) -> str:
+    if student.from_teacher.is_given:
+        text = f"cut from the teacher: {_yaml(dataclasses.asdict(student.from_teacher))}"
+    else:
+        text = student.path or f"from scratch: {_yaml(student.config)}"
+    qat = f"; trained for {_yaml(dataclasses.asdict(student.qat))}" if student.qat.scheme else ""
+    return text + qat
 
 
 def _step(config: TrainConfig) -> str:

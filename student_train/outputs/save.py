@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from decant.storage.files.durable import publish, publish_bytes
+from decant.student_train.config.student import QatConfig
 from decant.student_train.model.adapters import adapter_file_name, merged, save_adapter
+from decant.student_train.model.fake_quantise import save_quantised
 from decant.student_train.model.student import absent_weights, plain_name
 from decant.student_train.outputs.written import NotWritten, writing
 
 STUDENT = "student"
+QUANTISED = "student-quantised"
 SUMMARY = "summary.json"
 PREFIX = "student."
 """Of the student's weights among those of the `Distiller`."""
@@ -36,13 +39,15 @@ def save_student(
     card: str,
     adapter: Any = None,
     load_base: Callable[[], PreTrainedModel] | None = None,
+    qat: QatConfig | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Publish the student's directory; all processes call it, as each may hold a shard.
 
     `card` is its README.md. An `adapter`, peft's model, is merged into the base that `load_base`
-    gives, or saved alone. Raises NotWritten, and leaves what was published before, if it cannot be
-    written or is not read back as it was trained.
+    gives, or saved alone. A student trained for `qat` is saved quantised as well, beside it. Raises
+    NotWritten, and leaves what was published before, if it cannot be written or is not read back as
+    it was trained.
     """
     target = output / STUDENT
     with writing(target, STAYS):
@@ -60,7 +65,7 @@ def save_student(
             temporary.mkdir()
             if adapter is None:
                 _refuse_other_names(weights, student)
-                student.save_pretrained(temporary, state_dict=weights)
+                student.save_pretrained(temporary, state_dict=dict(weights))  # which it empties
                 _prove(temporary, weights, trust_remote_code)
             elif load_base is None:
                 weights = {name: value for name, value in weights.items() if ".lora_" in name}
@@ -70,11 +75,15 @@ def save_student(
                 whole_student = merged(adapter, weights, load_base)
                 whole_student.save_pretrained(temporary)
                 _prove(temporary, whole_student.state_dict(), trust_remote_code)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card)
-            _give_usual_permissions(temporary, like=temporary / "README.md")
-            publish(temporary, target)
+            _complete(temporary, target, tokenizer, card)
+        if qat:
+            temporary, quantised = output / f".{QUANTISED}.tmp", output / QUANTISED
+            with writing(quantised, STAYS):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                trusted = {"trust_remote_code": trust_remote_code}
+                save_quantised(target, temporary, qat, student, weights, **trusted)
+                _complete(temporary, quantised, tokenizer, card)
     accelerator.wait_for_everyone()
 
 
@@ -129,6 +138,15 @@ def _refuse_another(found: Tensor, expected: Tensor, where: str) -> None:
     found = found.to(expected.dtype)
     if not ((found == expected) | ((found != found) & (expected != expected))).all():
         raise NotWritten(f"{where} is another when it is read back. {STAYS}")
+
+
+def _complete(temporary: Path, target: Path, tokenizer: Any, card: str) -> None:
+    """Put what comes with a model beside it, and publish the folder."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card)
+    _give_usual_permissions(temporary, like=temporary / "README.md")
+    publish(temporary, target)
 
 
 def _give_usual_permissions(folder: Path, like: Path) -> None:

@@ -22,20 +22,23 @@ def writing(path: Path, stays: str) -> Iterator[None]:
     except NotWritten:
         raise
     except Exception as error:
-        said = str(error) or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
         raise NotWritten(f"{path} could not be written: {said}. {stays}") from error
+
+
+class Damaged(ValueError):
+    """A checkpoint cannot be read."""
 
 
 @contextlib.contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in the block into a ValueError that names a checkpoint."""
+    """Turn whatever goes wrong in the block into Damaged, naming a checkpoint."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):  # which says nothing about the files
         raise
     except Exception as error:
-        said = str(error) or type(error).__name__
-        raise ValueError(
-            f"{checkpoint} is damaged, or not a checkpoint of this run: {said}. Remove it to go on "
-            "from the one before, or from the beginning if there is none"
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise Damaged(
+            f"{checkpoint} is damaged, or not a checkpoint of this run: {said}"
         ) from error

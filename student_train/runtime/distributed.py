@@ -7,23 +7,23 @@ wants to know the batch sizes. Everything else of the loop is the same for all.
 import contextlib
 import logging
 import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from transformers.integrations import unset_hf_deepspeed_config
 
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.runtime.launch import refuse_launch, tell_deepspeed
 
-SPLITS_OF_A_MODEL = {
-    "PARALLELISM_CONFIG_TP_SIZE": "tensor",
-    "PARALLELISM_CONFIG_CP_SIZE": "context",
-    "PARALLELISM_CONFIG_SP_SIZE": "sequence",
-}
-"""Variables of `accelerate launch` that split one sequence or one matrix over devices."""
+SHARED_WITHIN_SECONDS = 30.0
+"""A new file shows on the other machines of a network file system after so long at most."""
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -48,46 +48,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if absent := sorted(set(config.trackers) - available):
         raise ValueError(f"trackers {absent} are unknown or not installed; pip install them")
     if is_deepspeed(accelerator):
-        tell_deepspeed(accelerator, config)
+        tell_deepspeed(accelerator.state.deepspeed_plugin, config)
     else:
         accelerator.gradient_accumulation_steps = 1  # the loop divides by the targets of a step
     if not accelerator.is_main_process:
         logging.getLogger("decant").setLevel(logging.WARNING)
     return accelerator
-
-
-def refuse_launch(config: TrainConfig, environment: Mapping[str, str]) -> None:
-    """Raise ValueError if what `accelerate launch` or its saved config asks for has no effect here.
-
-    It comes as variables of the environment, which accelerate heeds by itself.
-    """
-
-    def asked(name: str, default: str) -> str:
-        return environment.get(name, default).lower() or default
-
-    precision = asked("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", config.mixed_precision):
-        raise ValueError(
-            f"accelerate was launched with mixed_precision {precision}, this config has "
-            f"{config.mixed_precision}: set mixed_precision here, and no (or the same) there"
-        )
-    accumulation = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", str(config.gradient_accumulation)):
-        raise ValueError(
-            f"accelerate was launched with gradient_accumulation_steps {accumulation}, this config "
-            f"has {config.gradient_accumulation}: set gradient_accumulation here, and leave it out "
-            "there"
-        )
-    if asked("ACCELERATE_USE_MEGATRON_LM", "false") == "true":
-        raise ValueError("accelerate was launched for Megatron-LM: use DDP, FSDP2 or DeepSpeed")
-    if asked("ACCELERATE_USE_PARALLELISM_CONFIG", "false") == "true":
-        for name, meaning in SPLITS_OF_A_MODEL.items():
-            if asked(name, "1") != "1":
-                raise ValueError(
-                    f"accelerate was launched with {meaning} parallelism ({name}="
-                    f"{environment[name]}), which the loss is not made for: use DDP, FSDP2 or "
-                    "DeepSpeed alone"
-                )
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -100,30 +66,6 @@ def shards_weights(accelerator: Accelerator) -> bool:
     if is_deepspeed(accelerator):
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
-
-
-def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Put our numbers into DeepSpeed's configuration.
-
-    The student is loaded whole, and cut up by ZeRO-3 only when it was compared with the cache.
-    """
-    unset_hf_deepspeed_config()
-    plugin: Any = accelerator.state.deepspeed_plugin
-    for key, name, value in (
-        ("batch_size", "train_micro_batch_size_per_gpu", config.batch_size),
-        ("gradient_accumulation", "gradient_accumulation_steps", config.gradient_accumulation),
-        ("optimizer.max_grad_norm", "gradient_clipping", config.optimizer.max_grad_norm),
-    ):
-        found = plugin.deepspeed_config.get(name, "auto")
-        if found not in ("auto", 1, value):  # 1 is what accelerate fills in
-            raise ValueError(
-                f"DeepSpeed's config has {name} {found}, this config {key} {value}: leave it out "
-                "there, or auto"
-            )
-        plugin.deepspeed_config[name] = value
-    if plugin.zero_stage == 3:  # without, there would be no student to save
-        zero = plugin.deepspeed_config.setdefault("zero_optimization", {})
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 @contextlib.contextmanager
@@ -165,3 +107,38 @@ def sum_over_processes(accelerator: Accelerator, value: float) -> float:
 def of_first_process(value: Any) -> Any:
     """What the first process says; all processes have to call it."""
     return broadcast_object_list([value])[0]
+
+
+def refuse_differing(ours: Mapping[str, Any]) -> None:
+    """Raise ValueError, on all processes, unless all of them say the same; all have to call it."""
+    said = gather_object([(socket.gethostname(), dict(ours))])
+    where, first = said[0]
+    for process, (host, theirs) in enumerate(said):
+        for name in sorted(first.keys() | theirs.keys()):
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the processes do not agree: {name} is {first.get(name)!r} for process 0 (on "
+                    f"{where}), {theirs.get(name)!r} for process {process} (on {host}). Give all "
+                    "of them one config, the same caches, and an output on a disk that they share"
+                )
+
+
+def refuse_unshared(output: Path, accelerator: Accelerator) -> None:
+    """Raise ValueError, on all processes, unless all see what the first writes into a folder."""
+    if accelerator.num_processes == 1:
+        return
+    token = output / of_first_process(f".shared-{uuid.uuid4().hex[:8]}")
+    if accelerator.is_main_process:
+        token.touch()
+    accelerator.wait_for_everyone()
+    deadline = time.monotonic() + SHARED_WITHIN_SECONDS
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [host for host in gather_object(["" if seen else socket.gethostname()]) if host]
+    if accelerator.is_main_process:
+        token.unlink()
+    if blind:
+        raise ValueError(
+            f"output {output} is another folder on {blind[0]} than for process 0: give one on a "
+            "disk that all machines share, as checkpoints are written by all processes"
+        )

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from decant.schemas import Manifest, ScoredSequence, Truncation
 from decant.schemas.arrow import temperature_column
-from decant.storage.cache.logprobs import logprob_bound
+from decant.storage.cache.logprobs import ROUNDING, logprob_bound
 
 NEGLIGIBLE_MASS = 1e-6
 """Tails are compared by log(mass + this): a smaller one is not resolved by every engine."""
@@ -130,18 +130,22 @@ def deviations_from(
     """How far the cache is from what the live teacher says `shift` tokens later."""
     ours, theirs = matching_rows(cached, live, shift)
     assert live.logprobs is not None
+    rounding = ROUNDING if manifest.layout.rounded else 0.0
     if cached.logprobs is None:
         label = cached.label_logprob[ours] - live.label_logprob[theirs]
-        deviations = {"label_logprob": np.abs(label.astype(np.float64))}
+        deviations = {"label_logprob": (np.abs(label.astype(np.float64)) - rounding).clip(0)}
         if (entropy := cached.entropy) is None:
             return deviations
         low, high = _entropy_bounds(live, theirs, manifest.shared_vocab_size)
-        return {
-            "entropy": np.maximum(low - entropy[ours], entropy[ours] - high).clip(0)
-        } | deviations
+        beyond = np.maximum(low - entropy[ours], entropy[ours] - high)
+        return {"entropy": (beyond - rounding).clip(0)} | deviations
     said = live_values(live, theirs, cached.token_ids[ours], manifest.temperatures)
     bound = logprob_bound(cached.logprobs[ours], manifest.precision, manifest.layout.code)
-    deviations = _deviations_between(_stored_values(cached, ours), said, bound, manifest)
+    found = _deviations_between(_stored_values(cached, ours), said, bound, manifest)
+    deviations = {
+        name: values if name == "logprob" else (values - rounding).clip(0)
+        for name, values in found.items()
+    }
     if manifest.truncation.rule.has_head:
         deviations |= _selection_deviations(
             cached, ours, live.logprobs[theirs], said, manifest.truncation

@@ -9,7 +9,7 @@ from typing import Any
 from decant.teacher_dump.inputs.kinds import FIELDS
 from decant.teacher_dump.inputs.records import SourceError
 
-FORMATS = ("auto", "jsonl", "parquet", "hf")
+FORMATS = ("auto", "jsonl", "parquet", "hf", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -59,10 +59,11 @@ class SourceConfig:
     """Which records to read."""
 
     path: str
-    """File, directory, glob, or the name or local path of a Hugging Face dataset."""
+    """File, directory, glob, the name or local path of a Hugging Face dataset, or a cache, whose
+    sequences are scored again."""
 
     format: str = "auto"
-    """auto, jsonl (JSON lines or one array; also .gz and .zst), parquet, or hf."""
+    """auto, jsonl (JSON lines or one array; also .gz and .zst), parquet, hf, or cache."""
 
     split: str = "train"
     """Split of a Hugging Face dataset."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from decant.teacher_dump.inputs.cached import cached_records, describe_cache, is_cache
 from decant.teacher_dump.inputs.config import SourceConfig
 from decant.teacher_dump.inputs.files import hash_file, resolve
 from decant.teacher_dump.inputs.json_lines import json_rows
@@ -25,8 +26,11 @@ from decant.teacher_dump.inputs.tables import hf_rows, load_hf, parquet_rows
 def iter_records(config: SourceConfig) -> Iterator[Record]:
     """Return the records in the order of the sorted files; the path is checked at once.
 
-    A sample id that occurs twice is a `SourceError` that names both places.
+    A sample id that occurs twice is a `SourceError` that names both places, but in a cache, whose
+    ids are as they are.
     """
+    if is_cache(config):
+        return cached_records(config)
     source_format, files = resolve(config)
     return _unique(config, source_format, files)
 
@@ -36,8 +40,11 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
 
     The fingerprint covers the content and the relative names of the files and every option that
     alters what is read, but neither the place nor the times of the files. A dataset from the Hub is
-    identified by its own fingerprint (which contains its revision) in place of files.
+    identified by its own fingerprint (which contains its revision) in place of files, a cache by
+    its id and its commit records.
     """
+    if is_cache(config):
+        return describe_cache(config)
     source_format, files = resolve(config)
     described = [
         {"name": name, "bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
@@ -64,12 +71,16 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
 
 
 def source_files(config: SourceConfig) -> list[Path]:
-    """The local files that are read; none for a dataset of the Hub."""
+    """The local files that are read; none for a dataset of the Hub, nor for a cache."""
+    if is_cache(config):
+        return []
     return [path for _, path in resolve(config)[1]]
 
 
 def source_names(config: SourceConfig) -> list[str]:
     """What `Record.where` calls the files that are read, in their order; none for datasets."""
+    if is_cache(config):
+        return []
     source_format, files = resolve(config)
     return [] if source_format == "hf" else [name for name, _ in files]
 

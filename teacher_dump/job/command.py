@@ -14,6 +14,7 @@ TEXT = """
   decant dump --config dump.yaml --truncation.k 32 --output caches/k32
   decant dump --config dump.yaml --worker-index 3 --num-workers 16
   decant dump --config dump.yaml --executor ray --ray.num_gpus 1
+  decant dump --config more.yaml --extend       more records, the same output
 
 The same command again goes on where the last one stopped: shards that are
 committed stay. A changed config, source, tokenizer or teacher is refused.
@@ -38,7 +39,13 @@ def run_dump(config: DumpConfig, arguments: ShareConfig) -> int:
     quiet_transformers()
     worker = Worker(arguments.worker_index, arguments.num_workers)
     ray = arguments.ray if arguments.executor == "ray" else None
-    manifest = dump(config, worker, ray, retry_rejected=arguments.retry_rejected)
+    manifest = dump(
+        config,
+        worker,
+        ray,
+        retry_rejected=arguments.retry_rejected,
+        extend=arguments.on_known if arguments.extend else None,
+    )
     targets, state = manifest.num_targets, ", not all of them committed yet"
     if manifest.totals is not None:
         targets, state = manifest.totals.targets, ""

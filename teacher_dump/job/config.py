@@ -55,6 +55,10 @@ class ShareConfig:
     """Processes that fill this cache together, each its share of the shards."""
     retry_rejected: bool = False
     """Score the shards again that lack sequences which the teacher could not score."""
+    extend: bool = False
+    """Add the records of the source to the final cache at output, as new shards of it."""
+    on_known: Literal["refuse", "skip", "keep"] = "refuse"
+    """extend: what becomes of sequences whose sample id the cache has already."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The actors of executor ray."""
 
@@ -63,5 +67,7 @@ class ShareConfig:
             raise ValueError(
                 "ray.* have no effect with executor local: add --executor ray, or executor: ray"
             )
+        if self.on_known != "refuse" and not self.extend:
+            raise ValueError("on_known has no effect without extend")
         if self.executor == "ray" and self.num_workers != 1:
             raise ValueError("num_workers has no effect with executor ray, which counts its actors")

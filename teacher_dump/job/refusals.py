@@ -4,13 +4,17 @@ import os
 import re
 from pathlib import Path, PurePath
 
+from decant.schemas import check_same_tokenizer
+from decant.schemas.tokenizer import has_fingerprint
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines.openai.chat_answers import MOST_ENTRIES
 from decant.teacher_dump.engines.opening import ANSWERS_ALONE
 from decant.teacher_dump.engines.top_entries import refuse_request
+from decant.teacher_dump.inputs.cached import is_cache, open_cache
 from decant.teacher_dump.inputs.sources import source_files
 from decant.teacher_dump.job.responses import (
     refuse_generation,
@@ -47,6 +51,8 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
         )
     if without:
         config.truncation.check_without_logprobs(config.temperatures)
+    if is_cache(config.source):
+        _refuse_other_tokenizer(config, teacher)
     length, limit = config.sequences.max_length, teacher.max_positions
     if limit and length > limit:
         raise ValueError(
@@ -96,6 +102,22 @@ def refuse_before_asking(config: DumpConfig) -> None:
             f"truncation.k is {config.truncation.slots}, but chat APIs give at most {MOST_ENTRIES} "
             "entries per token (top_logprobs): lower it"
         )
+
+
+def _refuse_other_tokenizer(config: DumpConfig, teacher: Teacher) -> None:
+    """Raise ValueError if the ids of the cache that is the source are not the teacher's."""
+    reader = open_cache(config.source)
+    stored, size = reader.manifest.tokenizer.fingerprint, reader.manifest.shared_vocab_size
+    if not stored or teacher.tokenizer is None or has_fingerprint(teacher.tokenizer, stored):
+        return
+    try:
+        kept = TokenizerFiles.of_cache(reader)
+        check_same_tokenizer(kept, teacher.tokenizer, reader.url, vocab_size=size)
+    except ValueError as error:
+        raise ValueError(
+            f"the ids of {config.source.path} are of another tokenizer than that of "
+            f"{teacher.info.name}: {error}"
+        ) from error
 
 
 def refuse_server_limits(config: DumpConfig, teacher: Teacher) -> None:

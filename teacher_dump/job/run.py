@@ -1,5 +1,6 @@
 """The dump job: open or start the cache, score every missing shard, seal it."""
 
+import dataclasses
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -7,12 +8,14 @@ from dataclasses import dataclass
 
 from decant.schemas import Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
-from decant.storage.cache import paths
+from decant.storage.cache import extension, paths
+from decant.storage.cache.records import read_manifest
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
 from decant.teacher_dump.engines.opening import check_engine
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.config import RayConfig
+from decant.teacher_dump.job.extend import Base, OnKnown, is_part, open_or_extend
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
 from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
@@ -52,6 +55,7 @@ def dump(
     ray: RayConfig | None = None,
     *,
     retry_rejected: bool = False,
+    extend: OnKnown | None = None,
 ) -> Manifest:
     """Fill the cache at `config.output`; shards that are committed already are left alone.
 
@@ -61,7 +65,54 @@ def dump(
     shards are scored again.
     Raises ValueError (or a subclass) if the user must change something, storage.Busy if another
     process writes this cache. An interruption or error loses the shard in progress, no other.
+    With `extend` the records of the source are added to a final cache, which readers see as it was
+    until all of them are scored; it says what becomes of sequences whose sample id is there.
     """
+    if extend is None:
+        return _fill_cache(config, worker, ray, None, retry_rejected=retry_rejected)
+    if config.source.generate.n:
+        raise ValueError(
+            "source.generate has no effect with --extend: dump into another output, then "
+            "`decant merge` the two"
+        )
+    outer = Store(config.output)
+    base = Base(config.output, extend)
+    with outer.lock(shared=worker.count > 1):
+        moved = extension.moving(outer)
+        if moved and moved.cache_id == base.manifest.cache_id:  # a killed run did all but this
+            with outer.lock(paths.SHARDS, wait=True):
+                extension.move_in(outer)
+        if is_part(config, base.manifest):
+            log.info("%s is extended by %s already", config.output, config.source.path)
+            return base.manifest
+        inner = dataclasses.replace(config, output=extension.extension_url(config.output))
+        try:
+            manifest = _fill_cache(inner, worker, ray, base, retry_rejected=retry_rejected)
+        except BaseException:
+            if not Store(inner.output).names(""):
+                outer.remove_folder(paths.EXTENSION)
+            raise
+        if not manifest.is_final:
+            return manifest
+        with outer.lock(paths.SHARDS, wait=True), progress("move in", "shards") as bar:
+            if not outer.exists(f"{paths.EXTENSION}/{paths.MANIFEST}"):  # another worker did
+                return read_manifest(outer)
+            manifest = extension.move_in(outer, lambda done, _: bar.to(done))
+        log.info(
+            "%s has %d more sequences", config.output, manifest.num_sequences - len(base.reader)
+        )
+        return manifest
+
+
+def _fill_cache(
+    config: DumpConfig,
+    worker: Worker,
+    ray: RayConfig | None,
+    base: Base | None,
+    *,
+    retry_rejected: bool,
+) -> Manifest:
+    """`dump` into `config.output`, which is the extension of the `base` if there is one."""
     if ray is not None:
         import_ray()
     store = Store(config.output)
@@ -75,7 +126,7 @@ def dump(
         teacher = hash_weights(teacher, progress=log.info)
         _await_start(store, worker)
         with _alone(store, worker):
-            writer, missing = _set_up(config, store, teacher, worker, retry_rejected)
+            writer, missing = _set_up(config, store, teacher, worker, base, retry_rejected)
             if not missing and is_sealed(writer):
                 log.info("%s is complete already", config.output)
                 store.remove_folder(paths.INPUTS)
@@ -142,7 +193,12 @@ def _await_start(store: Store, worker: Worker) -> None:
 
 
 def _set_up(
-    config: DumpConfig, store: Store, teacher: Teacher, worker: Worker, retry_rejected: bool
+    config: DumpConfig,
+    store: Store,
+    teacher: Teacher,
+    worker: Worker,
+    base: Base | None,
+    retry_rejected: bool,
 ) -> tuple[CacheWriter, list[ShardPlan]]:
     """The started cache and the shards that this worker must score, with their inputs in place."""
     with progress("tokenise", "sequences") as bar:
@@ -151,14 +207,43 @@ def _set_up(
             bar.to(counts.sequences)
 
         alone = worker.count == 1
-        writer = open_or_create(config, store, teacher, tokenised, alone=alone)
+        if base is None:
+            writer = open_or_create(config, store, teacher, tokenised, alone=alone)
+        else:
+            writer = open_or_extend(config, store, teacher, base, tokenised, alone=alone)
         for folder in ("", paths.PLAN, paths.INPUTS, paths.TOKENIZER, paths.RECORDS):
             store.remove_temporaries(folder)
         if worker.count == 1:
             store.remove_temporaries(paths.SHARDS)
-        missing = missing_shards(writer, worker.fills, retry_rejected=retry_rejected)
-        restore_inputs(config, writer, teacher, missing, tokenised)
+        before = base.manifest.num_shards if base else 0
+        missing = missing_shards(
+            writer, worker.fills, retry_rejected=retry_rejected, inherited=before
+        )
+        if base is None:
+            _refuse_extended(writer, missing)
+        restore_inputs(
+            config,
+            writer,
+            teacher,
+            missing,
+            tokenised,
+            first_shard=before,
+            first=base.manifest.num_sequences if base else 0,
+            accept=base.accept if base else None,
+        )
     return writer, missing
+
+
+def _refuse_extended(writer: CacheWriter, missing: list[ShardPlan]) -> None:
+    """Raise ValueError for shards that came from other records than the cache's first."""
+    for step in extension.steps_of(writer.manifest)[:1]:
+        later = [plan.shard for plan in missing if plan.shard >= step.shards]
+        if later:
+            raise ValueError(
+                f"shard {later[0]} of {writer.store.url} is missing, but came from an extension "
+                f"({step.source.get('path')}): put its file back from a copy, or dump those "
+                "records into another output and merge the caches"
+            )
 
 
 def _fill(

@@ -28,6 +28,7 @@ from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+Accept = Callable[[TokenSequence], bool]
 MADE_AGAIN = "delete it, and the same command makes it from the source again"
 
 
@@ -77,11 +78,17 @@ def sharded(
     records: Iterable[Record],
     *,
     is_checked: bool = True,
+    accept: Accept | None = None,
 ) -> Iterator[list[TokenSequence]]:
-    """The sequences of each shard: as many as reach `shard_targets`, in the records' order."""
+    """The sequences of each shard: as many as reach `shard_targets`, in the records' order.
+
+    Those that are not to be had, if `accept` is asked, are left out.
+    """
     shard: list[TokenSequence] = []
     targets = 0
     for sequence in sequences_of(config, teacher, counts, records, is_checked=is_checked):
+        if accept is not None and not accept(sequence):
+            continue
         shard.append(sequence)
         candidates = int(sequence.is_target.sum())
         targets += num_selected(candidates, config.sequences.target_share)
@@ -99,9 +106,14 @@ def restore_inputs(
     teacher: Teacher,
     missing: Iterable[ShardPlan],
     progress: Callable[[SequenceCounts], None],
+    *,
+    first_shard: int = 0,
+    first: int = 0,
+    accept: Accept | None = None,
 ) -> None:
     """Make the inputs of these shards from the source again where they are gone.
 
+    The source's first sequence is of index `first`, in `first_shard`; `accept` as in `sharded`.
     Raises FormatError if the source, whose content is the cache's, gives other tokens now.
     """
     present = set(writer.store.names(paths.INPUTS))
@@ -109,12 +121,13 @@ def restore_inputs(
     if not lost:
         return
     log.info("making the inputs of %d shards again from %s", len(lost), config.source.path)
-    first = 0
     kept = dataclasses.replace(config.sequences, keep_messages=writer.manifest.messages)
     config = dataclasses.replace(config, sequences=kept)
     records = source_records(config, teacher, writer.manifest.source["fingerprint"])
-    made = sharded(config, teacher, SequenceCounts(), progress, records, is_checked=False)
-    for shard, sequences in enumerate(made):
+    made = sharded(
+        config, teacher, SequenceCounts(), progress, records, is_checked=False, accept=accept
+    )
+    for shard, sequences in enumerate(made, first_shard):
         if shard in lost:
             share = config.sequences.target_share
             again = write_input(writer.store, shard, first, sequences, share)

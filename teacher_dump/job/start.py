@@ -72,10 +72,10 @@ def open_or_create(
                 f"{error}; restore it from a copy, or dump into another output"
             ) from error
         stored = writer.manifest.tokenizer.fingerprint
-        ours = _identity(config, source, teacher, stored)
+        ours = identity(config, source, teacher, stored)
         known = writer.manifest.teacher.fingerprint
         ours["teacher.fingerprint"] = fingerprint_like(ours["teacher.fingerprint"], known)
-        differing = _changes(writer, ours)
+        differing = changes(writer.manifest, ours)
         if differing and alone and _holds_nothing(writer, source):
             log.warning(
                 "%s holds the start of another cache, of which no shard is committed; starting "
@@ -83,7 +83,7 @@ def open_or_create(
                 store.url,
                 "\n".join(differing),
             )
-            _start_over(store)
+            start_over(store)
             return _started(config, store, teacher, source, progress)
         if differing:
             raise ConfigChanged(
@@ -108,7 +108,7 @@ def _holds_nothing(writer: CacheWriter, source: dict[str, Any]) -> bool:
     )
 
 
-def _start_over(store: Store) -> None:
+def start_over(store: Store) -> None:
     """Remove a cache without a committed shard; what was sampled for it stays.
 
     Whenever this is cut short, what is left is that cache or the start of one.
@@ -116,7 +116,7 @@ def _start_over(store: Store) -> None:
     for folder in (paths.SHARDS, paths.RECORDS, PurePath(paths.KEPT_REPORT).parts[0]):
         store.remove_folder(folder)
     store.remove(paths.MANIFEST)
-    _clear(store)
+    clear(store)
 
 
 def _started(
@@ -128,7 +128,7 @@ def _started(
 ) -> CacheWriter:
     """A new cache; if it cannot be made, nothing of it is left."""
     refuse_foreign(config)
-    _clear(store)
+    clear(store)
     try:
         return _create(config, store, teacher, source, progress)
     except FileExistsError as error:  # what lies there is another process's start
@@ -138,7 +138,7 @@ def _started(
         ) from error
     except BaseException:
         if not store.exists(paths.MANIFEST):  # else it is a cache, which a rerun completes
-            _clear(store)
+            clear(store)
         raise
 
 
@@ -177,25 +177,31 @@ def _create(
         temperatures=tuple(float(t) for t in config.temperatures),
         precision=config.precision,
         source=source,
-        sequences={**_sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
+        sequences={**sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
         messages=messages,
     )
     return CacheWriter.create(config.output, draft, plan)
 
 
-def _clear(store: Store) -> None:
+def clear(store: Store) -> None:
+    """Remove what the start of a dump leaves."""
     for folder in STARTED:
         store.remove_folder(folder)
 
 
 def missing_shards(
-    writer: CacheWriter, mine: Callable[[int], bool], *, retry_rejected: bool = False
+    writer: CacheWriter,
+    mine: Callable[[int], bool],
+    *,
+    retry_rejected: bool = False,
+    inherited: int = 0,
 ) -> list[ShardPlan]:
     """The shards to score: those without a commit record, or whose file is gone or cut short.
 
     Of a damaged shard the record is removed first, so that no state in between says it is whole;
     shards that are not `mine` are left to the worker whose they are. With `retry_rejected`, those
-    with rejected sequences too, which stay as they are until they are replaced.
+    with rejected sequences too, which stay as they are until they are replaced. Of the first shards
+    as many as are `inherited` are another cache's, and whole.
     """
     store = writer.store
     whole, retried = set(), set()
@@ -204,9 +210,9 @@ def missing_shards(
         for record in writer.committed():
             name = paths.shard(record.shard)
             size = sizes.get(PurePath(name).name, -1)
-            if size == record.bytes or not mine(record.shard):
+            if size == record.bytes or not mine(record.shard) or record.shard < inherited:
                 whole.add(record.shard)
-                if retry_rejected and record.rejected:
+                if record.shard >= inherited and retry_rejected and record.rejected:
                     retried.add(record.shard)
                 continue
             found = "is missing" if size < 0 else f"has {size} of {record.bytes} bytes"
@@ -232,7 +238,8 @@ def is_sealed(writer: CacheWriter) -> bool:
     )
 
 
-def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+def sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    """What the manifest says of how records become sequences, without counts."""
     template = getattr(teacher.tokenizer, "chat_template", None)
     template = chat_template_text(config.sequences) or template
     settings = dataclasses.asdict(config.sequences)
@@ -247,7 +254,9 @@ def _sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _identity(config: DumpConfig, source: dict, teacher: Teacher, stored: str) -> dict[str, Any]:
+def identity(
+    config: DumpConfig, source: dict[str, Any], teacher: Teacher, stored: str
+) -> dict[str, Any]:
     """What must be equal for a rerun to continue a cache; names are those of the manifest.
 
     `stored` is the cache's fingerprint of the tokenizer, whose scheme ours is taken in.
@@ -265,13 +274,13 @@ def _identity(config: DumpConfig, source: dict, teacher: Teacher, stored: str) -
         "temperatures": list(config.temperatures),
         "precision": config.precision,
         "source.fingerprint": source["fingerprint"],
-        **{f"sequences.{k}": v for k, v in _sequence_settings(config, teacher).items()},
+        **{f"sequences.{k}": v for k, v in sequence_settings(config, teacher).items()},
     }
 
 
-def _changes(writer: CacheWriter, ours: dict[str, Any]) -> list[str]:
+def changes(manifest: Manifest, ours: dict[str, Any]) -> list[str]:
     """A line for each field in which a cache is not the one that a config gives."""
-    stored = writer.manifest.to_json()
+    stored = manifest.to_json()
     stored["teacher"]["engine"] = stored["teacher"]["engine"].split()[0]
     if stored["precision"] == NO_LOGPROBS:  # of draws alone, whatever is asked for log probs
         del ours["precision"]

@@ -63,18 +63,29 @@ def test_the_format_text_names_every_field_column_and_key() -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize(("vocab_size", "numbered"), [(60_000, False), (4_000, True)])
 @pytest.mark.parametrize("precision", ["f32", "f16", "compact"])
 @pytest.mark.parametrize("method", ["topk", "topp"])
-def test_the_recipe_reads_a_shard(method: str, precision: str, tmp_path: Path) -> None:
+def test_the_recipe_reads_a_shard(
+    method: str, precision: str, vocab_size: int, numbered: bool, tmp_path: Path
+) -> None:
     """The code in docs/format.md, run as it stands, gives what the reader gives."""
-    truncation = Truncation(k=5) if method == "topk" else Truncation(method="topp", k=9, p=0.8)
-    settings = caches.Settings(truncation=truncation, vocab_size=70_000, precision=precision)
-    shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
-    caches.write_cache(tmp_path / "cache", settings, shards)
+    truncation = Truncation(k=33) if method == "topk" else Truncation(method="topp", k=33, p=0.99)
+    settings = caches.Settings(truncation=truncation, vocab_size=vocab_size, precision=precision)
+    length = 80 if numbered else 5
+    favoured = np.random.default_rng(0).permutation(vocab_size)[:200]
+    (sequences,) = caches.random_shards(
+        settings, num_shards=1, sequences=2, length=length, favoured=favoured
+    )
+    writer = caches.start_cache(tmp_path / "cache", settings, [sequences])
+    caches.write_shard(writer, 0, sequences, row_group_rows=length)
+    writer.finalize()
+    reader = CacheReader(tmp_path / "cache")
     recipe, _ = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
-    names: dict[str, Any] = {"cache": tmp_path / "cache"}
+    names: dict[str, Any] = {"cache": tmp_path / "cache", "row_group": 1}
     exec(recipe, names)
-    expected = list(CacheReader(tmp_path / "cache"))
+    assert len(names["head"]()) == (256 if numbered else 0)
+    expected = [reader[1]]
     np.testing.assert_array_equal(
         names["token_ids"], np.concatenate([s.token_ids for s in expected])
     )
@@ -91,8 +102,8 @@ def test_the_recipe_reads_draws(vocab_size: int, tmp_path: Path) -> None:
     shards = caches.random_shards(settings, num_shards=1, sequences=2, length=5)
     caches.write_cache(tmp_path / "cache", settings, shards)
     recipe, rest = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
-    names: dict[str, Any] = {"cache": tmp_path / "cache"}
-    exec(recipe.split("\n\n\ntoken_ids =")[0] + "\n" + rest, names)
+    names: dict[str, Any] = {"cache": tmp_path / "cache", "row_group": 0}
+    exec(recipe.split("\n\n\ndef head")[0] + "\n" + rest, names)
     drawn = [
         np.sort(np.repeat(ids[ids >= 0], counts[ids >= 0]))
         for sequence in shards[0]

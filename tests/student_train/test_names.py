@@ -55,7 +55,15 @@ for kind in DIVERGENCES:
     assert modules_after(program).isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("package", ["student_train", "student_train.losses"])
+def test_other_trainers_are_loaded_when_they_are_named() -> None:
+    """Neither transformers nor TRL come with the package of the trainers."""
+    program = "import decant.student_train.trainers as t; assert 'DistillationTrainer' in dir(t)"
+    assert modules_after(program).isdisjoint({*HEAVY, "trl"})
+
+
+@pytest.mark.parametrize(
+    "package", ["student_train", "student_train.losses", "student_train.trainers"]
+)
 def test_both_import_names_give_the_same_objects(package: str) -> None:
     """`from student_train import x` and `from decant.student_train import x`, for every x."""
     short, full = importlib.import_module(package), importlib.import_module(f"decant.{package}")
@@ -67,7 +75,9 @@ def test_both_import_names_give_the_same_objects(package: str) -> None:
         _ = short.absent
 
 
-@pytest.mark.parametrize("package", ["student_train", "student_train/losses"])
+@pytest.mark.parametrize(
+    "package", ["student_train", "student_train/losses", "student_train/trainers"]
+)
 def test_type_checkers_see_each_name_where_it_is_loaded_from(package: str) -> None:
     """The imports for type checkers, the table for the interpreter and `__all__` agree."""
     module = importlib.import_module(f"decant.{package.replace('/', '.')}")

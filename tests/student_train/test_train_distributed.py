@@ -10,17 +10,16 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
-from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decant.schemas import Truncation
@@ -33,11 +32,27 @@ from decant.student_train import (
     TrainConfig,
     train,
 )
-from decant.student_train.runtime.distributed import tell_deepspeed
+from decant.student_train.runtime.launch import tell_deepspeed
 from tests.support import ROOT, caches
 from tests.support.distributed_job import Job
 from tests.support.trainings import STUDENT, losses, weights
 
+BART: dict[str, Any] = {
+    "student": StudentConfig(
+        config={
+            "model_type": "bart",
+            "d_model": 32,
+            "is_decoder": True,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 128,
+            "vocab_size": 50,
+            "dropout": 0.0,
+        }
+    ),
+    "packing": "none",
+}
 FIELDS = {**STUDENT, "num_hidden_layers": 2, "vocab_size": 50}
 STEPS, SAVED = 6, 3
 NUM_SEQUENCES, SEQUENCES_PER_STEP = 36, 12
@@ -144,6 +159,14 @@ def ddp(folder: Path, alone: Path) -> list[dict[str, Any]]:
             Job("ddp-grown", config(folder, "ddp-grown", batch_size=6), start_from=str(alone)),
             Job("ddp-changed", config(folder, "ddp-changed", batch_size=5), str(alone)),
             Job("ddp-broken", config(folder, "ddp-broken", student=student)),
+            Job("ddp-bart", config(folder, "ddp-bart", **BART)),
+            Job("ddp-apart", config(folder, "ddp-apart"), second=config(folder, "ddp-apart-1")),
+            Job(
+                "ddp-caches",
+                config(folder, "ddp-caches"),
+                second=config(folder, "ddp-caches", cache=str(folder / "heldout")),
+            ),
+            Job("ddp-half", config(folder, "ddp"), second=config(folder, "ddp-half")),
         ],
     )
 
@@ -163,7 +186,8 @@ def test_one_process_goes_on_as_two(ddp: Any, folder: Path, alone: Path) -> None
 
 def test_two_processes_go_on_as_one(ddp: Any, folder: Path, alone: Path) -> None:
     """The other way round."""
-    shutil.copytree(folder / "ddp/checkpoints", folder / "shrunk/checkpoints")
+    name = f"checkpoints/step-{SAVED:08}"
+    shutil.copytree(folder / "ddp" / name, folder / "shrunk" / name)
     train(config(folder, "shrunk", batch_size=6))
     assert_same_run(folder / "shrunk", alone, SAVED)
 
@@ -188,6 +212,27 @@ def test_samples_of_all_processes_are_named(ddp: Any, folder: Path) -> None:
     assert all("loss is nan" in error for error in named)
     expected = samples(folder, 0, SEQUENCES_PER_STEP)
     assert all(sample in error for sample in expected for error in named)
+
+
+def test_a_student_with_parts_that_text_does_not_reach_trains(ddp: Any, folder: Path) -> None:
+    """A decoder without the encoder that it could attend to; those weights stay as they are."""
+    assert all(not process["ddp-bart"]["error"] for process in ddp), ddp
+    train(config(folder, "bart", batch_size=6, **BART))
+    assert_same_run(folder / "ddp-bart", folder / "bart")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ddp-apart", r"ddp-apart(-1)? is another folder on .* than for process 0"),
+        ("ddp-caches", "do not agree: the caches' ids is "),
+        ("ddp-half", "do not agree: checkpoints in output is .*step-00000003.* for process 0"),
+    ],
+)
+def test_processes_that_see_different_files_stop(ddp: Any, name: str, message: str) -> None:
+    """All of them, before they train apart or wait for ever, and each says why."""
+    for process in ddp:
+        assert re.search(message, process[name]["error"]), process[name]
 
 
 def test_fsdp2_trains_saves_and_resumes_like_one_process(folder: Path, alone: Path) -> None:
@@ -236,16 +281,10 @@ def test_deepspeed_trains_saves_and_resumes_like_one_process(
 def test_a_deepspeed_config_that_says_otherwise_is_refused(folder: Path) -> None:
     """Ours is what counts, so theirs would have no effect."""
     pytest.importorskip("deepspeed")
-    accelerator: Any = SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED,
-        state=SimpleNamespace(
-            deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=4)
-        ),
-    )
+    plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps 4, this config gradient_acc"):
-        tell_deepspeed(accelerator, config(folder, "refused"))
-    accelerator.state.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
-    tell_deepspeed(accelerator, config(folder, "refused"))
-    told = accelerator.state.deepspeed_plugin.deepspeed_config
-    assert told["gradient_clipping"] == 0.5
-    assert told["gradient_accumulation_steps"] == 2
+        tell_deepspeed(plugin, config(folder, "refused"))
+    plugin = DeepSpeedPlugin(zero_stage=2)
+    tell_deepspeed(plugin, config(folder, "refused"))
+    assert plugin.deepspeed_config["gradient_clipping"] == 0.5
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 2

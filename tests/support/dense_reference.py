@@ -13,6 +13,19 @@ from torch import Tensor
 
 from decant.student_train.losses import SparseTargets
 
+SMALL: dict[str, dict[str, float | str]] = {"tail_kl": {"head": 1}}
+"""Options of the kinds whose own defaults want more kept ids than a small example has."""
+
+
+def allows(kind: str, tail: str, options: dict[str, float | str]) -> bool:
+    """Whether a kind goes with a tail mode, by the table in docs/losses.md; `label` aside."""
+    if tail == "label":
+        return False
+    if (kind, tail) == ("tail_kl", "uniform"):
+        return False
+    ranks = kind in ("hinge", "logistic")
+    return tail == "bucket" or not (ranks or options.get("bound") == "upper")
+
 
 def reference_divergence(
     student_logits: Tensor,
@@ -23,23 +36,34 @@ def reference_divergence(
     temperature: float = 1.0,
     tail: str = "bucket",
     scale_by_t2: bool = True,
+    labels: list[int] | None = None,
     **options: float | str,
 ) -> Tensor:
     """Return the divergence of every row, [N] float64, differentiable in the student's logits."""
     losses = []
-    for student_row, teacher_row, ids in zip(student_logits, teacher_logits, kept, strict=True):
+    every_label = labels or [0] * len(kept)
+    for student_row, teacher_row, ids, label in zip(
+        student_logits, teacher_logits, kept, every_label, strict=True
+    ):
         q = torch.softmax(student_row.double() / temperature, 0)
         p = torch.softmax(teacher_row.double() / temperature, 0)
-        classes_p, classes_q = build_classes(p, q, ids, tail)
+        classes_p, classes_q = build_classes(p, q, ids, tail, label)
         has_bucket = tail == "bucket" and len(classes_p) > len(ids)
-        loss = _divergence(kind, classes_p, classes_q, has_bucket, **options)
+        loss = divergence(kind, classes_p, classes_q, has_bucket, **options)
         losses.append(loss * temperature**2 if scale_by_t2 else loss)
     return torch.stack(losses)
 
 
-def build_classes(p: Tensor, q: Tensor, ids: list[int], tail: str) -> tuple[Tensor, Tensor]:
+def build_classes(
+    p: Tensor, q: Tensor, ids: list[int], tail: str, label: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return the class probabilities of both sides that a tail mode compares."""
     others = [v for v in range(len(p)) if v not in set(ids)]
+    if tail == "label":
+        moved = torch.zeros_like(p)
+        moved[ids] = p[ids]
+        moved[label] += p[others].sum()
+        return moved, q
     if tail == "bucket":
         if not others:
             return p[ids], q[ids]
@@ -64,9 +88,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return sum((x * (x / y).log() for x, y in zip(a, b, strict=True) if x > 0), start=zero)
 
 
-def _divergence(
-    kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str
-) -> Tensor:
+def divergence(kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str) -> Tensor:
     number = {name: value for name, value in options.items() if not isinstance(value, str)}
     if kind == "fkl":
         return kl(p, q)
@@ -89,11 +111,45 @@ def _divergence(
     if kind == "skew_rkl":
         lam = number.get("lam", 0.1)
         return kl(q, (1 - lam) * p + lam * q)
+    if kind == "tail_kl":
+        return tail_kl(p, q, has_bucket, int(number.get("head", 10)), number.get("beta", 2.0))
+    if kind == "acceptance":
+        whole = slice(0, -1 if has_bucket and options.get("bound") == "upper" else None)
+        return -torch.minimum(p, q)[whole].sum().log()
+    if kind == "acceptance_hybrid":
+        share = math.exp(-number.get("eta", 3.0) * float(torch.minimum(p, q).sum().detach()))
+        return share * kl(p, q) + (1 - share) * torch.abs(p - q).sum() / 2
+    if kind in ("hinge", "logistic"):
+        return over_pairs(kind, p, q, len(p) - has_bucket, number.get("margin"))
     if kind == "alpha_beta":
         return alpha_beta(p, q, number.get("alpha", 0.2), number.get("beta", 0.7))
     assert kind == "akl"
     head_weight, tail_weight = akl_weights(p, q, has_bucket, **options)
     return head_weight * kl(p, q) + tail_weight * kl(q, p)
+
+
+def tail_kl(p: Tensor, q: Tensor, has_bucket: bool, head: int, beta: float) -> Tensor:
+    """Return KL(head ids and their rest) + beta α KL(within the rest), α the teacher's rest."""
+    ranked = sorted(range(len(p) - has_bucket), key=lambda c: -float(p[c]))
+    top = ranked[:head]
+    rest = [c for c in range(len(p)) if c not in set(top)]
+    if not rest:
+        return kl(p, q)
+    p_rest, q_rest = p[rest].sum(), q[rest].sum()
+    coarse = kl(torch.cat([p[top], p_rest[None]]), torch.cat([q[top], q_rest[None]]))
+    return coarse + beta * p_rest * kl(p[rest] / p_rest, q[rest] / q_rest)
+
+
+def over_pairs(kind: str, p: Tensor, q: Tensor, num_ids: int, margin: float | None) -> Tensor:
+    """Return a ranking loss: its mean over the pairs of ids of which the teacher prefers one."""
+    losses = []
+    for i in range(num_ids):
+        for j in range(num_ids):
+            if p[i] > p[j]:
+                wanted = p[i] - p[j] if margin is None else margin
+                hinge = torch.clamp(wanted - (q[i] - q[j]), min=0)
+                losses.append(hinge if kind == "hinge" else (1 + q[j] / q[i]).log())
+    return torch.stack(losses).mean() if losses else q.sum() * 0
 
 
 def akl_weights(

@@ -35,7 +35,9 @@ class Job:
     name: str
     config: TrainConfig
     start_from: str = ""
-    """Output of another run, whose checkpoints this one is to go on from."""
+    """Output of another run, whose first checkpoint this one is to go on from."""
+    second: TrainConfig | None = None
+    """What the second process is started with in place of `config`."""
 
 
 def set_up() -> None:
@@ -50,8 +52,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train; returns the samples of every forward, the units sharded, and the error if any."""
     set_up()
     if job.start_from and os.environ["RANK"] == "0":
-        folder = Path(job.config.output, "checkpoints")
-        shutil.copytree(Path(job.start_from, "checkpoints"), folder)
+        first, *_ = sorted(Path(job.start_from, "checkpoints").iterdir())
+        shutil.copytree(first, Path(job.config.output, "checkpoints", first.name))
     PartialState().wait_for_everyone()
     seen: list[str] = []
     units: set[int] = set()
@@ -64,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
     hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
     error = ""
     try:
-        train(job.config)
+        train(job.second if job.second and os.environ["RANK"] == "1" else job.config)
     except (NotFinite, ValueError) as reason:
         error = str(reason)
     finally:

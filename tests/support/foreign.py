@@ -16,8 +16,8 @@ from decant.schemas import (
     ScoredSequence,
 )
 from decant.storage import CacheReader, verify
+from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.importing import import_cache
-from decant.storage.exchange.survey import ImportConfig
 from tests.support import caches
 
 V, K = 60, 8

@@ -41,11 +41,12 @@ def known_cache(path: Path, settings: caches.Settings) -> Known:
     return Known(path, sequences, np.concatenate([dense for _, dense in made]))
 
 
-def assert_spread(found: Spread | None, values: NDArray) -> None:
+def assert_spread(found: Spread | None, values: NDArray, *, within: float = 2e-6) -> None:
+    """The spread of these values, stored to `within`."""
     assert found is not None
     for name, rank in RANKS.items():
         expected = np.quantile(values, rank, method="inverted_cdf")
-        assert getattr(found, name) == pytest.approx(expected, abs=2e-6), name
-    assert found.min == pytest.approx(values.min(), abs=2e-6)
-    assert found.max == pytest.approx(values.max(), abs=2e-6)
-    assert found.mean == pytest.approx(values.mean(), abs=2e-6)
+        assert getattr(found, name) == pytest.approx(expected, abs=within), name
+    assert found.min == pytest.approx(values.min(), abs=within)
+    assert found.max == pytest.approx(values.max(), abs=within)
+    assert found.mean == pytest.approx(values.mean(), abs=within)

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from decant.student_train import (
     LossConfig,
@@ -47,3 +48,43 @@ def losses(output: Path) -> list[float]:
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(output / "student").state_dict()
+
+
+LOSS = LossConfig(kind="akl", kd_weight=1.0, ce_weight=0.3)
+"""What the trainers of others are compared with ours on."""
+NUM_SEQUENCES, SEQUENCES_PER_STEP = 24, 8
+
+
+def trainer_arguments(output: Path, **changes: Any) -> TrainingArguments:
+    """Arguments of a `Trainer` that say what `config_of_trainer` says to `train`."""
+    base: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "adam_beta2": 0.95,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    return TrainingArguments(**{**base, **changes})
+
+
+def config_of_trainer(cache: Path, student: Path, output: Path) -> TrainConfig:
+    """The training of `trainer_arguments` by our loop: three epochs of three steps."""
+    return TrainConfig(
+        cache=str(cache),
+        output=str(output),
+        student=StudentConfig(path=str(student)),
+        loss=LOSS,
+        epochs=3,
+        batch_size=4,
+        gradient_accumulation=2,
+        optimizer=OptimizerConfig(lr=1e-2, schedule="constant"),
+        log_every_steps=1,
+    )

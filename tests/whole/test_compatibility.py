@@ -49,8 +49,8 @@ def test_an_earlier_config_dumps_what_it_dumped(folder: Path) -> None:
     expected = np.load(folder / "cache.npz")
     found = decoded(folder / "again")
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
-    np.testing.assert_allclose(found["label_logprob"], expected["label_logprob"], atol=1e-4)
-    np.testing.assert_allclose(found["log_tail"], expected["log_tail"], atol=1e-4)
+    np.testing.assert_allclose(found["label_logprob"], expected["label_logprob"], atol=2e-4)
+    np.testing.assert_allclose(found["log_tail"], expected["log_tail"], atol=2e-4)
 
 
 def test_an_unfinished_dump_is_completed(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_unfinished_dump_is_completed(folder: Path) -> None:
     expected = np.load(folder / "cache.npz")
     found = decoded(folder / "unfinished")
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
-    np.testing.assert_allclose(found["label_logprob"], expected["label_logprob"], atol=1e-4)
+    np.testing.assert_allclose(found["label_logprob"], expected["label_logprob"], atol=2e-4)
 
 
 def test_an_earlier_training_config_trains_as_it_did(folder: Path) -> None:

@@ -11,7 +11,7 @@ from decant.schemas import PRECISIONS
 from decant.schemas.truncation import METHODS
 from decant.storage.cli.config import parse_config
 from decant.storage.cli.options import options
-from decant.storage.exchange.survey import UNKNOWN_LABEL, ImportConfig
+from decant.storage.exchange.config import UNKNOWN_LABEL, ImportConfig
 from decant.teacher_dump import DumpConfig
 from decant.teacher_dump.config import ServeConfig
 from decant.teacher_dump.engines.config import DTYPES, ENGINES, QUANTIZATIONS

@@ -8,11 +8,13 @@ A block is left out only by an HTML comment above it, `<!-- not run: reason -->`
 import ast
 import json
 import math
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +103,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data/texts.jsonl.zst").write_bytes(zstandard.compress(texts.encode()))
     prompts = ('{"prompt": "the quick"}', '{"messages": [{"role": "user", "content": "a dog"}]}')
     (folder / "data/prompts.jsonl").write_text("\n".join(prompts))
+    more = [{"id": f"more-{i}", "text": " ".join(words[i : i + 6])} for i in range(4)]
+    (folder / "data/more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
     models.build_tokenizer().save_pretrained(folder / "DIR")
     write_foreign_dump(folder / "dump.parquet")
     write_files(ROOT / "docs/index.md", folder)
@@ -133,6 +137,15 @@ def run(line: str, folder: Path) -> None:
         module, arguments = launched.training_script, launched.training_script_args
         ended = command(module, *arguments, folder=folder)  # alone, as one process would be
         assert ended.code == 0, f"{line}\n{ended.stderr}"
+    elif words[0] == "python":
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:]],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
     else:
         raise AssertionError(f"no test knows how to run: {line}")
 

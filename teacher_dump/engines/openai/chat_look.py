@@ -1,7 +1,7 @@
 """Look at a chat API before it is paid: how it is asked, how much it tells, who answers.
 
-Three short requests: one token to find the form, a line with all entries that it gives, and one more
-where sampling is not plain, to see whether log probs are of the model or of what is sampled.
+Three short requests: one token to find the form, a line with all entries that it gives, and one
+more where sampling is not plain, to see whether log probs are of the model or of what is sampled.
 Knows no endpoints: `ask` sends one request.
 """
 

@@ -22,7 +22,8 @@ from decant.schemas import FormatError, Truncation
 from decant.storage import Busy, CacheReader, CacheWriter, Store, verify
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_sequence
-from decant.storage.cache.writer import ROW_GROUP_ROWS, plan_of, write_cache
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import ROW_GROUP_ROWS, write_cache
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.storage.inspect.collect import inspect
 from tests.support import ROOT, caches
@@ -89,8 +90,6 @@ def test_every_truncation_and_precision_is_whole(
     caches.write_cache(tmp_path / "cache", settings, shards)
     assert verify(tmp_path / "cache").problems == ()
     for found, sequence in zip(CacheReader(tmp_path / "cache"), shards[0], strict=True):
-        if precision == "compact":
-            sequence = dataclasses.replace(sequence, log_tail=found.log_tail)
         caches.assert_equal(found, sequence, logprobs=precision == "f32")
 
 
@@ -106,7 +105,9 @@ def test_row_t_holds_token_t_and_the_distribution_for_it(whole: Path) -> None:
         row = rows[position]
         assert row["is_target"]
         assert list(row["topk_lo"]) == sequence.token_ids[target].tolist()
-        logprob = np.frombuffer(row["topk_logprob"], "<f4")
+        planes = [np.frombuffer(row[f"topk_logprob_{i}"], np.uint8) for i in range(4)]
+        steps = np.stack(planes, axis=1).copy().view("<u4")[:, 0]
+        logprob = np.cumsum(steps, dtype="<u4").view("<f4")
         assert logprob.tolist() == sequence.logprobs[target].tolist()
         if row["token_id"] in sequence.token_ids[target]:
             slot = sequence.token_ids[target].tolist().index(row["token_id"])

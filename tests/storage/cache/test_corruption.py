@@ -84,6 +84,8 @@ def values(item: Any) -> Any:
     """Every field of a batch, bit for bit."""
     if dataclasses.is_dataclass(item):
         return {f.name: values(getattr(item, f.name)) for f in dataclasses.fields(item)}
+    if isinstance(item, tuple):
+        return tuple(values(part) for part in item)
     if isinstance(item, torch.Tensor):
         return item.dtype, tuple(item.shape), item.numpy().tobytes()
     return item

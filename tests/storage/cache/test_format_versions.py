@@ -1,4 +1,4 @@
-"""Caches of older format versions load for ever; newer ones are refused.
+"""Caches of every format version load for ever; newer ones are refused.
 
 `tests/fixtures/version-N` was written by code of that version and is never written again; each
 `.npz` holds what that code decoded from the cache beside it.
@@ -24,6 +24,9 @@ from tests.support.commands import command
 
 FINISHED = [(1, name) for name in ("compact", "sampled", "half")]
 FINISHED += [(2, name) for name in ("compact", "sampled", "half", "drawn")]
+FINISHED += [(3, name) for name in ("compact", "sampled", "half", "drawn", "topp")]
+PRESENT = ("compact", "half", "topp", "drawn", "sampled", "numbered", "numbered-half")
+LOADED = FINISHED + [(4, name) for name in PRESENT]
 UNFINISHED = [(1, "unfinished", "compact"), (2, "unfinished", "compact")]
 UNFINISHED += [(2, "unfinished-drawn", "drawn")]
 
@@ -31,13 +34,11 @@ UNFINISHED += [(2, "unfinished-drawn", "drawn")]
 def decoded(url: Path) -> dict[str, np.ndarray]:
     reader = CacheReader(url)
     rows = [reader.read(group) for group in reader.row_groups()]
-    names = ["token_ids", "logprobs", "log_z", "log_tail", "label_logprob", "input_ids"]
-    if rows[0].draws is not None:
-        names.append("draws")
+    names = [*rows[0].known(), "input_ids"]
     return {name: np.concatenate([getattr(r, name) for r in rows]) for name in names}
 
 
-@pytest.mark.parametrize(("version", "name"), FINISHED)
+@pytest.mark.parametrize(("version", "name"), LOADED)
 def test_an_older_cache_loads_as_it_did(version: int, name: str) -> None:
     """Every decoded value is the one that the code of that format gave; it trains."""
     url = fixture(version, name)

@@ -175,7 +175,9 @@ def test_a_shifted_dump_is_recognised(moved: int, tmp_path: Path) -> None:
             row[name] += [row[name][-1]] * (moved < 0)
     source = write(tmp_path / "dump.parquet", rows)
     way = "earlier" if moved > 0 else "later"
-    with pytest.raises(ForeignError, match=f"one token {way}: give --shift {-moved}"):
+    with pytest.raises(
+        ForeignError, match=f"one token {way}: the rows are shifted; give --shift {-moved}"
+    ):
         import_cache(config(source), tmp_path / "cache")
     options = {"shift": -moved, "unknown_label": "bound"}
     _, found = imported(tmp_path, rows, **options)

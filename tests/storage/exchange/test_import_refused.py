@@ -59,7 +59,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "missing tokens": (lambda row: without(row, "input_ids"), "add the tokens that the teacher"),
     "compressed": (
         lambda row: {"input_ids": row["input_ids"], "compressed_logprobs": [[1]]},
-        "these rows are compressed: decode them with DistillKit's LogprobCompressor",
+        "no column bytepacked_indices for --format distillkit",
     ),
     "ragged": (cut("top_values", 4), r"row 2, list 4: token_ids has 8 entries, top_values has 3"),
     "short list": (cut_both, r"row \d, list \d: 8 entries, but .*row 2, list 4: 3; .* --k 3"),
@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "labels too short": (lambda row: {**row, "labels": [1]}, "labels has 1 entries for 16 tokens"),
     "packed": (
         lambda row: {**row, "attention_mask": [1, 1, 0, *[1] * 13]},
-        "attention_mask is not one run of 1 between zeros",
+        "attention_mask is not one run of 1 between zeros, nor runs of 1, 2, 3",
     ),
 }
 

@@ -17,6 +17,7 @@ from decant.student_train import CacheStream
 from decant.student_train.data.batch import decode_compact
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.data.order import permutation, select_part, taken_in_turn
+from decant.student_train.data.planes import values_on_device
 from tests.support import caches
 
 SETTINGS = caches.Settings(truncation=Truncation(k=3), vocab_size=20)
@@ -180,13 +181,14 @@ def test_batches_are_decoded_as_the_reader_decodes(
         if getattr(expected[0], name) is not None:
             values = np.concatenate([getattr(s, name) for s in expected])
             np.testing.assert_array_equal(getattr(batch.targets, name).numpy(), values)
+    stored, slots = batch.stored, truncation.slots
+    unused = batch.targets.token_ids < 0
+    values = values_on_device(stored.topk_logprob, slots, precision == "compact")
     if precision == "compact":
-        stored = batch.stored
-        unused = batch.targets.token_ids < 0
-        decoded = decode_compact(
-            stored.topk_logprob, unused, stored.log_tail_t1, stored.code
-        ).masked_fill(unused, -torch.inf)
-        torch.testing.assert_close(decoded, batch.targets.logprobs, rtol=0, atol=3e-6)
+        values = decode_compact(values, unused, stored.log_tail_t1, stored.code)
+    values = values.to(torch.float32).masked_fill(unused, -torch.inf)
+    atol = 3e-6 if precision == "compact" else 0
+    torch.testing.assert_close(values, batch.targets.logprobs, rtol=0, atol=atol)
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch_alone(cache: Path) -> None:

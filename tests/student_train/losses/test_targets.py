@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from decant.student_train.losses import SparseTargets, sparse_divergence
+from decant.schemas import Truncation
+from decant.storage import CacheReader
+from decant.student_train import CacheStream
+from decant.student_train.losses import (
+    SparseTargets,
+    fused_linear_divergence,
+    sparse_divergence,
+)
+from tests.support import caches
 from tests.support import dense_reference as reference
 from tests.support.dense_reference import random_logits, value_and_gradient
 
@@ -98,7 +107,7 @@ def broken(**changes: Any) -> SparseTargets:
         ({"token_ids": torch.tensor([[0, 1, -1], [2, 3, 7]])}, r"id 7 is beyond .* of 6"),
         ({"token_ids": torch.tensor([[0, 1, -2], [2, 3, 4]])}, r"token id -2: unused .* -1"),
         ({"token_ids": torch.tensor([[-1, -1, -1], [2, 3, 4]])}, r"target 0 of 2: no kept id"),
-        ({"token_ids": torch.tensor([[0, 1, 2], [2, 3, 4]]).int()}, r"int64, got torch.int32"),
+        ({"token_ids": torch.zeros(2, 3)}, r"int64 or int32, got torch.float32"),
         ({"token_ids": torch.tensor([0, 1])}, r"\[N, K\] with K >= 1, got shape \(2,\)"),
         ({"logprobs": torch.zeros(2, 2)}, r"logprobs must have shape \(2, 3\) .* got \(2, 2\)"),
         ({"logprobs": torch.zeros(2, 3).half()}, r"float32 \(or float64\), got torch.float16"),
@@ -160,3 +169,56 @@ def test_wrong_arguments_name_the_right_ones(arguments: dict[str, Any], message:
     """An unknown or impossible argument is refused with what would be valid."""
     with pytest.raises(ValueError, match=message):
         sparse_divergence(torch.zeros(2, 6), broken(), **arguments)
+
+
+@pytest.mark.parametrize("method", ["topk", "topp", "topk+sample", "sample"])
+def test_a_scored_sequence_becomes_targets_in_one_call(method: str, tmp_path: Path) -> None:
+    """`SparseTargets.of` what a reader gives is the batch's own, at each stored temperature."""
+    truncation = {
+        "topk": Truncation(k=4),
+        "topp": Truncation(method="topp", k=6, p=0.8, min_k=1),
+        "topk+sample": Truncation(method="topk+sample", k=3, draws=5),
+        "sample": Truncation(method="sample", draws=9),
+    }[method]
+    settings = caches.Settings(truncation=truncation)
+    caches.write_cache(
+        tmp_path / "cache", settings, caches.random_shards(settings, num_shards=1, sequences=1)
+    )
+    reader = CacheReader(tmp_path / "cache")
+    stored = reader.manifest.temperatures
+    batch = next(iter(CacheStream(tmp_path / "cache", batch_size=1, temperature=stored)))
+    for temperature in stored:
+        ours = SparseTargets.of(reader[0], stored, temperature).validate(50, temperature)
+        theirs = batch.targets_at(temperature)
+        for name in ("token_ids", "logprobs", "log_z", "log_tail", "draws", "entropy"):
+            expected = getattr(theirs, name)
+            if expected is None:
+                assert getattr(ours, name) is None
+            else:
+                assert torch.equal(getattr(ours, name), expected), name
+    with pytest.raises(ValueError, match="one for each temperature of the cache, but stored is"):
+        SparseTargets.of(reader[0], [*stored, 3.0])
+    with pytest.raises(ValueError, match="temperature 3 is not stored: 1"):
+        SparseTargets.of(reader[0], stored, 3.0)
+
+
+def test_losses_take_the_integers_and_arrays_of_a_reader() -> None:
+    """int32 ids and labels, and numpy's arrays, give the loss and gradient of int64 tensors."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(6, 5, generator=generator, requires_grad=True)
+    labels, good = torch.tensor([1, 3]), broken()
+    narrow = dataclasses.replace(good, token_ids=good.token_ids.int())
+    arrays = SparseTargets(
+        *(getattr(good, name).numpy() for name in ("token_ids", "logprobs", "log_z", "log_tail"))
+    )
+    found = []
+    for targets, ids in ((good, labels), (narrow, labels.int()), (arrays, labels.int().numpy())):
+        out = fused_linear_divergence(hidden, weight, targets, ids, ce_weight=0.5)
+        found.append(torch.autograd.grad(out.loss, (hidden, weight)))
+        assert torch.equal(
+            sparse_divergence(hidden @ weight.T, targets, "fkl"),
+            sparse_divergence(hidden @ weight.T, good, "fkl"),
+        )
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))

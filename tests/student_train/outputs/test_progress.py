@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import sys
 import termios
@@ -78,6 +79,7 @@ def test_a_resumed_run_knows_where_it_began(run: TrainConfig) -> None:
     output = Path(run.output)
     before = json.loads((output / "summary.json").read_text())["before"]
     (output / "summary.json").unlink()
+    shutil.rmtree(output / "checkpoints/step-00000006")
     summary = train(run)
     assert summary["before"] == before and summary["resumed_at"] == 4
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]

@@ -1,0 +1,86 @@
+"""What the manifest of a cache says of the caches it was made from, and what of theirs stays true.
+
+It stands in the manifest's free object `source`, under `lineage`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from decant.schemas import Manifest
+from decant.schemas.strict import canonical
+
+LINEAGE = "lineage"
+EXTENSIONS = "extensions"
+"""Field of `source`: what the cache was extended by, a step for each time."""
+MEANING = ("normalised_over", "unknown_label")
+"""What an import says of the values themselves; it goes where they go."""
+
+
+def source_of(
+    operation: str,
+    options: Mapping[str, Any],
+    origins: Sequence[tuple[str, Manifest]],
+    *,
+    meaning: bool = True,
+) -> dict[str, Any]:
+    """`source` of the manifest of a cache that an operation makes of others, (url, manifest) each.
+
+    With `meaning` their values go along, and what an import says of these, which must be the same
+    in all of them.
+    """
+    manifests = [manifest for _, manifest in origins]
+    lineage = {
+        "operation": operation,
+        "options": dict(options),
+        "from": [
+            {
+                "url": url,
+                "cache_id": manifest.cache_id,
+                "format_version": manifest.format_version,
+                "num_sequences": manifest.num_sequences,
+                "teacher": {"name": manifest.teacher.name, "engine": manifest.teacher.engine},
+                "source": manifest.source,
+                "sequences": manifest.sequences,
+            }
+            for url, manifest in origins
+        ],
+    }
+    paths = [str(manifest.source.get("path", "")) for manifest in manifests]
+    said = manifests[0].source if meaning else {}
+    return {
+        "path": ", ".join(dict.fromkeys(path for path in paths if path)),
+        **{name: said[name] for name in MEANING if name in said},
+        "fingerprint": xxhash.xxh3_128(canonical(lineage)).hexdigest(),
+        LINEAGE: lineage,
+    }
+
+
+def sequences_of(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """`sequences` of the manifest of such a cache: the settings that all of them share.
+
+    `max_length` is the largest; counts of records stay in the lineage.
+    """
+    first = manifests[0].sequences
+    shared = {
+        name: value
+        for name, value in first.items()
+        if name != "counts"
+        and all(name in m.sequences and m.sequences[name] == value for m in manifests)
+    }
+    lengths = [m.sequences["max_length"] for m in manifests if "max_length" in m.sequences]
+    return {**shared, "max_length": max(lengths)} if lengths else shared
+
+
+def lineage_text(source: Mapping[str, Any]) -> str:
+    """In one line, how a cache was made of others, and extended; "" if it was neither."""
+    parts = []
+    lineage = source.get(LINEAGE)
+    if isinstance(lineage, dict):
+        origins = ", ".join(str(origin["url"]) for origin in lineage["from"])
+        known = {name: value for name, value in lineage["options"].items() if value != ""}
+        said = ", ".join(f"{name} {value}" for name, value in known.items())
+        parts.append(f"{lineage['operation']} of {origins}" + (f" ({said})" if said else ""))
+    parts += [f"extended by {step['source'].get('path')}" for step in source.get(EXTENSIONS, ())]
+    return "; ".join(parts)

@@ -1,0 +1,111 @@
+"""Read the tensors of a `torch.save` file without torch, and without running anything of it.
+
+Knows the zip form of dictionaries, lists and dense tensors of plain dtypes; refuses all else.
+"""
+
+import collections
+import io
+import pickle
+import zipfile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+STORAGES = {
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+}
+DTYPES = {*STORAGES.values(), "uint16", "uint32", "uint64"}
+
+
+class Tensor:
+    """A dense tensor: its dtype as torch calls it, and its values."""
+
+    def __init__(self, dtype: str, values: NDArray) -> None:
+        self.dtype, self.values = dtype, values
+
+
+class _Storage:
+    """Bytes, and what they are of; "" if that is said elsewhere."""
+
+    def __init__(self, dtype: str, data: bytes) -> None:
+        self.dtype, self.data = dtype, data
+
+
+def read_tensors(data: bytes) -> Any:
+    """What was saved, with `Tensor` for tensors; bfloat16 is given as float32.
+
+    Raises ValueError if it is anything but a file of `torch.save` with such contents.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return _Unpickler(archive, pickled).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"no file of torch.save with plain tensors: {error}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+        super().__init__(io.BytesIO(archive.read(name)))
+        self._archive, self._folder = archive, name.removesuffix("data.pkl")
+        order = self._folder + "byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise pickle.UnpicklingError("its bytes are big-endian")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few names that tensors need."""
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) in (
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_tensor_v3"),
+        ):
+            return _rebuilt
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return ""
+        if module == "torch" and name in DTYPES:
+            return name
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """The bytes of a storage."""
+        kind, dtype, key, *_ = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"it refers to {kind!r}")
+        return _Storage(dtype, self._archive.read(f"{self._folder}data/{key}"))
+
+
+def _rebuilt(
+    storage: _Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    _requires_grad: bool,
+    _hooks: Any,
+    dtype: Any = "",
+    *_: Any,
+) -> Tensor:
+    name = storage.dtype or dtype
+    if name not in DTYPES or len(size) != len(stride):
+        raise pickle.UnpicklingError(f"it holds a tensor of {name!r}")
+    kept = np.dtype("<u2" if name == "bfloat16" else name).newbyteorder("<")
+    flat = np.frombuffer(storage.data, kept)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if all(size) and not (offset >= 0 and min(stride, default=0) >= 0 and last < len(flat)):
+        raise pickle.UnpicklingError(f"a tensor of {size} lies outside its {len(flat)} numbers")
+    steps = [step * kept.itemsize for step in stride]
+    values = np.lib.stride_tricks.as_strided(flat[offset:], size, steps, writeable=False)
+    if name == "bfloat16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return Tensor(name, values)

@@ -1,0 +1,1 @@
+"""Caches as dataset repositories of the Hugging Face hub: push, pull, and the card."""

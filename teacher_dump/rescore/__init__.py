@@ -1,0 +1,1 @@
+"""Score the sequences of a cache again."""
