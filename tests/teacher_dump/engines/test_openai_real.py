@@ -37,6 +37,8 @@ from tests.support.stock_servers import V, build_tokenizer, log_probs, stock_con
 
 VLLM_NATS = 2e-4
 """How far vLLM's kernels lie from a plain forward, both in float32."""
+CHAT_NATS = 1e-3
+"""How far its tails do with k = 8, which are 1 - sum p of numbers of 32 bits."""
 LLAMA_NATS = 0.1
 """How far llama.cpp's do, whose cached keys and values have 16 bits."""
 TOKENIZER = build_tokenizer()
@@ -217,7 +219,7 @@ def test_vllm_as_a_chat_api(vllm: Server, path: Path, model: Any, tmp_path: Path
         assert scored.num_targets == 12
         worst = max(worst, difference(scored, model))
     print(f"largest difference: {worst:.2g} nats; {manifest.teacher}")
-    assert worst < VLLM_NATS
+    assert worst < CHAT_NATS
     parts = Path(config.output, "generated").glob("*.parquet")
     rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
     assert len(rows) == 8 and not any(row["num_unnamed"] for row in rows)
