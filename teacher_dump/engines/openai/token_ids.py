@@ -7,7 +7,12 @@ writes it nowhere else. Bytes that two ids share stand for none. Knows no server
 from collections.abc import Iterable
 from typing import Any
 
-from decant.storage.inspect.token_bytes import BROKEN, BYTE_TOKEN, token_bytes
+from decant.storage.inspect.token_bytes import (
+    BROKEN,
+    BYTE_TOKEN,
+    is_byte_level,
+    token_bytes,
+)
 from decant.teacher_dump.engines.openai.token_texts import AMBIGUOUS, META_SPACE, TOKEN_ID
 
 
@@ -24,11 +29,11 @@ class TokenIds:
         self.vocab_size = vocab_size
         added = backend.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
-        is_byte_level = "ByteLevel" in repr(backend.decoder)
-        self.keeps_spaces = is_byte_level or _keeps_spaces(backend)
+        in_bytes = is_byte_level(backend)
+        self.keeps_spaces = in_bytes or _keeps_spaces(backend)
         """Whether each token alone is written with the space that it begins with."""
         ids = range(vocab_size)
-        known = token_bytes(backend, ids) if is_byte_level else (_piece(backend, i) for i in ids)
+        known = token_bytes(backend, ids) if in_bytes else (_piece(backend, i) for i in ids)
         self._bytes = list(known)
         self._ids: dict[bytes, int] = {}
         fallback = []

@@ -21,7 +21,8 @@ from decant.teacher_dump.engines.remote import client as remote_client
 from decant.teacher_dump.engines.seam import EngineError, Unavailable
 from decant.teacher_dump.inputs.config import GenerateConfig
 from decant.teacher_dump.job.responses import GenerationChanged
-from decant.teacher_dump.planning.chat import chat_text, predict_chat
+from decant.teacher_dump.planning.chat import predict_chat
+from decant.teacher_dump.planning.command import PlanArguments, run_plan
 from tests.support.chat_servers import (
     ChatServer,
     build_chat_tokenizer,
@@ -182,16 +183,23 @@ def test_a_used_up_quota_ends_the_job(server: ChatServer, job: DumpConfig) -> No
     assert len(list(Path(job.output, "generated", "_answers").rglob("*.json"))) == 2
 
 
-def test_a_plan_asks_nothing(server: ChatServer, job: DumpConfig) -> None:
+def test_a_plan_asks_nothing(
+    server: ChatServer, job: DumpConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It says how many requests and tokens a dump will pay for."""
     counted = predict_chat(job)
+    for as_json, said in (
+        (False, f"requests             {counted.requests},"),
+        (True, f'"answer_tokens": {counted.answer_tokens}'),
+    ):
+        assert run_plan(job, PlanArguments(json=as_json)) == 0
+        assert said in capsys.readouterr().out
     assert not server.bodies
     dump(job)
     assert counted.requests == len(server.paid) == 8 and counted.prompts == 4
     generated = pq.read_table(Path(job.output, "generated"))
     assert counted.prompt_tokens == sum(map(len, generated.column("prompt_ids").to_pylist()))
     assert counted.answer_tokens == 8 * 10
-    assert f"requests             {counted.requests}," in chat_text(counted)
 
 
 def test_tokens_whose_log_prob_is_not_told_are_no_targets(
