@@ -87,6 +87,7 @@ class StockServer:
         """Changes an answer before it is sent."""
         self.failures: collections.deque[int | str] = collections.deque()
         """HTTP statuses for the next requests of log probs, or "drop" to close in the middle."""
+        self.retry_after = ""
         self.reason = "made to fail"
         """What is said with such a status."""
         self.bodies: list[dict[str, Any]] = []
@@ -130,7 +131,8 @@ class StockServer:
         self.bodies.append(body)
         failure = self.failures.popleft() if self.failures else None
         if isinstance(failure, int):
-            return _refusal(failure, self.reason)
+            headers = {"Retry-After": self.retry_after} if self.retry_after else {}
+            return _refusal(failure, self.reason, headers)
         status, answer = self._answer(body)
         if status == 200 and self.spoil is not None:
             self.spoil(answer)
@@ -234,8 +236,8 @@ class StockServer:
         return self.tokenizer.decode([index])
 
 
-def _refusal(status: int, message: str) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status)
+def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response({"error": {"message": message}}, status=status, headers=headers)
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ class Client:
                     self._fatal = error if isinstance(error, Unavailable) else None
                     raise
                 else:
-                    endpoint.failures = 0
+                    endpoint.failures, endpoint.error = 0, ""
                     return answer
             await asyncio.sleep(attempts * FIRST_PAUSE)
 
@@ -204,6 +204,7 @@ class Client:
 
     def _put_aside(self, endpoint: Endpoint, error: str, pause: float) -> None:
         if pause:
+            endpoint.error = error
             endpoint.retry_at = time.monotonic() + pause * random.uniform(1, 1.5)
             return
         if not endpoint.error:

@@ -6,6 +6,7 @@ compared with a plain forward. `test_chat_refusals.py` has answers that are of n
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,16 @@ def test_failures_are_retried(server: ChatServer, job: DumpConfig) -> None:
     server.failures.extend([503, *[None] * PROBES, 503, 500, "drop", 429, 502])
     dump(job)
     assert not server.failures and disagreement(job.output, server.model) < NATS
+
+
+def test_the_pause_that_is_asked_for_is_kept(server: ChatServer, job: DumpConfig) -> None:
+    """`Retry-After` of an overload, in parts of a second too."""
+    server.failures.extend([None] * PROBES + [503])
+    server.retry_after = "0.6"
+    times: list[float] = []
+    server.spoil = lambda _: times.append(time.monotonic())
+    dump(change(job, "teacher.requests", 1))
+    assert len(server.paid) == 9 and max(np.diff(times)) >= 0.6
 
 
 def test_a_used_up_quota_ends_the_job(server: ChatServer, job: DumpConfig) -> None:
