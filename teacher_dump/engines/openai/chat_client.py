@@ -16,7 +16,7 @@ from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.openai.answers import AnswerError
 from decant.teacher_dump.engines.openai.chat_answers import Answer, Asked, read_answer, refused
 from decant.teacher_dump.engines.openai.chat_look import ChatCard, look
-from decant.teacher_dump.engines.openai.client import QUOTA
+from decant.teacher_dump.engines.openai.client import MAX_SCORE_BYTES, QUOTA
 from decant.teacher_dump.engines.openai.probe import Refused
 from decant.teacher_dump.engines.openai.token_ids import TokenIds
 from decant.teacher_dump.engines.remote.client import Client, Endpoint
@@ -61,7 +61,7 @@ class ChatClient(Client):
         assert self.card is not None
         body = asked.request(self.card.form, self.card.model, self.card.max_entries)
         try:
-            data = await self.ask("POST", PATH, json.dumps(body).encode())
+            data = await self.ask("POST", PATH, json.dumps(body).encode(), most=MAX_SCORE_BYTES)
         except Refused as error:
             if error.status not in OF_ONE_PROMPT:
                 raise Unavailable(str(error)) from error
@@ -89,7 +89,9 @@ class ChatClient(Client):
         """Look at an endpoint. Raises Unavailable if it is of no use, or of another teacher."""
 
         async def ask(body: dict[str, Any]) -> Any:
-            data = await self.attempt(endpoint, "POST", PATH, json.dumps(body).encode())
+            data = await self.attempt(
+                endpoint, "POST", PATH, json.dumps(body).encode(), MAX_SCORE_BYTES
+            )
             return _parsed(data)
 
         if endpoint.met_at:  # it is paid by the token, and every answer names its model

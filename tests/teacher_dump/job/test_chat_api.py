@@ -168,6 +168,13 @@ def test_nothing_answered_is_asked_again(server: ChatServer, job: DumpConfig) ->
     assert rows(job.output) == rows(other.output)
 
 
+def test_an_answer_may_be_long(server: ChatServer, job: DumpConfig) -> None:
+    """A few hundred tokens with twenty entries each make more than a megabyte."""
+    server.spoil = lambda answer: answer.update(padding="x" * (2 << 20))
+    dump(job)
+    assert disagreement(job.output, server.model) < NATS
+
+
 def test_failures_are_retried(server: ChatServer, job: DumpConfig) -> None:
     """Overload, a proxy's errors and answers cut in the middle cost time alone."""
     server.failures.extend([503, *[None] * PROBES, 503, 500, "drop", 429, 502])
