@@ -160,7 +160,7 @@ class Client:
                     self._fatal = error if isinstance(error, Unavailable) else None
                     raise
                 else:
-                    endpoint.failures = 0
+                    endpoint.failures, endpoint.error = 0, ""
                     return answer
             await asyncio.sleep(attempts * FIRST_PAUSE)
 
@@ -190,11 +190,9 @@ class Client:
         if status == 429:
             self.overload(endpoint.url, text)
             self._last_answer = time.monotonic()
-            pause = headers.get("Retry-After", "")
-            wait = int(pause) if pause.isascii() and pause.isdecimal() and len(pause) < 9 else 1
-            raise Away(text, min(float(max(wait, 1)), LONGEST_WAIT))
+            raise Away(text, _pause(headers.get("Retry-After", "")) or 1.0)
         if status in (502, 503, 504):
-            raise Away(f"status {status}: {text}")
+            raise Away(f"status {status}: {text}", _pause(headers.get("Retry-After", "")))
         if status == 408 or status >= 500:
             raise Lost(f"status {status}: {text}", is_there=True)
         if status == 409:  # restarted with another teacher since it was met, which it now shows
@@ -228,6 +226,7 @@ class Client:
 
     def _put_aside(self, endpoint: Endpoint, error: str, pause: float) -> None:
         if pause:
+            endpoint.error = error
             endpoint.retry_at = time.monotonic() + pause * random.uniform(1, 1.5)
             return
         if not endpoint.error:
@@ -273,6 +272,15 @@ class Client:
             f"no {self._kind} has answered for {seconds:.0f} s (teacher.wait_seconds: "
             f"{self._wait_seconds:g}): {errors}"
         )
+
+
+def _pause(retry_after: str) -> float:
+    """The seconds that a server asks to wait, not too many; 0 if it says none, or a date."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        return 0.0
+    return min(seconds, LONGEST_WAIT) if seconds >= 0 else 0.0
 
 
 async def _received(response: aiohttp.ClientResponse, most: int, url: str) -> bytes:
