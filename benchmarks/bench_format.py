@@ -6,8 +6,8 @@
 
 A cache of float32 log probs is written in every precision. Of one of `compact` or `f16` the decoded
 log probs are cut and written in its own precision, shards as they are, beside what else follows
-from them: `topp`, and `label`; that is what a dump of the same text takes. Draws do not follow. The
-label's log prob is that of its decoded entry, where it is kept, as a writer wants the two to agree.
+from them: `topp`, `label` and the bytes of the other formats. Draws do not follow. The label's log
+prob is that of its decoded entry, where it is kept, as a writer wants the two to agree.
 
 Every row of ours is a real cache written by `CacheWriter`; bytes are whole shard files. Rates are
 targets per second of CPU time, the best of some runs: `write` includes checks, hashes and fsync,
@@ -186,13 +186,13 @@ def measure_cut(
             yield Row(vocab_size=vocab_size, kept=kept, encoding=f"ours, {said}", **ours)
             columns += [(vocab_size, kept, said, *size) for size in sizes.items()]
             if truncation.method == "topk" and precision == "compact":
-                for name, value in limits(CacheReader(f"{folder}/cache"), scored).items():
-                    yield Row(
-                        vocab_size=vocab_size,
-                        kept=kept,
-                        encoding=f"limit: {name}",
-                        bytes_per_target=value,
-                    )
+                bits = limits(CacheReader(f"{folder}/cache"), scored)
+                found = {f"limit: {name}": value for name, value in bits.items()}
+                if truncation.k == slots:
+                    found |= {name: size_with(peer, scored) for name, peer in OF_LOGPROBS.items()}
+                for name, value in found.items():
+                    base = {"vocab_size": vocab_size, "kept": kept}
+                    yield Row(**base, encoding=name, bytes_per_target=value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -442,6 +442,15 @@ PEERS: dict[str, Callable[[Scored], Encoded]] = {
     "axolotl JSONL": axolotl_jsonl,
     "Random Sampling": random_sampling,
 }
+
+
+OF_LOGPROBS = {name: peer for name, peer in PEERS.items() if peer is not random_sampling}
+
+
+def size_with(peer: Callable[[Scored], Encoded], scored: Scored) -> float:
+    """Bytes per target in another format."""
+    blob, decoded = peer(scored)
+    return len(blob) / len(decoded)
 
 
 def slices(n: int) -> Iterator[slice]:
