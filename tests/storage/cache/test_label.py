@@ -24,7 +24,7 @@ from decant.student_train.data.follow import FollowStream
 from decant.student_train.data.mixture import MixtureStream
 from tests.support import caches
 
-SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=70_000)
+SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=3_000)
 
 
 @pytest.fixture(scope="module")
