@@ -333,7 +333,7 @@ class Guard:
         if scope["type"] == "lifespan" or scope.get("path") == HEALTH_PATH:
             await self._app(scope, receive, send)
             return
-        began = False
+        where, began = (_client(scope), scope.get("method", "?"), scope.get("path", "?")), False
 
         async def sent(message: Message) -> None:
             nonlocal began
@@ -348,15 +348,13 @@ class Guard:
             finally:
                 self._num_open -= 1
         except ClientDisconnect:
-            self._note(scope, refused(400, "the client has left within its body"))
+            note(*where, refused(400, "the client has left within its body"))
         except Refusal as refusal:
             answer = refused(refusal.status, str(refusal))
-            self._note(scope, answer)
+            note(*where, answer)
             if not began:
                 headers = {"Connection": "close", "Retry-After": str(RETRY_SECONDS)}
-                response = Response(
-                    answer.body, answer.status, headers, media_type=answer.media_type
-                )
+                response = Response(answer.body, answer.status, headers, answer.media_type)
                 await response(scope, receive, send)
 
     def _check(self, headers: Headers) -> None:
@@ -394,9 +392,6 @@ class Guard:
             return message
 
         return bounded
-
-    def _note(self, scope: Scope, answer: Answer) -> None:
-        note(_client(scope), scope.get("method", "?"), scope.get("path", "?"), answer)
 
 
 def _client(scope: Scope) -> str:

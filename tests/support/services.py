@@ -100,9 +100,12 @@ class Unreliable:
         """Serve at `url` until `close`."""
         self._service = service
         self.failures: collections.deque[int | str] = collections.deque()
-        """HTTP statuses, "drop" for a closed connection, or "damage" for a wrong answer."""
+        """HTTP statuses, "drop" for a closed connection, or what is done to an answer: "damage"
+        cuts it short, "nan" and "ids" put absurd words into its last target."""
         self.most_at_once = self._now = self.num_requests = 0
         self.delay = 0.0
+        self.row_words = 0
+        """Of a target, for "ids"."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -138,7 +141,14 @@ class Unreliable:
                 return web.Response(status=failure, text='{"error": "made to fail"}')
             length = request.headers.get("Content-Length")
             answer = await self._service.answer(request.method, request.path, length, request.read)
-            body = answer.body[:-4] if failure == "damage" else answer.body
+            body = answer.body
+            if failure == "damage":
+                body = body[:-4]
+            elif failure == "nan":
+                body = body[:-4] + np.float32(np.nan).tobytes()
+            elif failure == "ids":
+                start = len(body) - 4 * self.row_words
+                body = body[:start] + np.int32(2**31 - 1).tobytes() + body[start + 4 :]
             return web.Response(status=answer.status, body=body, headers=answer.headers)
         finally:
             if scores:
