@@ -71,7 +71,7 @@ class ChatServer(StockServer):
     @property
     def path(self) -> str:
         """Where requests are posted."""
-        return "/v1/chat/completions"
+        return f"{self.version}/chat/completions"
 
     @property
     def paid(self) -> list[dict[str, Any]]:

@@ -78,6 +78,8 @@ class StockServer:
         self.tokenizer = build_tokenizer()
         self.limit = 1000
         self.key = ""
+        self.version = "/v1"
+        """Path of the API."""
         self.names = ["tiny"]
         self.context = models.MAX_POSITIONS
         self.has_tokenize = True
@@ -105,7 +107,7 @@ class StockServer:
     @property
     def path(self) -> str:
         """Where requests are posted."""
-        return "/generate" if self.kind == "sglang" else "/v1/completions"
+        return "/generate" if self.kind == "sglang" else f"{self.version}/completions"
 
     async def _start(self) -> str:
         application = web.Application(client_max_size=1 << 30)
@@ -118,7 +120,7 @@ class StockServer:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return _refusal(401, "no")
-        if request.path == "/v1/models":
+        if request.path == f"{self.version}/models":
             length = self.context if self.kind in ("vllm", "sglang") else None
             cards = [{"id": name, "root": "r", "max_model_len": length} for name in self.names]
             return web.json_response({"object": "list", "data": cards})

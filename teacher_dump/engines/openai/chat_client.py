@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import urlsplit
 
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.openai.answers import AnswerError
@@ -25,7 +26,7 @@ from decant.teacher_dump.engines.seam import EngineError, Unavailable
 
 log = logging.getLogger(__name__)
 
-PATH = "/v1/chat/completions"
+PATH = "/chat/completions"
 OF_ONE_PROMPT = (400, 413, 422)
 """Statuses with which a prompt is refused, too long or against a provider's rules."""
 
@@ -44,15 +45,16 @@ class ChatClient(Client):
         self._seen: set[str] = set()
 
     def base_url(self, url: str) -> str:
-        """Without the `/v1` that such URLs often end with."""
-        return url.rstrip("/").removesuffix("/v1")
+        """With the path of the API's version, which is `/v1` where the URL has none."""
+        url = url.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1"
 
     async def connect(self) -> ChatCard:
         """What the first endpoint is. Raises EngineError."""
         await self.greet()
         if self.card is None:  # none was there
             with contextlib.suppress(Refused):  # some have no list of models
-                await self.ask("GET", "/v1/models")
+                await self.ask("GET", "/models")
         assert self.card is not None
         return self.card
 

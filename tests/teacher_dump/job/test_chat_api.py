@@ -175,6 +175,14 @@ def test_an_answer_may_be_long(server: ChatServer, job: DumpConfig) -> None:
     assert disagreement(job.output, server.model) < NATS
 
 
+@pytest.mark.parametrize("version", ["", "/v1", "/v1beta/openai/"])
+def test_an_api_lies_where_its_url_says(server: ChatServer, job: DumpConfig, version: str) -> None:
+    """Below the path of its version, which is /v1 where the URL has none."""
+    server.version = version.rstrip("/") or "/v1"
+    dump(change(job, "teacher.endpoints", [server.url + version]))
+    assert disagreement(job.output, server.model) < NATS
+
+
 def test_failures_are_retried(server: ChatServer, job: DumpConfig) -> None:
     """Overload, a proxy's errors and answers cut in the middle cost time alone."""
     server.failures.extend([503, *[None] * PROBES, 503, 500, "drop", 429, 502])
