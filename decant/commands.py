@@ -91,7 +91,7 @@ CACHE = (
     Entry(
         "migrate",
         "Make an older cache again in the present version of the format.",
-        "decant.storage.cache.command:MIGRATE",
+        "decant.storage.edit.command:MIGRATE",
     ),
 )
 EDIT = (

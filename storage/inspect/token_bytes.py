@@ -49,7 +49,7 @@ def token_bytes(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> Iterator
     Known are byte-level tokenizers, single bytes of byte fallback, and added tokens as they are.
     """
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
-    level = _byte_level()
+    level = _byte_level() if is_byte_level(tokenizer) else {}
     for index in ids:
         token = added.get(index) or tokenizer.id_to_token(index)
         if token is None:
@@ -58,7 +58,7 @@ def token_bytes(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> Iterator
             yield token.encode()
         elif single := BYTE_TOKEN.fullmatch(token):
             yield bytes.fromhex(single[1])
-        elif all(c in level for c in token):
+        elif level and all(c in level for c in token):
             yield bytes(level[c] for c in token)
         else:
             yield None
@@ -104,6 +104,11 @@ def _kinds(part: Any) -> set[str]:
     if isinstance(part, list):
         return set().union(*(_kinds(value) for value in part))
     return set()
+
+
+def is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether tokens are written in the byte-level alphabet, where a letter may be half a one."""
+    return any("ByteLevel" in repr(step) for step in (tokenizer.decoder, tokenizer.pre_tokenizer))
 
 
 @functools.cache

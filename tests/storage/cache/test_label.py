@@ -25,7 +25,7 @@ from decant.student_train.data.mixture import MixtureStream
 from decant.student_train.losses import EventTargets
 from tests.support import caches
 
-SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=70_000)
+SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=3_000)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,9 @@ def test_what_is_written_is_read(cache: Path) -> None:
 
 def test_a_target_takes_three_bytes(tmp_path: Path) -> None:
     """Beside its token, which every cache holds: fewer than 3 bytes of log prob."""
-    shards = caches.random_shards(SETTINGS, num_shards=1, sequences=4, length=400)
-    caches.write_cache(tmp_path, SETTINGS, shards)
+    settings = dataclasses.replace(SETTINGS, vocab_size=500)
+    shards = caches.random_shards(settings, num_shards=1, sequences=4, length=400)
+    caches.write_cache(tmp_path, settings, shards)
     report = inspect(tmp_path)
     assert 2 < report.column_bytes["label_logprob"] / report.targets < 3
 
