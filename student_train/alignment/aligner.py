@@ -212,8 +212,9 @@ def _usable(both: Aligned, rows: StoredRows) -> Aligned:
     rows_t = both.teacher.where[chunks.teacher_first]
     targets = np.append(0, np.cumsum(rows.is_target))
     good = targets[rows_t + chunks.num_teacher] - targets[rows_t] == chunks.num_teacher
-    first = both.student.where[chunks.student_first]
-    good &= ~np.isin(first, both.row_starts)
+    begins = np.zeros(len(both.token_ids) + 1, np.bool_)
+    begins[both.row_starts] = True
+    good &= ~begins[both.student.where[chunks.student_first]]
     return Aligned(
         teacher=both.teacher,
         student=both.student,

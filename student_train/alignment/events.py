@@ -64,13 +64,15 @@ class Matching:
         changed._pairs_of_kept = pairs
         return changed
 
-    def completions(self, kept: NDArray[np.int32], ends: "_Ends", one: Ids) -> NDArray[np.int32]:
-        """[C, K] the student's token w of each kept v, or -1; `one` are the chunks of 1:1."""
+    def completions(
+        self, kept: NDArray[np.int32], ends: "_Ends", is_one: NDArray[np.bool_]
+    ) -> NDArray[np.int32]:
+        """[C, K] the student's token w of each kept v, or -1; `is_one` [C]: the chunks of 1:1."""
         found = empty(kept.shape, np.int32)
         if not kept.shape[1]:
             return found
         np.take(self._pairs_of_kept, kept, out=found, mode="wrap")
-        others = np.setdiff1d(np.arange(len(kept)), one, assume_unique=True)
+        others = np.flatnonzero(~is_one)
         if len(others):
             found[others] = self._by_bytes(kept[others], ends[others])
         return found
@@ -151,7 +153,7 @@ def events_of(
     label = at_ends.label_logprob.astype(np.float64)
     pi = _sum_before_last(both, label_logprob)
 
-    ids = matching.completions(at_ends.token_ids, ends, np.flatnonzero(is_one))
+    ids = matching.completions(at_ends.token_ids, ends, is_one)
     is_kept = _observe(ids, at_ends.token_ids, ends)
     extra = np.flatnonzero(~is_kept & (~is_one | (ids < 0).all(axis=1)))
     ids, slot = _with_observed(ids, extra, ends.student_id)
