@@ -72,5 +72,5 @@ def test_all_linear_stands_alone() -> None:
 
 def test_trust_goes_with_a_path(tmp_path: Path) -> None:
     """A student from a configuration runs no code but transformers'."""
-    with pytest.raises(ValueError, match="no effect with student.config"):
+    with pytest.raises(ValueError, match=r"no effect with student\.config"):
         dataclasses.replace(StudentConfig(config={"model_type": "llama"}), trust_remote_code=True)
