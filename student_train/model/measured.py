@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from decant.schemas import FormatError
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader
 from decant.student_train.config.student import AdapterConfig
 from decant.student_train.config.verdict import ModelOptions
@@ -164,7 +164,7 @@ def _check_vocabulary(theirs: Any, own: Any, path: str, reader: CacheReader) -> 
     cached = {index: token for token, index in theirs.get_vocab().items()}
     for index in sorted(cached):
         if index < reader.manifest.shared_vocab_size and ours.get(index) != cached[index]:
-            raise FormatError(
+            raise UnfitError(
                 f"id {index} is {cached[index]!r} in {reader.url} and {ours.get(index)!r} in "
                 f"{path}: the model has another tokenizer"
             )
