@@ -1,6 +1,6 @@
 """What must be true of scored sequences, checked once where they enter or leave a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +98,35 @@ def check_stored(
         raise FormatError(
             f"{where}: num_kept {stored.num_kept.max()} of at most {layout.slots} entries"
         )
+    at = stored.target_rows
+    for name, values in stored.scalars.items():
+        bad = ~np.isfinite(values[at])
+        if name != "entropy":
+            bad |= values[at] > EPSILON
+        _refuse(bad, values[at], f"{where}: {name} of a target")
+    for name, columns in stored.by_temperature.items():
+        for values in (column[at] for column in columns if column is not None):
+            bad = np.isnan(values) | (values > EPSILON) if name == "log_tail" else values != values
+            _refuse(bad | (values == np.inf), values, f"{where}: {name} of a target")
     _check_numbers(stored, layout, where)
+
+
+def check_decoded(rows: Rows, temperatures: Sequence[float], where: str) -> None:
+    """Raise FormatError on probabilities so far above 1 that sums over them mean nothing.
+
+    `verify` looks at them closely.
+    """
+    if rows.logprobs is None or rows.log_z is None or not rows.logprobs.size:
+        return
+    top = rows.logprobs.max(axis=1)
+    for i, temperature in enumerate(temperatures):
+        above = top / np.float32(temperature) - rows.log_z[:, i]
+        _refuse(~(above <= 1), above, f"{where}: the largest log prob at T={temperature:g}")
+
+
+def _refuse(bad: NDArray[np.bool_], values: NDArray, what: str) -> None:
+    if bad.any():
+        raise FormatError(f"{what} is {values[np.argmax(bad)]}, which no logarithm of a mass is")
 
 
 def _check_numbers(stored: StoredRows, layout: Layout, where: str) -> None:

@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
 )
 """One row per shard: the fields of `CommitRecord` but for the cache id, which is the manifest's."""
 VERSION_2_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("rejected"))
+RANGES = ("row_groups.data", "footer")
 MAX_INDEX = 1 << 31
 """Bytes that the records of all shards may unpack to."""
 CHUNK = 1000
@@ -251,7 +252,7 @@ def _check_columns(table: pa.Table, where: str) -> None:
                 f"{name}.{f.name}": _field(lists[name].flatten(), f.name)
                 for f in lists[name].type.value_type
             }
-    for path in ("row_groups.data", "footer"):
+    for path in RANGES:
         lists |= {f"{path}.{f.name}": _field(lists[path], f.name) for f in lists[path].type}
     for path, column in lists.items():
         if column.null_count:
@@ -262,7 +263,14 @@ def _check_columns(table: pa.Table, where: str) -> None:
                 raise FormatError(f"{where}: {path} holds {values.min()} to {values.max()}")
         if pa.types.is_floating(column.type) and not np.isfinite(column.to_numpy()).all():
             raise FormatError(f"{where}: {path} holds a number that is not finite")
-    starts = np.concatenate([[0], np.cumsum(lists["row_groups"].value_lengths().to_numpy())])
+    per_shard = lists["row_groups"].value_lengths().to_numpy()
+    ends = [lists[f"{p}.offset"].to_numpy() + lists[f"{p}.length"].to_numpy() for p in RANGES]
+    footers = lists["footer.offset"].to_numpy()
+    if (ends[0] > np.repeat(footers, per_shard)).any():
+        raise FormatError(f"{where}: row_groups.data ends after a footer begins")
+    if (ends[1] != lists["bytes"].to_numpy()).any():
+        raise FormatError(f"{where}: footer does not end where bytes says that its shard ends")
+    starts = np.concatenate([[0], np.cumsum(per_shard)])
     for name, of_group in (("rows", "rows"), ("num_sequences", "sequences"), ("targets",) * 2):
         sums = np.concatenate([[0], np.cumsum(lists[f"row_groups.{of_group}"].to_numpy())])
         found, stated = np.diff(sums[starts]), lists[name].to_numpy()

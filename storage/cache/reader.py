@@ -23,7 +23,7 @@ from decant.schemas import (
 from decant.schemas.strict import UnfitError
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
-from decant.storage.cache.checks import check_stored
+from decant.storage.cache.checks import check_decoded, check_stored
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
 from decant.storage.cache.numbering import Numbering, from_footer
 from decant.storage.cache.parquet import check_unpacked, reading
@@ -149,7 +149,7 @@ class CacheReader:
 
         Raises FormatError, naming the file, if a byte of it is not what was committed.
         """
-        return rows_codec.decode_rows(self.read_stored(group), self.manifest.layout)
+        return self._decoded(group, self.read_stored(group))
 
     def read_stored(self, group: RowGroupRef) -> rows_codec.StoredRows:
         """The columns of one row group, not decoded. Raises FormatError as `read`."""
@@ -157,7 +157,14 @@ class CacheReader:
 
     def decode(self, group: RowGroupRef, table: pa.Table) -> rows_codec.Rows:
         """The decoded columns of one row group, of which `read_table` gave the table."""
-        return rows_codec.decode_rows(self._stored(group, table), self.manifest.layout)
+        return self._decoded(group, self._stored(group, table))
+
+    def _decoded(self, group: RowGroupRef, stored: rows_codec.StoredRows) -> rows_codec.Rows:
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is looked at
+            rows = rows_codec.decode_rows(stored, self.manifest.layout)
+        where = f"{self._store.path(paths.shard(group.shard))} row group {group.index}"
+        check_decoded(rows, self.manifest.temperatures, where)
+        return rows
 
     def _stored(self, group: RowGroupRef, table: pa.Table) -> rows_codec.StoredRows:
         record = self._record(group.shard)
@@ -197,7 +204,8 @@ class CacheReader:
         metadata, _ = self._footer(self._record(group.shard))
         row_group = metadata.row_group(group.index)
         columns = [row_group.column(i) for i in range(row_group.num_columns)]
-        return {c.path_in_schema: c.total_compressed_size for c in columns}
+        sizes = [column.total_compressed_size for column in columns]
+        return dict(zip(self._schema.names, sizes, strict=True))
 
     def _record(self, shard: int) -> CommitRecord:
         kept = self._recent.get(shard)
@@ -239,6 +247,9 @@ class CacheReader:
             schema = metadata.schema.to_arrow_schema()
         if not schema.equals(self._schema):
             raise FormatError(f"{where}: expected columns\n{self._schema}\nfound\n{schema}")
+        columns = [metadata.row_group(i).num_columns for i in range(metadata.num_row_groups)]
+        if any(count != len(schema) for count in columns):
+            raise FormatError(f"{where}: row groups of {columns[:9]} columns, not {len(schema)}")
         width = sum(kind.bit_width for kind in schema.types if _is_fixed(kind)) // 8
         if max(expected, default=0) * width > MAX_UNPACKED:
             raise FormatError(

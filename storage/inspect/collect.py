@@ -236,7 +236,7 @@ def _read_kept(store: Store, key: dict[str, Any], url: str) -> Report | None:
         value = read_json(store, paths.KEPT_REPORT)
         if value.get("key") == key:
             return from_json(Report, {**value["report"], "url": url}, store.path(paths.KEPT_REPORT))
-    except (FormatError, KeyError, OSError):  # absent, of another version, or damaged
+    except (FormatError, KeyError, TypeError, OSError):  # absent, of another version, or damaged
         pass
     return None
 
@@ -267,6 +267,7 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
         and len(kept.temperatures) in (0, len(manifest.temperatures))
         and None not in (kept.bytes_per_target, kept.times_smaller, kept.teacher_ce)
         and len(kept.truncation_curve) <= manifest.layout.slots
+        and kept.recommended_k in (None, *(at.k for at in kept.truncation_curve))
     )
 
 

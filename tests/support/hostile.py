@@ -6,6 +6,7 @@ on anything but equal rows or one line that names the file.
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import random
@@ -24,10 +25,11 @@ import tokenizers
 import xxhash
 import zstandard
 
+from decant.schemas import TokenizerInfo
 from decant.schemas.strict import canonical
 from decant.storage import CacheReader, Store, verify
 from decant.storage.cache import index as record_index
-from decant.storage.cache import paths
+from decant.storage.cache import paths, writer
 from decant.storage.files.sealed import SEAL, publish_json
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head, head_text
@@ -50,15 +52,17 @@ DECODING = ("compact", "temperatures", "precision", "ids", "truncation", "format
 
 def make(folder: Path) -> Path:
     """A whole cache with a tokenizer."""
-    shards = caches.random_shards(SETTINGS, sequences=2, favoured=range(290, 300))
-    caches.write_cache(folder, SETTINGS, shards)
     words = {f"w{i}": i for i in range(SETTINGS.vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     data = tokenizer.to_str().encode()
+    files = {"tokenizer.json": xxhash.xxh3_128(data).hexdigest()}
+    draft = dataclasses.replace(
+        SETTINGS.draft(), tokenizer=TokenizerInfo(fingerprint="sha256:1", files=files)
+    )
+    shards = caches.random_shards(SETTINGS, sequences=2, favoured=range(290, 300))
+    sequences = [sequence for shard in shards for sequence in shard]
+    writer.write_cache(folder, draft, sequences, caches.plan_of(shards))
     Store(folder).publish(f"{paths.TOKENIZER}/tokenizer.json", data)
-    manifest = read_manifest(folder)
-    manifest["tokenizer"]["files"] = {"tokenizer.json": xxhash.xxh3_128(data).hexdigest()}
-    write_manifest(folder, manifest)
     return folder
 
 
