@@ -136,7 +136,7 @@ class Store:
         Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
         """
         path = os.path.realpath(self.path(name))
-        root = os.path.realpath(self._root)
+        root = os.path.realpath(self._root or "/")
         if os.path.commonpath([path, root]) != root:
             raise FormatError(
                 f"{self.path(name)} is a link to {path}, outside of {root}: copy the file here, or "
