@@ -141,7 +141,7 @@ def _check_numbers(stored: StoredRows, layout: Layout, where: str) -> None:
     largest = (limit - 1) >> 8 * (len(planes) - 1)
     if planes[-1].max(initial=0) < largest:
         return
-    rows, slots = np.nonzero(planes[-1] >= largest)
+    rows, slots = np.divmod(np.flatnonzero(planes[-1].ravel() >= largest), planes[-1].shape[1])
     used = stored.is_target[rows]
     if stored.num_kept is not None:
         used &= slots < stored.num_kept[rows]

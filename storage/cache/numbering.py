@@ -220,7 +220,9 @@ def _unpacked(text: str, most: int) -> NDArray[np.int32]:
     planes = np.frombuffer(
         unpack.decompress(base64.b64decode(text, validate=True), 4 * most + 1), np.uint8
     )
-    if not 0 < len(planes) <= 4 * most or len(planes) % 4 or not unpack.eof:
-        raise ValueError(f"a head of {len(planes)} bytes, expected at most {4 * most}")
+    if len(planes) > 4 * most:
+        raise ValueError(f"a head of more than {most} ids")
+    if not len(planes) or len(planes) % 4 or not unpack.eof:
+        raise ValueError(f"a head of {len(planes)} bytes")
     steps = np.ascontiguousarray(planes.reshape(4, -1).T).view("<u4")[:, 0]
     return np.cumsum(steps, dtype=np.uint32).astype(np.int32)
