@@ -109,10 +109,9 @@ def check_said(manifest: Manifest, where: str) -> None:
     for i, step in enumerate(steps):
         at = f"{where}: source.{EXTENSIONS}[{i}]"
         _expect(at, step, dict)
-        texts, counts, objects = ("cache_id",), ("shards", "sequences"), ("source", "settings")
-        for names, kind in ((texts, str), (counts, int), (objects, dict)):
-            for name in names:
-                _expect(f"{at}.{name}", step.get(name), kind)
+        fields: dict[str, Any] = {"cache_id": str, "shards": int, "sequences": int}
+        for name, of in (fields | {"source": dict, "settings": dict}).items():
+            _expect(f"{at}.{name}", step.get(name), of)
         if len(step) != 5 or not 0 <= step["shards"] <= manifest.num_shards:
             raise FormatError(f"{at}: shards {step['shards']} of {manifest.num_shards}, 5 fields")
 
