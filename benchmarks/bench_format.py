@@ -4,6 +4,11 @@
     python benchmarks/bench_format.py      the tables, and results/format.csv
     python benchmarks/bench_format.py --cache DIR ...   the same of caches of another teacher
 
+A cache of float32 log probs is written in every precision. Of one of `compact` or `f16` the decoded
+log probs are cut and written in its own precision, shards as they are, beside what else follows
+from them: `topp`, `label` and the bytes of the other formats. Draws do not follow. The label's log
+prob is that of its decoded entry, where it is kept, as a writer wants the two to agree.
+
 Every row of ours is a real cache written by `CacheWriter`; bytes are whole shard files. Rates are
 targets per second of CPU time, the best of some runs: `write` includes checks, hashes and fsync,
 `table` (CacheReader.read_table) every checksum, `read` the decoding too. The error is the
@@ -42,8 +47,10 @@ from common import save
 from numpy.typing import NDArray
 
 from decant.schemas import (
+    NO_LOGPROBS,
     Manifest,
     ScoredSequence,
+    ShardPlan,
     TeacherInfo,
     TokenizerInfo,
     Truncation,
@@ -60,6 +67,8 @@ ZSTD_LEVEL = 3
 EXACT_SLOTS = 16
 BLOCK_TARGETS = 8192
 """Targets that the other formats compress together."""
+NUCLEUS = 0.95
+"""Mass of top-p where it follows from a cache of the most probable entries."""
 JSON_TARGETS = 4096
 """Enough of them for the size of JSON."""
 
@@ -86,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--caches", type=Path, default=CACHES, help="where vocab_models.py wrote")
     parser.add_argument(
-        "--cache", type=Path, nargs="+", help="other caches, of 64 or 128 float32 log probs"
+        "--cache", type=Path, nargs="+", help="other caches, of 64 log probs or more"
     )
     parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES)
     parser.add_argument("--repeats", type=int, default=3)
@@ -115,6 +124,9 @@ def measure(reader: CacheReader, repeats: int, columns: list[tuple]) -> Iterator
     """All encodings of one cache of float32 log probs; bytes by column go into `columns`."""
     whole = list(reader)
     stored = reader.manifest.truncation
+    if reader.manifest.precision not in ("f32", NO_LOGPROBS):
+        yield from measure_cut(reader, whole, repeats, columns)
+        return
     for k in (0,) if stored.sampled else [k for k in SLOTS if k <= stored.slots]:
         sequences = [prefix(sequence, k) for sequence in whole] if k else whole
         scored = Scored.of(sequences, reader.manifest.shared_vocab_size)
@@ -141,6 +153,46 @@ def measure(reader: CacheReader, repeats: int, columns: list[tuple]) -> Iterator
                 yield Row(**base, encoding=encoding, bytes_per_target=size, **errors)
         for name, value in bits.items():
             yield Row(**base, encoding=f"limit: {name}", bytes_per_target=value)
+
+
+def measure_cut(
+    reader: CacheReader, whole: list[ScoredSequence], repeats: int, columns: list[tuple]
+) -> Iterator[Row]:
+    """Our encodings that follow from the decoded log probs of a cache, in its own precision."""
+    precision, vocab_size = reader.manifest.precision, reader.manifest.shared_vocab_size
+    slots = reader.manifest.truncation.slots
+    agreeing = [with_label_of_entry(sequence) for sequence in whole]
+    nucleus = Truncation(method="topp", k=slots, p=NUCLEUS)
+    cuts = [
+        (f"k={k}", Truncation(k=k), [prefix(s, k) for s in agreeing]) for k in SLOTS if k <= slots
+    ]
+    cuts += [
+        (f"topp {NUCLEUS:g}", nucleus, [within(s, NUCLEUS) for s in agreeing]),
+        ("label", Truncation(method="label"), [label_alone(s) for s in whole]),
+    ]
+    for kept, truncation, sequences in cuts:
+        if truncation.method == "topp":
+            kept += (
+                f", {np.mean(np.concatenate([(s.token_ids >= 0).sum(1) for s in sequences])):.1f}"
+            )
+        scored = Scored.of(sequences, vocab_size)
+        with tempfile.TemporaryDirectory() as folder:
+            draft = draft_of(reader.manifest, truncation, precision)
+            ours, sizes = measure_ours(
+                f"{folder}/cache", sequences, draft, scored, repeats, reader.plan
+            )
+            said = precision if truncation.rule.has_logprobs else NO_LOGPROBS
+            ours = {name: value for name, value in ours.items() if not name.startswith("kl_")}
+            yield Row(vocab_size=vocab_size, kept=kept, encoding=f"ours, {said}", **ours)
+            columns += [(vocab_size, kept, said, *size) for size in sizes.items()]
+            if truncation.method == "topk" and precision == "compact":
+                bits = limits(CacheReader(f"{folder}/cache"), scored)
+                found = {f"limit: {name}": value for name, value in bits.items()}
+                if truncation.k == slots:
+                    found |= {name: size_with(peer, scored) for name, peer in OF_LOGPROBS.items()}
+                for name, value in found.items():
+                    base = {"vocab_size": vocab_size, "kept": kept}
+                    yield Row(**base, encoding=name, bytes_per_target=value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +237,44 @@ def prefix(sequence: ScoredSequence, k: int) -> ScoredSequence:
     )
 
 
+def with_label_of_entry(sequence: ScoredSequence) -> ScoredSequence:
+    """The same sequence with the label's log prob of its kept entry, where there is one."""
+    assert sequence.logprobs is not None
+    is_label = sequence.token_ids == sequence.labels[:, None]
+    each = np.arange(sequence.num_targets)
+    kept = sequence.logprobs[each, is_label.argmax(axis=1)]
+    labels = np.where(is_label.any(axis=1), kept, sequence.label_logprob)
+    return dataclasses.replace(sequence, label_logprob=labels)
+
+
+def within(sequence: ScoredSequence, p: float) -> ScoredSequence:
+    """The same sequence with the entries that reach mass p; the others join the tail, at T=1."""
+    assert sequence.logprobs is not None and sequence.log_tail is not None
+    mass = np.cumsum(np.exp(sequence.logprobs, dtype=np.float64), axis=1)
+    dropped = np.zeros(mass.shape, bool)
+    dropped[:, 1:] = mass[:, :-1] >= p
+    rest = np.where(dropped, sequence.logprobs, -np.inf).astype(np.float64)
+    tail = np.logaddexp.reduce(rest, axis=1, initial=-np.inf)
+    return dataclasses.replace(
+        sequence,
+        token_ids=np.where(dropped, np.int32(-1), sequence.token_ids),
+        logprobs=np.where(dropped, np.float32(-np.inf), sequence.logprobs),
+        log_z=sequence.log_z[:, :1],
+        log_tail=np.logaddexp(tail, sequence.log_tail[:, 0])[:, None].astype(np.float32),
+    )
+
+
+def label_alone(sequence: ScoredSequence) -> ScoredSequence:
+    """The same sequence with nothing but the log probs of its tokens."""
+    return dataclasses.replace(
+        sequence,
+        token_ids=sequence.token_ids[:, :0],
+        logprobs=None,
+        log_tail=None,
+        log_z=sequence.log_z[:, :1],
+    )
+
+
 def draft_of(like: Manifest, truncation: Truncation, precision: str) -> Manifest:
     """A manifest to start a cache with."""
     return Manifest.draft(
@@ -207,10 +297,15 @@ def draft_of(like: Manifest, truncation: Truncation, precision: str) -> Manifest
 
 
 def measure_ours(
-    cache: str, sequences: list[ScoredSequence], draft: Manifest, scored: Scored, repeats: int
+    cache: str,
+    sequences: list[ScoredSequence],
+    draft: Manifest,
+    scored: Scored,
+    repeats: int,
+    plan: list[ShardPlan] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """What `Row` wants of one of our layouts, and its bytes by column."""
-    write = fastest(lambda i: write_cache(f"{cache}-{i}", draft, sequences), repeats)
+    write = fastest(lambda i: write_cache(f"{cache}-{i}", draft, sequences, plan), repeats)
     reader = CacheReader(f"{cache}-0")
     Path(f"{cache}-0").rename(cache)
     reader = CacheReader(cache)
@@ -347,6 +442,15 @@ PEERS: dict[str, Callable[[Scored], Encoded]] = {
     "axolotl JSONL": axolotl_jsonl,
     "Random Sampling": random_sampling,
 }
+
+
+OF_LOGPROBS = {name: peer for name, peer in PEERS.items() if peer is not random_sampling}
+
+
+def size_with(peer: Callable[[Scored], Encoded], scored: Scored) -> float:
+    """Bytes per target in another format."""
+    blob, decoded = peer(scored)
+    return len(blob) / len(decoded)
 
 
 def slices(n: int) -> Iterator[slice]:

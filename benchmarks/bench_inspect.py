@@ -22,7 +22,8 @@ from common import draft, peak_mb, save
 
 from decant.schemas import Truncation
 from decant.storage import CacheReader
-from decant.storage.cache.writer import plan_of, write_cache
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import write_cache
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import diff
 

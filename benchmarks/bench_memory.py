@@ -22,7 +22,8 @@ import numpy as np
 import yaml
 
 from decant.schemas import Manifest, ScoredSequence, TeacherInfo, TokenizerInfo, Truncation
-from decant.storage.cache.writer import plan_of, write_cache
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import write_cache
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 K = 64

@@ -33,7 +33,8 @@ from common import peak_mb, save
 from decant.schemas import Manifest, ScoredSequence
 from decant.storage import CacheReader
 from decant.storage.cache.logprobs import of_planes
-from decant.storage.cache.writer import plan_of, write_cache
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import write_cache
 from decant.student_train import CacheStream
 
 ROOT = Path(__file__).resolve().parents[1]

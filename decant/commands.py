@@ -64,6 +64,11 @@ CACHE = (
         "decant.storage.cache.command:VERIFY",
     ),
     Entry(
+        "align",
+        "What a student of another tokenizer could learn from a cache.",
+        "decant.student_train.alignment.command:ALIGN",
+    ),
+    Entry(
         "export",
         "Write a cache as plain lists that other tools read.",
         "decant.storage.exchange.command:EXPORT",
@@ -86,7 +91,7 @@ CACHE = (
     Entry(
         "migrate",
         "Make an older cache again in the present version of the format.",
-        "decant.storage.cache.command:MIGRATE",
+        "decant.storage.edit.command:MIGRATE",
     ),
 )
 EDIT = (

@@ -100,6 +100,7 @@ def _verdict(arguments: EvaluateArguments) -> str:
     refuse_missing(arguments.cache)
     if arguments.model:
         return _models(arguments)
+    from decant.student_train.config.alignment import AlignConfig
     from decant.student_train.config.loss import LossConfig
     from decant.student_train.config.student import StudentConfig
     from decant.student_train.verdict import (
@@ -126,6 +127,8 @@ def _verdict(arguments: EvaluateArguments) -> str:
         batch_size=arguments.batch_size,
         heldout_fraction=arguments.heldout_fraction,
         mixed_precision=arguments.mixed_precision,
+        tokenizer_mismatch=arguments.tokenizer_mismatch,
+        align=AlignConfig(messages=arguments.messages),
     )
     return json_text(to_json(verdict)) if arguments.json else verdict_text(verdict)
 

@@ -115,6 +115,10 @@ def _data_rows(config: TrainConfig, accelerator: Accelerator, run: Run) -> list[
     ]
     if run.first_step:
         rows.append(("resumes at", f"step {run.first_step:,}"))
+    if run.alignment:
+        for url, figures in run.alignment.figures.items():
+            rows.append(("aligned", f"{url} with {run.alignment.where}, from a sample"))
+            rows += [("", f"{name}: {text}" if name else text) for name, text in figures.lines()]
     heldout = [s.num_sequences for s in run.evaluation.streams.values()]
     if heldout:
         rows.append(("held out", f"{sum(heldout):,} sequences"))

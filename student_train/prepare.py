@@ -21,6 +21,7 @@ from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
+from decant.student_train.model.alignment import Alignment, label_bytes
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.fake_quantise import fake_quantise
 from decant.student_train.model.probes import freeze_unused, packing_refused
@@ -89,6 +90,8 @@ class Run:
     """Steps that were done before."""
     steps: int
     """Steps when the run is complete."""
+    alignment: Alignment | None
+    """What the caches of another tokenizer than the student's are aligned by."""
 
 
 @contextlib.contextmanager
@@ -185,11 +188,22 @@ def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str,
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Open the data, build or load the student, resume. Raises ValueError if they do not fit."""
-    stream = training_stream(config, accelerator)
+    alignment = None
+    if config.tokenizer_mismatch == "align":
+        alignment = Alignment(config.student, config.align)
+    as_events = alignment.stream_options if alignment else {}
+    stream = training_stream(config, accelerator, as_events)
     reader = stream.reader
     refuse_unknown_entropy(config, stream.readers)
-    heldout = heldout_streams(config, reader, accelerator)
+    if config.selection.by and stream.has_events:
+        raise ValueError(
+            f"selection.by {config.selection.by}: the targets are chunks of tokens, or labels "
+            "alone, and a loss is taken on whole chunks: leave it out"
+        )
+    heldout = heldout_streams(config, reader, accelerator, as_events)
     held_as = load_options(config.adapter, getattr(torch, config.student.dtype), accelerator.device)
+    if alignment and alignment.any:
+        held_as["aligned"] = (alignment.tokenizer, stream.vocab_size)
     student, tokenizer = load_student(config.student, reader, config.seed, **held_as)
     check_savable(student, tokenizer)
     is_quantised = bool(getattr(student, "is_quantized", False))
@@ -232,8 +246,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         checkpoint_adapter_only(accelerator)
     with accelerator.autocast():  # as in training: flash attention takes 16 bits alone
         freeze_unused(student)
-        vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
-        model = Distiller(student, config.loss, vocab_size, config.selection)
+        vocab_size = stream.vocab_size
+        if not (alignment and alignment.any):
+            vocab_size = student_vocab_size(student, tokenizer, reader, config.loss.tail)
+        measured = label_bytes(tokenizer, vocab_size) if heldout else None
+        model = Distiller(student, config.loss, vocab_size, config.selection, measured)
         refusal = packing_refused(student, config.packing)
     # FSDP may load the weights on the first process alone: what others find out counts for nothing.
     model.head = of_first_process(model.head)
@@ -293,4 +310,5 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         checkpoints=checkpoints,
         first_step=first_step,
         steps=steps,
+        alignment=alignment,
     )

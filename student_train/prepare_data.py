@@ -15,14 +15,20 @@ from decant.student_train.data.mixture import MixtureStream, check_same_vocabula
 from decant.student_train.data.stream import CacheStream, SequenceStream
 
 
-def training_stream(config: TrainConfig, accelerator: Accelerator) -> SequenceStream:
-    """This process's share of the training data."""
+def training_stream(
+    config: TrainConfig, accelerator: Accelerator, alignment: dict[str, Any]
+) -> SequenceStream:
+    """This process's share of the training data.
+
+    `alignment` are the fields of `StreamConfig` for a student of another tokenizer.
+    """
     share: dict[str, Any] = {
         "batch_size": config.batch_size,
         "temperature": config.loss.temperatures,
         "seed": config.seed,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
+        **alignment,
     }
     if config.follow:
         return FollowStream(config.cache, **share)
@@ -46,7 +52,7 @@ def refuse_unknown_entropy(config: TrainConfig, readers: Sequence[CacheReader]) 
 
 
 def heldout_streams(
-    config: TrainConfig, reader: CacheReader, accelerator: Accelerator
+    config: TrainConfig, reader: CacheReader, accelerator: Accelerator, alignment: dict[str, Any]
 ) -> dict[str, CacheStream]:
     """This process's share of the data to evaluate on, by name; empty if there is none.
 
@@ -56,7 +62,8 @@ def heldout_streams(
     if config.eval.cache:
         urls = [config.eval.cache]
         heldout = CacheReader(config.eval.cache)
-        check_same_vocabulary(reader, heldout)
+        if not alignment:
+            check_same_vocabulary(reader, heldout)
         readers = [CacheReader(share.cache) for share in config.mixture] or [reader]
         if heldout.manifest.cache_id in [trained.manifest.cache_id for trained in readers]:
             raise ValueError(
@@ -77,6 +84,7 @@ def heldout_streams(
             world_size=accelerator.num_processes,
             part="heldout" if config.eval.heldout_fraction else "all",
             heldout_fraction=config.eval.heldout_fraction,
+            **alignment,
         )
         for name, url in zip(_names(urls), urls, strict=True)
     }

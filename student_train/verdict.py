@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.evaluate import evaluate
+from decant.student_train.model.alignment import Alignment, label_bytes
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.student import load_student, student_vocab_size
 from decant.student_train.outputs.save import STUDENT
@@ -37,16 +39,22 @@ def evaluate_student(
     batch_size: int = 16,
     heldout_fraction: float = 0.0,
     mixed_precision: str = "no",
+    tokenizer_mismatch: str = "refuse",
+    align: AlignConfig | None = None,
 ) -> Verdict:
     """The metrics of a student over the targets of a cache, or of a held-out part of it.
 
     `heldout_fraction` takes the part that a training with the same `eval.heldout_fraction` never
-    saw. `loss` says which divergence to measure: by default the forward KL at T=1. In a process
-    group every process takes its share, and all get the same verdict. Raises ValueError if student
-    and cache do not fit, or the temperature is not stored.
+    saw. `loss` says which divergence to measure: by default the forward KL at T=1.
+    `tokenizer_mismatch` and `align` are as in a training. In a process group every process takes
+    its share, and all get the same verdict. Raises ValueError if student and cache do not fit, or
+    the temperature is not stored.
     """
     loss = dataclasses.replace(loss or LossConfig(), router_weight=0.0)  # which is not measured
     accelerator = Accelerator(mixed_precision=mixed_precision)
+    alignment = None
+    if tokenizer_mismatch == "align":
+        alignment = Alignment(student, align or AlignConfig())
     stream = CacheStream(
         cache,
         batch_size=batch_size,
@@ -55,12 +63,17 @@ def evaluate_student(
         world_size=accelerator.num_processes,
         part="heldout" if heldout_fraction else "all",
         heldout_fraction=heldout_fraction,
+        **(alignment.stream_options if alignment else {}),
     )
-    model, tokenizer = load_student(student, stream.reader, seed=0)
-    vocab_size = student_vocab_size(model, tokenizer, stream.reader, loss.tail)
+    aligned = (alignment.tokenizer, stream.vocab_size) if alignment and alignment.any else None
+    model, tokenizer = load_student(student, stream.reader, seed=0, aligned=aligned)
+    vocab_size = stream.vocab_size
+    if not aligned:
+        vocab_size = student_vocab_size(model, tokenizer, stream.reader, loss.tail)
     model.to(accelerator.device)
     with accelerator.autocast():
-        distiller = Distiller(model, loss, vocab_size)
+        measured = label_bytes(tokenizer, vocab_size)
+        distiller = Distiller(model, loss, vocab_size, label_bytes=measured)
         terms = loss.at(0, 1)
         with torch.no_grad():
             metrics = evaluate(distiller, {"": stream}, accelerator, terms)
@@ -97,6 +110,7 @@ def verdict_text(verdict: Verdict) -> str:
             "divergence",
             f"{found['heldout_divergence']:.4f} nats ({verdict.kind}, T={verdict.temperature:g})",
         ),
+        *_per_byte(found),
         ("top-1 accuracy", f"{found['top1_accuracy']:.4f} of the actual tokens"),
     ]
     if "top1_agreement" in found:
@@ -106,3 +120,11 @@ def verdict_text(verdict: Verdict) -> str:
     rows.append(("calibration error", f"{found['ece']:.4f}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _per_byte(found: dict[str, float]) -> list[tuple[str, str]]:
+    """What compares students of several tokenizers, where the bytes of tokens are known."""
+    if "heldout_bits_per_byte" not in found:
+        return []
+    bits, nats = found["heldout_bits_per_byte"], found["heldout_divergence_per_byte"]
+    return [("per byte", f"cross-entropy {bits:.4f} bits, divergence {nats:.4f} nats")]

@@ -37,6 +37,7 @@ from decant.student_train.evaluation.model_report import (
     WorstTarget,
 )
 from decant.student_train.evaluation.target_figures import target_figures
+from decant.student_train.losses import SparseTargets
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.measured import form_of, load_measured
 
@@ -187,7 +188,9 @@ def _batches(
 
 def _look(distiller: Distiller, batch: Batch, indices: list[int], gathered: Gathered) -> None:
     """Gather the figures of a batch's targets."""
+    assert batch.stored is not None
     targets = batch.targets_at(1.0) if batch.stored.topk_lo.shape[1] else None
+    assert targets is None or isinstance(targets, SparseTargets)
     size = rows_at_once(distiller.vocab_size)
     badness_of = "kl_forward" if targets is not None else "ce"
     parts: list[dict[str, Tensor]] = []

@@ -12,6 +12,8 @@ LOWEST_TEMPERATURE = 0.01
 """Float32 log probs divided by less keep too few digits for the masses to sum to 1."""
 HIGHEST_TEMPERATURE = 1e4
 """Every distribution is uniform long before."""
+SLOWEST_BYTES = 128 << 10
+"""Per second, of a request or an answer on its way: slower clients are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,45 @@ class DumpConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
+class ServiceLimits:
+    """What one service takes upon itself at a time; what is beyond is refused or put off."""
+
+    max_body_bytes: int = 16 << 20
+    """Bytes of one request; four times as many of all requests that are being received."""
+    max_tokens: int = 1 << 20
+    """Tokens of one request, and of all that are being scored or wait for it."""
+    max_answer_bytes: int = 512 << 20
+    """Bytes of one answer, and of all that are being made or sent: 524 per target at k=64."""
+    max_requests: int = 256
+    """Requests that are being scored or wait for it; later ones are told to come again."""
+    max_connections: int = 512
+    """Open connections; beyond, one that is idle or slow gives way to a new one. vllm: requests
+    that are being received or answered."""
+    client_seconds: float = 30.0
+    """How long a client may take to send a request or to take an answer, and a second more for
+    every 128 KiB."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_body_bytes",
+            "max_tokens",
+            "max_answer_bytes",
+            "max_requests",
+            "max_connections",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"limits.{name} is {getattr(self, name)}, must be >= 1")
+        if not 0 < self.client_seconds < float("inf"):
+            raise ValueError(
+                f"limits.client_seconds is {self.client_seconds}, must be positive and finite"
+            )
+
+    def seconds(self, size: int) -> float:
+        """How long a client may take over so many bytes."""
+        return self.client_seconds + size / SLOWEST_BYTES
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Offer a teacher to dump jobs with `teacher.engine: http`."""
@@ -67,13 +108,17 @@ class ServeConfig:
     teacher: TeacherConfig
     """The teacher, and the engine that runs it: transformers or vllm."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all."""
+    """Address to listen on; 0.0.0.0 for all, which needs api_key_env."""
     port: int = 8000
     """Port to listen on."""
     api_key_env: str = ""
     """Environment variable that holds the API key clients must send; "" asks for none."""
+    allow_without_key: bool = False
+    """Listen beyond this machine without an API key: whoever reaches the port uses the teacher."""
     max_length: int = 0
     """Longest sequence in tokens; 0 = what the model's configuration allows."""
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+    """What clients may ask for at a time."""
 
     def __post_init__(self) -> None:
         if self.teacher.engine in REMOTE:
@@ -85,3 +130,8 @@ class ServeConfig:
             raise ValueError(f"port is {self.port}, must lie in [0, 65536)")
         if self.max_length < 0:
             raise ValueError(f"max_length is {self.max_length}, must be >= 0")
+        if self.allow_without_key and self.api_key_env:
+            raise ValueError(
+                f"allow_without_key has no effect with api_key_env {self.api_key_env}: leave one "
+                "out"
+            )

@@ -127,6 +127,8 @@ def _describe_stock(config: TeacherConfig) -> Teacher:
     """What stock servers say of their teacher; the tokenizer is the one that is configured."""
     from decant.teacher_dump.engines.openai.engine import describe
 
+    if config.is_chat:
+        return describe_chat_teacher(config)
     tokenizer = _tokenizer(config, Path())
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     card = describe(config, tokenizer, vocab_size)
@@ -147,6 +149,34 @@ def _describe_stock(config: TeacherConfig) -> Teacher:
         max_entries=card.max_entries,
         entries_limit=card.limit,
         sample_entries=card.max_entries if card.has_ids else 1,
+    )
+
+
+def describe_chat_teacher(config: TeacherConfig, *, asks: bool = True) -> Teacher:
+    """What a chat API says of its teacher, if it is asked, which costs a few tokens."""
+    from decant.teacher_dump.engines.openai.chat_answers import MOST_ENTRIES
+    from decant.teacher_dump.engines.openai.chat_client import describe_chat
+
+    tokenizer = _tokenizer(config, Path())
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    card = describe_chat(config, tokenizer, vocab_size) if asks else None
+    system = "" if card is None else card.system_fingerprint
+    return Teacher(
+        model_path="",
+        info=TeacherInfo(
+            name=config.model if card is None else card.name,
+            fingerprint="" if card is None else card.fingerprint,
+            architecture="unknown",
+            engine=f"openai chat, system_fingerprint {system or 'unsaid'}, "
+            "top k at T=1, tail 1 - sum p",
+            dtype="auto",
+            vocab_size=vocab_size,
+        ),
+        tokenizer=tokenizer,
+        shared_vocab_size=vocab_size,
+        max_positions=0,
+        max_entries=MOST_ENTRIES if card is None else card.max_entries,
+        entries_limit="choose a model or provider that gives more",
     )
 
 

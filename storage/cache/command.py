@@ -1,4 +1,4 @@
-"""`verify` and `migrate`: what they take and what they print."""
+"""`verify`: what it takes and what it prints."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,16 +16,6 @@ class CacheArguments:
     """The cache: a directory or an fsspec URL."""
     json: bool = False
     """Print one JSON object."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MigrateArguments:
-    """What to migrate, and where to."""
-
-    url: Annotated[str, Word("OLD")]
-    """The cache: a directory or an fsspec URL."""
-    out: Annotated[str, Word("NEW")]
-    """A directory or URL that holds nothing yet."""
 
 
 def run_verify(arguments: CacheArguments) -> int:
@@ -50,22 +40,6 @@ def run_verify(arguments: CacheArguments) -> int:
     return process.DONE if report.ok else process.BAD_DATA
 
 
-def run_migrate(arguments: MigrateArguments) -> int:
-    """Migrate a cache; returns the exit code."""
-    from decant.storage.cache.migration import migrate
-    from decant.storage.cli.terminal import progress_bar
-
-    refuse_missing(arguments.url)
-    with progress_bar("migrate", "shards") as progress:
-        manifest = migrate(arguments.url, arguments.out, progress)
-    assert manifest.totals is not None
-    print(
-        f"{arguments.out}: format version {manifest.format_version}, {manifest.totals.targets} "
-        f"targets in {manifest.num_shards} shards"
-    )
-    return process.DONE
-
-
 def refuse_missing(url: str) -> None:
     """Raise FileNotFoundError if there is nothing at this place."""
     from decant.storage.files.store import Store
@@ -87,16 +61,4 @@ shard again and nothing else.
     arguments=CacheArguments,
     run=run_verify,
     goes_on=False,
-)
-MIGRATE = Command(
-    text="""
-  decant migrate caches/old caches/new
-
-The shards are the same, byte for byte (hard links within one file system);
-records and manifest are written new, and OLD is only read. Older caches need
-not be migrated: every version of the format is read. Run it again to complete
-what was interrupted. Exit code 0, or 2 with one line of why not.
-""",
-    arguments=MigrateArguments,
-    run=run_migrate,
 )

@@ -29,17 +29,18 @@ def migrate(
     """
     reader = CacheReader(url)
     old = reader.manifest
-    if old.format_version == FORMAT_VERSION:
-        raise ValueError(f"{url} is of format version {FORMAT_VERSION} already")
+    refuse_present(reader)
+    generated = list(old.source.get("generated", ()))
+    folders = {*MADE, *(name.split("/")[0] for name in generated)}
     source, target = Store(url), Store(out)
     with target.lock():
-        foreign = [name for name in target.names("") if name not in MADE]
+        foreign = [name for name in target.names("") if name not in folders]
         if foreign:
             raise FileExistsError(f"{out} is not empty ({', '.join(foreign[:5])}): choose another")
         target.remove_temporaries(paths.SHARDS)
         new = old.upgraded()
-        names = [old.plan.name, *(f"{paths.TOKENIZER}/{name}" for name in old.tokenizer.files)]
-        for name in names:
+        tokenizer = [f"{paths.TOKENIZER}/{name}" for name in old.tokenizer.files]
+        for name in [old.plan.name, *tokenizer, *generated]:
             target.copy(source, name)
         done = committed_shards(target)
         for record in reader.index:
@@ -53,3 +54,9 @@ def migrate(
         new = seal(target, new, records)
         publish_json(target, paths.MANIFEST, new.to_json())
     return new
+
+
+def refuse_present(cache: CacheReader) -> None:
+    """Raise ValueError for a cache of the present format version."""
+    if cache.manifest.format_version == FORMAT_VERSION:
+        raise ValueError(f"{cache.url} is of format version {FORMAT_VERSION} already")

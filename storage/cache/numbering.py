@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -63,43 +64,45 @@ def numbers_of_ids(
 
 
 def ids_of_planes(
-    planes: Sequence[NDArray[np.uint8]], numbering: Numbering | None, vocab_size: int
-) -> NDArray[np.int32]:
-    """Ids [n, K] from the bytes of their numbers, lowest first: two planes or three.
+    planes: Sequence[NDArray[np.uint8]],
+    numbering: Numbering | None,
+    vocab_size: int,
+    dtype: npt.DTypeLike = np.int32,
+) -> NDArray[Any]:
+    """Ids [n, K], int32 or int64, from the bytes of their numbers, lowest first: two or three.
 
     A number that stands for no id has an id beyond the vocabulary.
     """
-    ids = empty(planes[0].shape, np.int32)
+    ids = empty(planes[0].shape, dtype)
     wide = len(planes) == 3
-    table = _table(numbering, vocab_size if wide else None) if numbering else None
+    table = None
+    if numbering:
+        table = _table(numbering, vocab_size if wide else None, np.dtype(dtype))
     for start in range(0, len(ids), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
-        found = ids[block]
-        pairs = np.empty((*found.shape, 2), np.uint8)
-        pairs[:, :, 0], pairs[:, :, 1] = planes[0][block], planes[1][block]
-        numbers: NDArray = pairs.view("<u2")[:, :, 0]
+        numbers: NDArray[Any] = np.multiply(planes[1][block], np.uint16(1 << 8), dtype=np.uint16)
+        numbers |= planes[0][block]
         if wide:
-            found[:] = planes[2][block]
-            found <<= 16
-            found |= numbers
-            numbers = found
+            low = numbers
+            numbers = np.multiply(planes[2][block], np.int32(1 << 16), dtype=np.int32)
+            numbers |= low
         if table is None:
-            found[:] = numbers
+            ids[block] = numbers
             continue
         if wide:
-            np.minimum(found, np.int32(len(table) - 1), out=found)
+            np.minimum(numbers, np.int32(len(table) - 1), out=numbers)
         # Arrow looks up by the indices as they are; numpy would widen them to eight bytes first.
         taken = pc.take(table, pa.array(numbers.ravel()), boundscheck=False)
-        found[:] = taken.to_numpy().reshape(found.shape)
+        ids[block] = taken.to_numpy().reshape(numbers.shape)
     return ids
 
 
-@functools.lru_cache(maxsize=16)  # 1 MB each where the vocabulary is large
-def _table(numbering: Numbering, vocab_size: int | None) -> pa.Array:
+@functools.lru_cache(maxsize=16)  # 2 MB each where the vocabulary is large
+def _table(numbering: Numbering, vocab_size: int | None, dtype: np.dtype[Any]) -> pa.Array:
     """The id of every number; without a size, of every number of two bytes."""
     head = numbering.head
     size = WIDE_VOCAB if vocab_size is None else len(head) + vocab_size + 1
-    return pa.array(np.concatenate([head, np.arange(size - len(head), dtype=np.int32)]))
+    return pa.array(np.concatenate([head, np.arange(size - len(head))]).astype(dtype))
 
 
 class Fitter:

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +32,7 @@ from decant.schemas import (
 )
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
+from decant.storage.cache.carried import Carried, refuse_changed
 from decant.storage.cache.checks import check_sequence
 from decant.storage.cache.logprobs import decoding_error
 from decant.storage.cache.numbering import Fitter
@@ -55,18 +55,6 @@ ROW_GROUP_BYTES = 1 << 24
 """The same in bytes of ids and log probs before compression: fewer rows where K is large."""
 RECORDS_AT_ONCE = 16
 """Commit records that are fetched together: on an object store each one is a round trip."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Carried:
-    """What the commit record of a shard says whose sequences come from shards of other caches."""
-
-    kl_error_mean: float
-    kl_error_max: float
-    seconds: float
-    """Of the scoring."""
-    worker: str
-    """Who scored."""
 
 
 class CacheWriter:
@@ -279,7 +267,9 @@ class ShardWriter:
         decoded = self._carried is not None
         table = rows_codec.encode(self._buffer, first, self._layout, numbering, decoded=decoded)
         self._parquet.write_table(table, row_group_size=len(table))
-        if self._layout.has_logprobs and self._layout.precision != "f32" and not decoded:
+        if decoded:
+            refuse_changed(self._buffer, rows_codec.decode(table, self._layout, numbering))
+        elif self._layout.has_logprobs and self._layout.precision != "f32":
             stored = rows_codec.decode(table, self._layout, numbering).logprobs
             assert stored is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]

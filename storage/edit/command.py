@@ -1,4 +1,4 @@
-"""`subset`, `merge` and `dedupe`: what they take and what they print."""
+"""`subset`, `merge`, `dedupe` and `migrate`: what they take and what they print."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -73,6 +73,21 @@ class DedupeArguments(EditArguments):
     """A directory that does not exist yet, or a URL that holds nothing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MigrateArguments:
+    """What to migrate, how, and where to."""
+
+    url: Annotated[str, Word("OLD")]
+    """The cache: a directory or an fsspec URL."""
+    out: Annotated[str, Word("NEW")]
+    """A directory or URL that holds nothing yet."""
+    rewrite: bool = False
+    """Write the shards anew in the present form: every value as it is, in fewer bytes, readable by
+    every reader of Parquet."""
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+
+
 def run_subset(arguments: SubsetArguments) -> int:
     """Make a cache of some sequences of another; returns the exit code."""
     from decant.storage.cache.reader import CacheReader
@@ -137,6 +152,42 @@ def run_dedupe(arguments: DedupeArguments) -> int:
         "first_duplicates": examples,
     }
     return _made(arguments, arguments.out, blueprint, of)
+
+
+def run_migrate(arguments: MigrateArguments) -> int:
+    """Migrate a cache; returns the exit code."""
+    from decant.storage.cache.migration import migrate, refuse_present
+    from decant.storage.cache.reader import CacheReader
+    from decant.storage.cli.terminal import megabytes, progress_bar
+    from decant.storage.edit.derived import make
+    from decant.storage.edit.rewrite import rewrite
+
+    refuse_missing(arguments.url)
+    cache = CacheReader(arguments.url)
+    blueprint = rewrite(cache) if arguments.rewrite else None
+    before = cache.index.totals()
+    if not blueprint:
+        refuse_present(cache)
+    if arguments.dry_run:
+        written = len(blueprint.shards) - blueprint.links if blueprint else 0
+        print(
+            f"{arguments.out}: {before.targets} targets in {before.shards} shards, "
+            f"{megabytes(before.bytes)} now; {written} of them to be written anew, the others to "
+            "be linked or copied\nnothing was written"
+        )
+        return process.DONE
+    with progress_bar("migrate", "shards") as progress:
+        if blueprint:
+            manifest = make(arguments.out, blueprint, progress)
+        else:
+            manifest = migrate(arguments.url, arguments.out, progress)
+    assert manifest.totals is not None
+    print(
+        f"{arguments.out}: format version {manifest.format_version}, {manifest.totals.targets} "
+        f"targets in {manifest.num_shards} shards, {megabytes(manifest.totals.bytes)}"
+        + (f" (before {megabytes(before.bytes)})" if blueprint else "")
+    )
+    return process.DONE
 
 
 def _made(arguments: EditArguments, out: str, blueprint: "Blueprint", of: dict[str, Any]) -> int:
@@ -242,4 +293,25 @@ stays, bit for bit; the first copies are named.
 """,
     arguments=DedupeArguments,
     run=run_dedupe,
+)
+MIGRATE = Command(
+    text="""
+  decant migrate caches/old caches/new
+  decant migrate caches/old caches/new --rewrite
+
+The shards are the same, byte for byte (hard links within one file system);
+records and manifest are written new, and OLD is only read. Older caches need
+not be migrated: every version of the format is read.
+
+With --rewrite the shards are written anew as dumps write them today: the same
+values, bit for bit, compact codes included, in fewer bytes, and DuckDB, Polars
+and every other reader of Parquet opens them. What is written is compared with
+OLD, and NEW has its name when it is verified.
+
+Run it again to complete what was interrupted. Exit code 0, or 2 with one line
+of why not.
+""",
+    arguments=MigrateArguments,
+    common=("rewrite",),
+    run=run_migrate,
 )

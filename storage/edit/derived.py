@@ -10,7 +10,7 @@ another.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from decant.schemas import (
     to_json,
 )
 from decant.storage.cache import paths
+from decant.storage.cache.carried import Carried
 from decant.storage.cache.integrity import verify
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.records import committed_shards, read_record, seal
-from decant.storage.cache.writer import Carried, ShardWriter
+from decant.storage.cache.writer import ShardWriter
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move
 from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
@@ -93,6 +94,8 @@ class Blueprint:
     tokenizer_of: CacheReader
     """The cache that has the tokenizer's files."""
     shards: tuple[NewShard, ...]
+    files: tuple[str, ...] = ()
+    """Other files of that cache that go along."""
 
     @property
     def sequences(self) -> int:
@@ -130,7 +133,7 @@ def new_shards(groups: Sequence[Sequence[Piece]], draft: Manifest) -> tuple[NewS
             len(pieces) == 1
             and pieces[0].keep is None
             and old.first_sequence == first
-            and _bytes_of(pieces[0].cache.manifest) == _bytes_of(draft)
+            and bytes_of(pieces[0].cache.manifest) == bytes_of(draft)
         )
         plan = ShardPlan(
             shard=len(shards),
@@ -145,7 +148,7 @@ def new_shards(groups: Sequence[Sequence[Piece]], draft: Manifest) -> tuple[NewS
     return tuple(shards)
 
 
-def _bytes_of(manifest: Manifest) -> Layout:
+def bytes_of(manifest: Manifest) -> Layout:
     """What the bytes of a shard follow from."""
     return dataclasses.replace(manifest.layout, rounded=False)
 
@@ -161,7 +164,8 @@ def make(
     if not blueprint.shards:
         raise ValueError(f"no sequence is left for {out}: a cache needs at least one")
     _refuse_inside(out, blueprint)
-    with _staging(out) as store:
+    folders = {name.split("/")[0] for name in blueprint.files}
+    with _staging(out, folders) as store:
         manifest = _started(store, blueprint)
         total = 2 * len(blueprint.shards)
         done = _committed(store, manifest)
@@ -201,13 +205,16 @@ def _refuse_inside(out: str | os.PathLike[str], blueprint: Blueprint) -> None:
 
 
 @contextlib.contextmanager
-def _staging(out: str | os.PathLike[str]) -> Iterator[Store]:
-    """Where the cache is filled, held alone; it has its name when the block ends."""
+def _staging(out: str | os.PathLike[str], folders: Collection[str]) -> Iterator[Store]:
+    """Where the cache is filled, held alone; it has its name when the block ends.
+
+    It has these folders beside those that every cache has.
+    """
     target = Store(out)
     if not target.is_local:
         if target.exists(paths.MANIFEST):
             raise FileExistsError(f"{target.url} already holds a cache: choose another")
-        foreign = [name for name in target.names("") if name not in MADE]
+        foreign = [name for name in target.names("") if name not in MADE and name not in folders]
         if foreign:
             said = ", ".join(foreign[:5])
             raise FileExistsError(f"{target.url} is not empty ({said}): choose another")
@@ -250,8 +257,9 @@ def _started(store: Store, blueprint: Blueprint) -> Manifest:
             store.remove_folder(folder)
     store.remove(paths.MANIFEST)  # of a run that was killed before it could move the folder
     origin = Store(blueprint.tokenizer_of.url)
-    for name in manifest.tokenizer.files:
-        store.copy(origin, f"{paths.TOKENIZER}/{name}")
+    tokenizer = [f"{paths.TOKENIZER}/{name}" for name in manifest.tokenizer.files]
+    for name in [*tokenizer, *blueprint.files]:
+        store.copy(origin, name)
     return manifest
 
 

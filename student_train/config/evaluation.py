@@ -49,6 +49,7 @@ HIGHER_IS_BETTER = ("top1_accuracy", "top1_agreement", "acceptance_lower", "acce
 
 NAMES = (
     *("heldout_ce", "heldout_perplexity", "heldout_divergence", "heldout_loss", "teacher_ce"),
+    *("heldout_bits_per_byte", "heldout_divergence_per_byte"),
     *("ece", *HIGHER_IS_BETTER),
 )
 

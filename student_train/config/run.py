@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from decant.student_train.config.alignment import AlignConfig, check_mismatch
 from decant.student_train.config.evaluation import EvalConfig
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.mixture import CacheShare
@@ -75,6 +76,11 @@ class TrainConfig:
     """Directory for metrics, checkpoints and the trained student; a rerun resumes there."""
     student: StudentConfig
     """A pretrained model, or a new one from a configuration."""
+    tokenizer_mismatch: str = "refuse"
+    """What to do where the student's tokenizer is not the cache's. refuse: stop; align: train on
+    what both can say, chunk by chunk of equal bytes."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """How a cache is aligned with a student of another tokenizer."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """An adapter (LoRA, QLoRA) that is trained in place of all weights."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -130,6 +136,9 @@ class TrainConfig:
             raise ValueError(
                 f"output {self.output} must be a local directory; copy or push afterwards"
             )
+        check_mismatch(self.tokenizer_mismatch)
+        if self.tokenizer_mismatch == "refuse" and self.align != AlignConfig():
+            raise ValueError("align has no effect without tokenizer_mismatch: align")
         if bool(self.cache) == bool(self.mixture):
             raise ValueError("give a cache or a mixture of caches, not both, not neither")
         if not self.student.path and (self.adapter.quantization or not self.adapter.merge):

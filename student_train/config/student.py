@@ -70,10 +70,13 @@ class StudentConfig:
 
     path: str = ""
     """Directory or hub id of a pretrained causal LM; the ids of the cache must mean the same to its
-    tokenizer."""
+    tokenizer, or tokenizer_mismatch be align."""
     config: dict[str, Any] = field(default_factory=dict)
     """Instead of a path: fields of a transformers configuration with its model_type, for random
     initialisation. vocab_size is the cache's unless given."""
+    tokenizer: str = ""
+    """Directory or hub id of the student's tokenizer; by default that of its path, or with a config
+    the cache's."""
     from_teacher: CutConfig = field(default_factory=CutConfig)
     """Instead of a path: some of a teacher's layers, for example {keep: 10}."""
     qat: QatConfig = field(default_factory=QatConfig)
@@ -91,7 +94,7 @@ class StudentConfig:
     transformers'. Only for code that you have read."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "path")
+        expand_home(self, "path", "tokenizer")
         if bool(self.path) + bool(self.config) + self.from_teacher.is_given != 1:
             raise ValueError("student needs one of path, config and from_teacher")
         if self.config and "model_type" not in self.config:

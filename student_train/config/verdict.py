@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from decant.storage.cli.options import Shown
+from decant.student_train.config.alignment import check_mismatch
 
 STUDENT_ALONE = (
     *("heldout_fraction", "kind", "temperature", "tail", "options", "mixed_precision"),
+    *("tokenizer_mismatch", "messages"),
 )
 MODEL_ALONE = (
     *("device", "quantization", "base", "tokenizer", "trust_remote_code", "limit", "sample"),
@@ -62,6 +64,10 @@ class EvaluateArguments(ModelOptions):
     """Sequences per batch and process."""
     mixed_precision: str = "no"
     """--student: no | bf16 | fp16, through accelerate."""
+    tokenizer_mismatch: str = "refuse"
+    """--student: where its tokenizer is not the cache's: refuse, or align, as in a training."""
+    messages: Annotated[str, Shown("FILE")] = ""
+    """For align: the messages of a chat cache that does not hold them, from decant messages."""
     limit: int = 0
     """--model: only the first sequences of the cache, this many; 0 = all."""
     sample: int = 0
@@ -76,6 +82,9 @@ class EvaluateArguments(ModelOptions):
     """--model: write one self-contained page as well."""
 
     def __post_init__(self) -> None:
+        check_mismatch(self.tokenizer_mismatch)
+        if self.messages and self.tokenizer_mismatch == "refuse":
+            raise ValueError("--messages has no effect without --tokenizer-mismatch align")
         if bool(self.student) == bool(self.model):
             raise ValueError("give --student, or --model once or twice")
         if len(self.model) > 2:
@@ -84,7 +93,9 @@ class EvaluateArguments(ModelOptions):
         idle, given = (STUDENT_ALONE, "--model") if self.model else (MODEL_ALONE, "--student")
         for name in idle:
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}")
+                is_aligned = name in ("tokenizer_mismatch", "messages")
+                more = ", which compares token by token: give the model as --student" * is_aligned
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}{more}")
         if self.limit and self.sample:
             raise ValueError("--limit and --sample exclude each other: give one")
         for name in ("limit", "sample", "seed", "worst"):

@@ -23,7 +23,7 @@ from decant.student_train.data.planes import (
     numbers_of_planes,
     values_on_device,
 )
-from decant.student_train.losses import SparseTargets
+from decant.student_train.losses import EventTargets, SparseTargets
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Fields of a batch that a model's forward takes, where they are known."""
@@ -147,10 +147,13 @@ class Batch:
     """[N] int64: index into the flattened [R * L] of the position that predicts each target."""
     labels: Tensor
     """[N] int64: the actual tokens."""
-    stored: StoredTargets
-    """The teacher's distributions at the stream's temperatures, as stored."""
+    stored: StoredTargets | None = None
+    """The teacher's distributions at the stream's temperatures, as stored; None with events."""
+    events: EventTargets | None = None
+    """In place of them: the events of chunks of the student's tokens, at T=1."""
     label_logprob: Tensor
-    """[N] float32: the teacher's log prob of the actual token at T=1."""
+    """[N] float32: the teacher's log prob of the actual token at T=1; of all tokens of a chunk at
+    its last, 0 before it."""
     sample_ids: list[str]
     """B strings: the source's own ids of the sequences."""
     num_tokens: int
@@ -200,15 +203,21 @@ class Batch:
         return len(self.keys())
 
     @cached_property
-    def targets(self) -> SparseTargets:
+    def targets(self) -> SparseTargets | EventTargets:
         """The teacher's distributions at the first temperature, decoded once, where they are."""
+        if self.events is not None:
+            return self.events
+        assert self.stored is not None
         return self.stored.decode((self.vocab_size, self.temperatures[0]))
 
-    def targets_at(self, temperature: float) -> SparseTargets:
+    def targets_at(self, temperature: float) -> SparseTargets | EventTargets:
         """The teacher's distributions at one of the temperatures, or at 1, which is always there.
 
         Raises ValueError naming the temperatures if it is none of them.
         """
+        if self.events is not None:
+            return self.events.validate(self.vocab_size, temperature)
+        assert self.stored is not None
         checked_for = (self.vocab_size, float(temperature))
         if temperature in self.temperatures:
             i = self.temperatures.index(temperature)
@@ -221,12 +230,14 @@ class Batch:
                 f"temperature {temperature:g} is not among those of the batch: "
                 f"{', '.join(f'{t:g}' for t in self.temperatures)}"
             )
-        return dataclasses.replace(
-            self.targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for
-        )
+        targets = self.targets
+        assert isinstance(targets, SparseTargets)
+        return dataclasses.replace(targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for)
 
     def of_targets(self, rows: Tensor) -> "Batch":
         """The same sequences with some of the targets alone: those at `rows` [n], int64."""
+        if self.stored is None:
+            raise ValueError("targets that are chunks of tokens cannot be chosen row by row")
         numberings = self.stored.numberings
         stored = dataclasses.replace(
             _map(
@@ -261,4 +272,6 @@ def _map(value: Any, function: Any) -> Any:
             changed[field.name] = tuple(function(tensor) for tensor in item)
         elif isinstance(item, (StoredTargets, Numberings)):
             changed[field.name] = _map(item, function)
+        elif isinstance(item, EventTargets):
+            changed[field.name] = item.map(function)
     return dataclasses.replace(value, **changed)

@@ -1,7 +1,8 @@
 """Scored sequences to one `Batch`."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def collate(
     keep the order of the sequences, wherever these are.
     """
     spans = [_Span(rows, index) for rows, index in sequences]
-    ids, mask, position_ids, starts = _laid_out(spans, packing)
+    ids, mask, position_ids, starts = laid_out(spans, packing)
     predictors = np.concatenate(
         [span.positions + (start - 1) for span, start in zip(spans, starts, strict=True)]
     )
@@ -96,16 +97,28 @@ def collate(
         num_tokens=sum(span.length for span in spans),
         vocab_size=layout.vocab_size,
         temperatures=tuple(float(layout.temperatures[i]) for i in temperature_indices),
-        source=None
-        if sources is None
-        else torch.repeat_interleave(
-            torch.tensor(sources), torch.tensor([len(span.positions) for span in spans])
-        ),
+        source=source_of(sources, [len(span.positions) for span in spans]),
     )
 
 
-def _laid_out(
-    spans: "list[_Span]", packing: str
+def source_of(sources: list[int] | None, num_targets: list[int]) -> Tensor | None:
+    """[N] the cache that each target is of, given that and the number of targets by sequence."""
+    if sources is None:
+        return None
+    return torch.repeat_interleave(torch.tensor(sources), torch.tensor(num_targets))
+
+
+class Span(Protocol):
+    """Where one sequence is in the columns of its row group."""
+
+    rows: Any
+    """Has `token_id`."""
+    start: int
+    length: int
+
+
+def laid_out(
+    spans: Sequence[Span], packing: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, NDArray[np.int64] | None, list[int]]:
     """Ids [R, L] of rows; a mask, or position ids if packed; the place of each sequence's start."""
     rows = rows_of([span.length for span in spans], packing)

@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from decant.schemas import FormatError
 from decant.storage import CacheReader, StoredRows
+from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.stream import SequenceStream, StreamConfig, temperature_indices
 
@@ -50,6 +51,7 @@ class FollowStream(SequenceStream):
             raise ValueError(f"{url}: a cache that is still being dumped has no held-out part")
         self.readers = [CacheReader(url, allow_incomplete=True)]
         self._layout = self.reader.manifest.layout
+        self._align()
         self._temperature_indices = temperature_indices(self.reader, self.config.temperatures)
         self._num_lanes = self._lanes = self.config.lanes
         self._seed, self._poll_seconds = self.config.seed, poll_seconds
@@ -207,8 +209,8 @@ class FollowStream(SequenceStream):
             yield from order.epoch(FIRST_PASS + shard, skip)
             skip = 0
 
-    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+    def _load(self, visit: tuple[int, ...]) -> StoredRows | AlignedRows:
         epoch, group = visit
         if epoch < FIRST_PASS:
-            return self.reader.read_stored(self.reader.row_groups()[group])
-        return self.reader.read_stored(self.reader.index.groups_of(epoch - FIRST_PASS)[group])
+            return self.read(self.reader.row_groups()[group])
+        return self.read(self.reader.index.groups_of(epoch - FIRST_PASS)[group])

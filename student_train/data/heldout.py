@@ -23,7 +23,7 @@ def heldout_batches(
         members = stream.order.members(group)
         if not len(members):
             continue
-        rows = stream.reader.read_stored(where)
+        rows = stream.read(where)
         for index in members.tolist():
             found = Found(rows, index, 0)
             if position // stream.batch_size % stream.world_size == stream.rank:

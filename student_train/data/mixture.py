@@ -20,6 +20,7 @@ from decant.schemas import NO_LOGPROBS, FormatError, Layout
 from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs, of_planes
 from decant.storage.cache.same_tokenizer import same_ids
+from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import (
     SequenceStream,
@@ -81,14 +82,18 @@ class MixtureStream(SequenceStream):
     ) -> None:
         """Open the caches; `options` are the fields of `StreamConfig`, `lanes` are of each cache.
 
-        Raises ValueError if the caches differ in tokenizer or vocabulary, if one lacks a
+        Raises ValueError if the caches differ in tokenizer or vocabulary (and there is no
+        `alignment`), if one lacks a
         temperature, or if drawn targets were to be mixed with others.
         """
         super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url) for url in urls]
-        for reader in self.readers[1:]:
-            check_same_vocabulary(self.reader, reader)
-        self._check_forms()
+        self._align()
+        if self.config.alignment is None:
+            for reader in self.readers[1:]:
+                check_same_vocabulary(self.reader, reader)
+        if self._to_events is None:
+            self._check_forms()
         wanted = self.config.temperatures
         self._temperatures = [1.0] + [t for t in wanted if t != 1]
         self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
@@ -133,10 +138,12 @@ class MixtureStream(SequenceStream):
             yield Entry((source, lane), (source, *visit), member, source)
             place += 1
 
-    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+    def _load(self, visit: tuple[int, ...]) -> StoredRows | AlignedRows:
         source, _, group = visit
         reader = self.readers[source]
-        rows = reader.read_stored(reader.row_groups()[group])
+        rows = self.read(reader.row_groups()[group], source)
+        if isinstance(rows, AlignedRows):
+            return rows
         return _as_layout(rows, reader.manifest.layout, self._layout, self._indices[source])
 
     def _check_forms(self) -> None:

@@ -43,7 +43,7 @@ class Numberings:
         heads = torch.zeros(len(runs), max(sizes), dtype=torch.int32)
         for row, size, (numbering, _) in zip(heads, sizes, runs, strict=True):
             if numbering is not None:
-                row[:size] = torch.tensor(numbering.head)
+                row[:size] = torch.from_numpy(numbering.head)
         return Numberings(
             known=tuple(numbering for numbering, _ in runs),
             heads=heads,
@@ -57,15 +57,18 @@ class Numberings:
 
     def ids(self, planes: list[NDArray], vocab_size: int) -> Tensor:
         """[N, K] int64 ids from the bytes of their numbers [N, K], lowest first, on the CPU."""
-        ids = torch.empty(planes[0].shape, dtype=torch.int64)
         runs = self.runs.numpy()
         edges = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(runs)]
-        for start, end in itertools.pairwise(edges):
-            if start < end:
-                numbering = self.known[int(runs[start])]
-                found = ids_of_planes([p[start:end] for p in planes], numbering, vocab_size)
-                ids[start:end] = torch.from_numpy(found)
-        return ids
+        parts = [
+            ids_of_planes(
+                [plane[start:end] for plane in planes],
+                self.known[int(runs[start])] if start < end else None,
+                vocab_size,
+                np.int64,
+            )
+            for start, end in itertools.pairwise(edges)
+        ]
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def numbers_of_planes(planes: list[Tensor]) -> Tensor:

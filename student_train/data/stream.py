@@ -6,10 +6,11 @@ so a run can go on with another world size.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,21 +19,25 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from decant.schemas import Layout
-from decant.schemas.truncation import METHODS
 from decant.storage import CacheReader, StoredRows
+from decant.storage.cache.index import RowGroupRef
+from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
+from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.data.epoch import OnePass
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 
 BATCHES_AHEAD = 2
+ToEvents = Callable[[StoredRows], AlignedRows]
+"""Makes of a row group the student's tokens and the events of their chunks."""
 
 
 class Found(NamedTuple):
     """A sequence that has been read: its row group's columns, its place there, its cache."""
 
-    rows: StoredRows
+    rows: StoredRows | AlignedRows
     member: int
     source: int
 
@@ -66,6 +71,11 @@ class StreamConfig:
     2 * lanes / world_size of them, undecoded (3 MB each at k=64)."""
     threads: int = 2
     """Threads that read ahead."""
+    alignment: Callable[[CacheReader], ToEvents | None] | None = None
+    """For a student of another tokenizer: what makes events of a cache, or None for a cache of the
+    student's own. Row groups then are held decoded (10 MB each at k=64)."""
+    vocab_size: int = 0
+    """Of the student, with `alignment`; at least that of each cache of its own tokenizer."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -99,6 +109,7 @@ class SequenceStream(IterableDataset[Batch]):
     _temperature_indices: tuple[int, ...]
     _num_lanes: int
     _num_sources: int = 1
+    _to_events: list[ToEvents] | None = None
 
     def __init__(self, config: StreamConfig) -> None:
         """Nothing is read yet."""
@@ -117,11 +128,57 @@ class SequenceStream(IterableDataset[Batch]):
         """The cache, or the first of several: its tokenizer and vocabulary hold for all."""
         return self.readers[0]
 
+    @property
+    def vocab_size(self) -> int:
+        """The vocabulary that targets are of: the caches', or the student's if they are events."""
+        shared = max(reader.manifest.shared_vocab_size for reader in self.readers)
+        return (self.config.vocab_size or shared) if self._to_events else shared
+
+    @property
+    def has_events(self) -> bool:
+        """Whether targets are events."""
+        return self._to_events is not None
+
+    def _align(self) -> None:
+        """Find out whether targets are events: of a student of another tokenizer, or of labels.
+
+        Raises ValueError for temperatures that events do not have.
+        """
+        made = [self.config.alignment and self.config.alignment(r) for r in self.readers]
+        if not any(made) and all(reader.manifest.layout.slots for reader in self.readers):
+            return
+        for reader in self.readers:
+            if reader.manifest.layout.has_draws:
+                raise ValueError(
+                    f"{reader.url} holds draws (truncation.method "
+                    f"{reader.manifest.truncation.method}), which have no events: they cannot be "
+                    "mixed with caches of labels alone or of another tokenizer"
+                )
+        for value in self.config.temperatures:
+            if value != 1:
+                what = "another tokenizer than the student's" if any(made) else "labels alone"
+                raise ValueError(
+                    f"temperature {value:g}: {self.reader.url} is a cache of {what}, whose targets "
+                    "are probabilities of strings; a product of tempered probabilities is that of "
+                    "no string: set loss.temperature to 1"
+                )
+        self._to_events = [
+            one or functools.partial(own_events, layout=reader.manifest.layout)
+            for one, reader in zip(made, self.readers, strict=True)
+        ]
+
+    def read(self, group: RowGroupRef, source: int = 0) -> StoredRows | AlignedRows:
+        """A row group of a cache, as stored, or as events. Called in several threads at once."""
+        stored = self.readers[source].read_stored(group)
+        if self._to_events is None:
+            return stored
+        return self._to_events[source](stored)
+
     def _order(self, consumed: int) -> Iterator[Entry | None]:
         """The endless global order after `consumed`; None while the next is not known yet."""
         raise NotImplementedError
 
-    def _load(self, visit: tuple[int, ...]) -> StoredRows:
+    def _load(self, visit: tuple[int, ...]) -> StoredRows | AlignedRows:
         """Read the row group of a visit. Called in several threads at once."""
         raise NotImplementedError
 
@@ -159,7 +216,7 @@ class SequenceStream(IterableDataset[Batch]):
 
         Nothing is consumed by it.
         """
-        groups: dict[tuple[int, ...], StoredRows] = {}
+        groups: dict[tuple[int, ...], StoredRows | AlignedRows] = {}
         found = []
         for entry in itertools.islice(self._order(self.consumed), self.num_sequences):
             if entry is None or (entry.visit not in groups and len(groups) == num_groups):
@@ -168,11 +225,6 @@ class SequenceStream(IterableDataset[Batch]):
                 groups[entry.visit] = self._load(entry.visit)
             found.append(Found(groups[entry.visit], entry.member, entry.source))
         return found
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that the caches share: a student has at least as many output rows."""
-        return self.reader.manifest.shared_vocab_size
 
     @property
     def sequences_per_step(self) -> int:
@@ -239,7 +291,9 @@ class SequenceStream(IterableDataset[Batch]):
     def collate(self, sequences: list[Found], packing: str = "none") -> Batch:
         """Join sequences into one batch."""
         sources = [found.source for found in sequences] if self._num_sources > 1 else None
-        rows = [(found.rows, found.member) for found in sequences]
+        rows: Any = [(found.rows, found.member) for found in sequences]
+        if self._to_events:
+            return collate_events(rows, self.vocab_size, sources, packing)
         return collate(rows, self._layout, self._temperature_indices, sources, packing)
 
     def _read(
@@ -254,7 +308,7 @@ class SequenceStream(IterableDataset[Batch]):
         """
         mine = self._mine(consumed, size, stride, first)
         upcoming: deque[Entry] = deque()
-        reads: dict[tuple[int, ...], Future[StoredRows]] = {}
+        reads: dict[tuple[int, ...], Future[StoredRows | AlignedRows]] = {}
         current: dict[Hashable, tuple[int, ...]] = {}
         limit = -(-self._num_lanes // self.world_size) + self.config.threads
         try:
@@ -304,6 +358,7 @@ class CacheStream(SequenceStream):
         super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url)]
         self._layout = self.reader.manifest.layout
+        self._align()
         self._temperature_indices = temperature_indices(self.reader, self.config.temperatures)
         self.order = order_of(self.reader, self.config)
         self._num_lanes = self.config.lanes
@@ -334,8 +389,8 @@ class CacheStream(SequenceStream):
     def _order(self, consumed: int) -> Iterator[Entry]:
         return self.order.after(consumed)
 
-    def _load(self, visit: tuple[int, ...]) -> StoredRows:
-        return self.reader.read_stored(self.reader.row_groups()[visit[1]])
+    def _load(self, visit: tuple[int, ...]) -> StoredRows | AlignedRows:
+        return self.read(self.reader.row_groups()[visit[1]])
 
 
 def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
@@ -360,17 +415,7 @@ def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
 
 
 def temperature_indices(reader: CacheReader, wanted: Sequence[float]) -> tuple[int, ...]:
-    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any.
-
-    So it does for a cache that keeps no entries, of which no divergence can be had.
-    """
-    if not reader.manifest.layout.slots:
-        keeping = [name for name, method in METHODS.items() if method.has_entries]
-        raise ValueError(
-            f"{reader.url} keeps no entries (truncation.method {reader.manifest.truncation.method})"
-            f", and a divergence needs the teacher's: train from a cache of method "
-            f"{', '.join(keeping)}"
-        )
+    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
     stored = reader.manifest.temperatures
     for value in wanted:
         if value not in stored:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from decant.student_train.config.loss import LossTerms
 from decant.student_train.data.batch import Batch
-from decant.student_train.losses import SparseTargets, sparse_divergence
+from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
+from decant.student_train.losses.events import row_slices
 from decant.student_train.losses.targets import MASKED_LOGIT
 
 NUM_BINS = 15
@@ -47,6 +48,8 @@ class HeldoutSums:
     """[] Σ min(p, q) over the kept ids."""
     overlap_rest: Tensor
     """[] min of both sides' mass outside the kept ids: no less than Σ min(p, q) over them."""
+    bytes: Tensor
+    """[] bytes of the actual tokens; 0 where they are not known."""
     bins: Tensor
     """[NUM_BINS, 3] by confidence: targets, correct ones, Σ confidence."""
 
@@ -90,6 +93,10 @@ class HeldoutSums:
             "ece": float(gaps) / count,
             "top1_accuracy": float(self.correct) / count,
         }
+        if self.bytes:
+            num_bytes = float(self.bytes)
+            found["heldout_bits_per_byte"] = float(self.ce) / math.log(2) / num_bytes
+            found["heldout_divergence_per_byte"] = float(self.divergence) / num_bytes
         if self.with_probs:
             lower = float(self.overlap_kept / self.with_probs)
             upper = lower + float(self.overlap_rest / self.with_probs)
@@ -111,16 +118,17 @@ def sums_of_chunks(
     terms: LossTerms,
     vocab_size: int,
     chunk_rows: int | None = None,
+    label_bytes: Tensor | None = None,
 ) -> HeldoutSums:
     """The sums over a batch; `logits_of(rows)` gives float32 logits [R, V] of some of its targets.
 
-    V is at least `vocab_size`; what is beyond is cut off.
+    V is at least `vocab_size`; what is beyond is cut off. `label_bytes` [V] are the bytes of each
+    token, if they are known.
     """
     total = HeldoutSums.zero(batch.labels.device)
     size = chunk_rows or rows_at_once(vocab_size)
     at_1, at_t = batch.targets_at(1.0), batch.targets_at(terms.temperature)
-    for start in range(0, batch.num_targets, size):
-        rows = slice(start, min(start + size, batch.num_targets))
+    for rows in row_slices(at_1, size):
         logits_RV = logits_of(rows)[:, :vocab_size].float()
         weights = [
             table[0]
@@ -142,9 +150,17 @@ def sums_of_chunks(
         ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
         confidence_R, chosen_R = logits_RV.softmax(1).max(1)
         correct_R = chosen_R == batch.labels[rows]
-        known_R, agreeing_R = _agreement(chosen_R, at_1[rows])
-        has_probs = at_1.logprobs is not None
-        kept_R, rest_R = _overlap(logits_RV, at_1[rows]) if has_probs else (0 * ce_R, 0 * ce_R)
+        teacher = at_1[rows]
+        kept_R = rest_R = 0 * ce_R
+        if isinstance(teacher, EventTargets):
+            known_R, agreeing_R = _agreement_of_events(chosen_R, teacher)
+            has_probs = False
+        else:
+            known_R, agreeing_R = _agreement(chosen_R, teacher)
+            has_probs = teacher.logprobs is not None
+        if has_probs:
+            assert isinstance(teacher, SparseTargets)
+            kept_R, rest_R = _overlap(logits_RV, teacher)
         total += HeldoutSums(
             targets=_sum(torch.ones_like(ce_R)),
             ce=_sum(ce_R),
@@ -157,6 +173,7 @@ def sums_of_chunks(
             with_probs=_sum(torch.full_like(ce_R, float(has_probs))),
             overlap_kept=_sum(kept_R),
             overlap_rest=_sum(rest_R),
+            bytes=_sum(0 * ce_R if label_bytes is None else label_bytes[batch.labels[rows]]),
             bins=_binned(confidence_R, correct_R),
         )
     return total
@@ -177,6 +194,17 @@ def _agreement(chosen_R: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor
     if targets.draws is not None:  # an exact head begins with it; drawn ids may lack it
         known_R = targets.draws[:, 0] == 0
     return known_R, known_R & (chosen_R == targets.token_ids[:, 0])
+
+
+def _agreement_of_events(chosen_R: Tensor, targets: EventTargets) -> tuple[Tensor, Tensor]:
+    """The same of events; known in the last row of each chunk, where one is more than the rest."""
+    log_p_C, slot_C = targets.log_p.max(1)
+    known_R, agreeing_R = (torch.zeros_like(chosen_R, dtype=torch.bool) for _ in range(2))
+    last_C = targets.last_rows
+    top_C = targets.token_ids.gather(1, slot_C[:, None]).squeeze(1)
+    known_R[last_C] = log_p_C > targets.log_rest
+    agreeing_R[last_C] = known_R[last_C] & (chosen_R[last_C] == top_C)
+    return known_R, agreeing_R
 
 
 def _overlap(logits_RV: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:

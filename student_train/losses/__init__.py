@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from decant.student_train.losses.divergences import sparse_divergence
+    from decant.student_train.losses.events import EventTargets
     from decant.student_train.losses.fused import FusedLoss, fused_linear_divergence
     from decant.student_train.losses.kinds import DIVERGENCES, TAIL_MODES
     from decant.student_train.losses.targets import SparseTargets
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DIVERGENCES",
     "TAIL_MODES",
+    "EventTargets",
     "FusedLoss",
     "SparseTargets",
     "fused_linear_divergence",
@@ -24,6 +26,7 @@ __all__ = [
 _MODULES = {
     "DIVERGENCES": "kinds",
     "TAIL_MODES": "kinds",
+    "EventTargets": "events",
     "FusedLoss": "fused",
     "SparseTargets": "targets",
     "fused_linear_divergence": "fused",

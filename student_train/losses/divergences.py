@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decant.student_train.losses.events import EventTargets
 from decant.student_train.losses.kinds import check
-from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, SparseTargets
+from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, NO_TAIL, SparseTargets
 from decant.student_train.losses.terms import divergence_of_classes
 
-# A logsumexp below this is that of masked logits alone, at any temperature: there is no tail.
-_NO_TAIL = -1e20
+AnyTargets = SparseTargets | EventTargets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +59,19 @@ class Divergence:
         return self.temperature**2 if self.scale_by_t2 else 1.0
 
     def check_targets(
-        self, targets: SparseTargets, vocab_size: int, labels: Tensor | None = None
-    ) -> SparseTargets:
-        """Validate `targets`, and for sampled ones that this divergence is allowed.
+        self, targets: AnyTargets, vocab_size: int, labels: Tensor | None = None
+    ) -> AnyTargets:
+        """Validate `targets`, and for sampled ones and events that this divergence is allowed.
 
         For tail='label', what is returned has the tail's mass on the labels.
         """
+        if isinstance(targets, EventTargets):
+            if self.tail != "bucket":
+                raise ValueError(
+                    f"tail={self.tail!r} has no meaning for events: what only teacher or student "
+                    "can say lies in the bucket, so leave tail='bucket'"
+                )
+            return targets.validate(vocab_size, self.temperature)
         if targets.draws is not None:
             if self.kind != "fkl":
                 raise ValueError(
@@ -93,11 +100,14 @@ class Divergence:
             raise ValueError("tail='label' needs the labels, which get the tail's mass")
         return targets.with_tail_on(labels, vocab_size, self.temperature)
 
-    def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: SparseTargets) -> Tensor:
+    def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:
         """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.
 
         What `x_NK` holds in unused slots does not matter. Not for tail='uniform'.
+        The loss of a chunk of several rows stands in its last.
         """
+        if isinstance(targets, EventTargets):
+            return targets.divergence(self.kind, x_NK, lse_tail_N, self.options)
         real_NK = targets.is_real()
         x_NK = torch.where(real_NK, x_NK, MASKED_LOGIT)
         if self.tail == "renormalize":
@@ -115,7 +125,7 @@ class Divergence:
         log_p_NK = targets.log_p(self.temperature).to(x_NK.dtype)
         if self.tail in ("bucket", "label"):
             log_p_tail_N = targets.log_tail.to(x_NK.dtype).clamp(min=LOG_FLOOR)
-            has_tail_N = lse_tail_N > _NO_TAIL
+            has_tail_N = lse_tail_N > NO_TAIL
             log_q_tail_N = torch.where(has_tail_N, log_q_NC[:, -1], LOG_FLOOR)
             return self.scale * divergence_of_classes(
                 self.kind,
@@ -141,7 +151,7 @@ class Divergence:
 
 def sparse_divergence(
     student_logits_NV: Tensor,
-    targets: SparseTargets,
+    targets: AnyTargets,
     kind: str = "akl",
     temperature: float = 1.0,
     tail: str = "bucket",
@@ -173,6 +183,7 @@ def sparse_divergence(
     with torch.autocast(student_logits_NV.device.type, enabled=False):
         x_NV = student_logits_NV.to(compute_dtype(student_logits_NV)) / temperature
         if tail == "uniform":
+            assert isinstance(targets, SparseTargets)
             return divergence.of_dense(x_NV, targets)
         ids_NK = targets.filled_ids()
         lse_tail_N = x_NV.scatter(1, ids_NK, MASKED_LOGIT).logsumexp(1)

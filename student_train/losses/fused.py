@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from decant.student_train.losses.divergences import Divergence, checked_vocab, compute_dtype
+from decant.student_train.losses.divergences import (
+    AnyTargets,
+    Divergence,
+    checked_vocab,
+    compute_dtype,
+)
+from decant.student_train.losses.events import row_slices
 from decant.student_train.losses.kinds import RANKINGS
 from decant.student_train.losses.products import add_product, product_dtype, product_into
 from decant.student_train.losses.targets import MASKED_LOGIT, SparseTargets
@@ -53,7 +59,7 @@ class _Job:
     """What the forward pass needs besides tensors with gradients."""
 
     divergence: Divergence
-    targets: SparseTargets
+    targets: AnyTargets
     labels: Tensor | None
     kd_weight: float | Tensor
     ce_weight: float | Tensor
@@ -68,7 +74,7 @@ class _Job:
 def fused_linear_divergence(
     hidden_NH: Tensor,
     weight_VH: Tensor,
-    targets: SparseTargets,
+    targets: AnyTargets,
     labels_N: Tensor | None = None,
     kind: str = "fkl",
     kd_weight: float | Tensor = 1.0,
@@ -147,7 +153,7 @@ def _check_shapes(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
-    targets: SparseTargets,
+    targets: AnyTargets,
     labels_N: Tensor | None,
     vocab_size: int | None,
 ) -> int:
@@ -192,11 +198,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
         loss_of_chunk = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_VH = weight_VH[: job.vocab_size].to(narrow)
-            buffer_RV = hidden_NH.new_empty(
-                min(job.chunk_rows, len(hidden_NH)), job.vocab_size, dtype=wide
-            )
-            for start in range(0, len(hidden_NH), job.chunk_rows):
-                rows = slice(start, min(start + job.chunk_rows, len(hidden_NH)))
+            slices = list(row_slices(job.targets, job.chunk_rows))
+            most_rows = max((rows.stop - rows.start for rows in slices), default=0)
+            buffer_RV = hidden_NH.new_empty(most_rows, job.vocab_size, dtype=wide)
+            for rows in slices:
                 hidden_RH = hidden_NH[rows].to(narrow)
                 logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = _finish_logits(logits_RV, bias_V, job)
@@ -295,10 +300,12 @@ def _reduced_chunk(
     if not wants_gradient:
         return kd_R.detach(), ce_R, None
 
+    # The loss of a chunk of several rows stands in its last row, and so does its weight.
+    weight_R = job.kd_weight[rows] if isinstance(job.kd_weight, Tensor) else job.kd_weight
     grad_x_RK, grad_tail_R = torch.autograd.grad(
-        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R), materialize_grads=True
+        kd_R, (x_RK, lse_tail_R), torch.ones_like(kd_R) * weight_R, materialize_grads=True
     )
-    kd_factor = _column(job.kd_weight, rows) * job.logit_scale / temperature
+    kd_factor = job.logit_scale / temperature
     grad_kept_RK = kd_factor * grad_x_RK
     tail_factor_R1 = kd_factor * grad_tail_R[:, None] / sum_R1
     if not isinstance(job.ce_weight, Tensor) and job.ce_weight == 0:
@@ -323,7 +330,9 @@ def _dense_chunk(
     with torch.enable_grad():
         logits_RV = logits_RV.detach().requires_grad_()
         x_RV = logits_RV / job.divergence.temperature
-        kd_R = job.divergence.of_dense(x_RV, job.targets[rows])
+        targets = job.targets[rows]
+        assert isinstance(targets, SparseTargets)
+        kd_R = job.divergence.of_dense(x_RV, targets)
         ce_R = kd_R.new_zeros(len(kd_R))
         if job.labels is not None:
             nll_R1 = -logits_RV.log_softmax(1).gather(1, label_R1)
@@ -349,7 +358,8 @@ def _sum(weight: float | Tensor, loss_R: Tensor, rows: slice) -> Tensor:
 def _labels(job: _Job, rows: slice) -> tuple[Tensor, Tensor]:
     """Return [R, 1] labels fit for gathering, and [R, 1] which of them count."""
     if job.labels is None:
-        nothing_R1 = torch.zeros_like(job.targets.token_ids[rows, :1])
+        device = job.targets.token_ids.device
+        nothing_R1 = torch.zeros(rows.stop - rows.start, 1, dtype=torch.int64, device=device)
         return nothing_R1, nothing_R1 != 0
     labels_R1 = job.labels[rows, None]
     has_label_R1 = labels_R1 != IGNORED_LABEL

@@ -28,6 +28,9 @@ LOG_FLOOR = -87.0
 # float32 stand-in for log 0 inside a logsumexp: unlike -inf it has a zero gradient, not a NaN.
 MASKED_LOGIT = -1e30
 
+# A logsumexp below this is that of masked logits alone, at any temperature: there is no tail.
+NO_TAIL = -1e20
+
 # Stored log probs may be quantised, so the total mass is only nearly 1; a wrong temperature is far.
 _MASS_TOLERANCE = 0.1
 _LOGPROB_TOLERANCE = 0.01

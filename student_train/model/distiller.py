@@ -41,22 +41,25 @@ class Distiller(nn.Module):
         loss: LossConfig,
         vocab_size: int,
         selection: SelectionConfig | None = None,
+        label_bytes: Tensor | None = None,
     ) -> None:
-        """`vocab_size` is the cache's shared vocabulary: the student's rows beyond it are masked.
+        """`vocab_size` is that of the targets: the student's rows beyond it are masked.
 
-        `selection` says on which of the targets a loss is taken; they are all measured. Raises
-        ValueError if the student has fewer rows, or sees later tokens.
+        `selection` says on which of the targets a loss is taken; they are all measured.
+        `label_bytes` [V] are the bytes of each token, for figures per byte. Raises ValueError if
+        the student has fewer rows, or sees later tokens.
         """
         super().__init__()
         self.student = student
         self.loss = loss
         self.vocab_size = vocab_size
         self.selection = selection or SelectionConfig()
+        self.label_bytes = label_bytes
         rows = student.get_output_embeddings().weight.shape[0]
         if rows < vocab_size:
             raise ValueError(
                 f"the student has {rows} output rows, the cache's vocabulary {vocab_size} ids; "
-                "use a student of the teacher's tokenizer"
+                "use a student of the teacher's tokenizer, or tokenizer_mismatch: align"
             )
         refuse_sight_of_later_tokens(student)
         name = type(student).__name__
@@ -205,8 +208,12 @@ class Distiller(nn.Module):
         return self._at_head(inputs, batch, loss_of, with_routers)
 
     def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
+        label_bytes = self.label_bytes
+        if label_bytes is not None:
+            label_bytes = label_bytes.to(batch.labels.device)
+
         def sums(logits_of: Callable[[slice], Tensor]) -> HeldoutSums:
-            return sums_of_chunks(logits_of, batch, terms, self.vocab_size)
+            return sums_of_chunks(logits_of, batch, terms, self.vocab_size, label_bytes=label_bytes)
 
         found: HeldoutSums = self.with_logits(batch, sums)
         return found

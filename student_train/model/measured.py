@@ -149,7 +149,14 @@ def _check_tokenizer(
         _check_vocabulary(theirs, own, path, reader)
         return None
     size = reader.manifest.shared_vocab_size
-    found, same = check_student_tokenizer(theirs, own, options.tokenizer or path, reader.url, size)
+    try:
+        where = options.tokenizer or path
+        found, same = check_student_tokenizer(theirs, own, where, reader.url, size)
+    except FormatError as error:
+        raise FormatError(
+            f"{error} Bits and divergence per byte of a model of another tokenizer are given by "
+            f"`decant evaluate --student {path} --cache {reader.url} --tokenizer-mismatch align`"
+        ) from error
     if text := same.text():
         log.info("the tokenizer of %s means the same by every id; it differs in: %s", path, text)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from decant.student_train.config.loss import LossTerms
 from decant.student_train.data.batch import Batch
 from decant.student_train.evaluation.heldout_sums import rows_at_once
-from decant.student_train.losses import sparse_divergence
+from decant.student_train.losses import SparseTargets, sparse_divergence
 
 
 def highest(values_N: Tensor, count: int) -> Tensor:
@@ -28,6 +28,7 @@ def teacher_entropy(batch: Batch) -> Tensor:
     Where draws are stored without log probs, the exact entropy, which is stored with them.
     """
     targets = batch.targets_at(1.0)
+    assert isinstance(targets, SparseTargets)
     if targets.logprobs is None:
         assert targets.entropy is not None
         return targets.entropy

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from decant.schemas import FormatError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import kept_tokenizer, paths
 from decant.student_train.config.student import StudentConfig
@@ -65,15 +66,25 @@ def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> A
 
 
 def load_student(
-    config: StudentConfig, reader: CacheReader, seed: int, **options: Any
+    config: StudentConfig,
+    reader: CacheReader,
+    seed: int,
+    *,
+    aligned: tuple[Any, int] | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, Any | None]:
     """The student and the tokenizer to save with it; `options` are for `from_pretrained`.
+
+    `aligned` are the student's own tokenizer and its vocabulary, where it need not be the cache's.
 
     Raises FormatError with the first differing tokens if a pretrained student's tokenizer is not
     the cache's, ValueError if the student cannot be built, or not all of its weights are there.
     """
     trusted = config.trust_remote_code
-    tokenizer = load_tokenizer(reader, trust_remote_code=trusted)
+    if aligned:
+        tokenizer = aligned[0]
+    else:
+        tokenizer = load_tokenizer(reader, trust_remote_code=trusted)
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)
@@ -86,24 +97,20 @@ def load_student(
                 revision = revision or named
         where: dict[str, Any] = {"trust_remote_code": trusted, "revision": revision or None}
         student = _pretrained(path, dtype=dtype, **attention, **where, **options)
-        if tokenizer is not None:
-            try:
-                own = AutoTokenizer.from_pretrained(path, **where)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"student.path {path} has no tokenizer to compare with the cache's: {error}"
-                ) from error
-            tokenizer = agreed_tokenizer(
-                tokenizer, own, path, reader.url, reader.manifest.shared_vocab_size
-            )
+        if tokenizer is not None and not aligned:
+            tokenizer = _agreed(tokenizer, config, path, reader, where)
         if config.from_teacher.is_given:
             torch.manual_seed(seed)
             student = cut(student, config.from_teacher.layers, config.from_teacher.keep)
         follow_tokenizer(student, tokenizer, path)
         return student, tokenizer
+    if config.tokenizer and tokenizer is not None and not aligned:
+        only_code = {"trust_remote_code": trusted}
+        tokenizer = _agreed(tokenizer, config, "", reader, only_code)
     fields = dict(config.config)
     model_type = fields.pop("model_type")
-    fields.setdefault("vocab_size", reader.manifest.shared_vocab_size)
+    vocab_size = aligned[1] if aligned else reader.manifest.shared_vocab_size
+    fields.setdefault("vocab_size", vocab_size)
     if tokenizer is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = getattr(tokenizer, name)  # may be an added one, beyond the student's rows
@@ -119,6 +126,28 @@ def load_student(
     ) as error:
         raise ValueError(f"student.config does not give a model: {error}") from error
     return student, tokenizer
+
+
+def _agreed(
+    tokenizer: Any, config: StudentConfig, path: str, reader: CacheReader, where: dict[str, Any]
+) -> Any:
+    """The tokenizer to save with a student that has one. Raises FormatError if it is another."""
+    if config.tokenizer:
+        path, where = config.tokenizer, {**where, "revision": None}
+    try:
+        own = AutoTokenizer.from_pretrained(path, **where)
+    except (OSError, ValueError) as error:
+        name = "tokenizer" if config.tokenizer else "path"
+        raise ValueError(
+            f"student.{name} {path} has no tokenizer to compare with the cache's: {error}"
+        ) from error
+    shared = reader.manifest.shared_vocab_size
+    try:
+        return agreed_tokenizer(tokenizer, own, path, reader.url, shared)
+    except FormatError as error:
+        raise FormatError(
+            f"{error} Or train on what both tokenizers can say: tokenizer_mismatch: align"
+        ) from error
 
 
 def student_vocab_size(

@@ -14,6 +14,8 @@ ROWS = (
     ("heldout_ce", "cross-entropy, nats", "{:.4f}"),
     ("heldout_perplexity", "perplexity", "{:,.2f}"),
     ("heldout_divergence", "divergence, nats", "{:.4f}"),
+    ("heldout_bits_per_byte", "bits per byte", "{:.4f}"),
+    ("heldout_divergence_per_byte", "divergence, nats per byte", "{:.4f}"),
     ("heldout_loss", "loss, nats", "{:.4f}"),
     ("top1_accuracy", "top-1 accuracy", "{:.2%}"),
     ("top1_agreement", "top-1 agreement", "{:.2%}"),

@@ -20,6 +20,8 @@ MEANINGS = {
     "heldout_perplexity": "its exponential",
     "heldout_divergence": "the divergence that was minimised, nats per token",
     "heldout_loss": "the weighted sum that was minimised",
+    "heldout_bits_per_byte": "cross-entropy in bits per byte of text: compares tokenizers",
+    "heldout_divergence_per_byte": "the divergence in nats per byte of text",
     "teacher_ce": "the teacher's cross-entropy of the same tokens",
     "ece": f"expected calibration error of the most probable token, {NUM_BINS} equal-width bins",
     "top1_accuracy": "share of tokens whose most probable token is the actual one",

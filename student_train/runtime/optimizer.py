@@ -25,7 +25,7 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of a step (0-based), a pure function, so that nothing needs to be saved.
 
-    The last step of the warmup, or the first of all, has `lr`; the last step of the run has
+    The last step of the warmup and the one after it have `lr`; the last step of the run has
     `min_lr_ratio` of it. A ratio of 0 is that of the step after it, as a step of rate 0 teaches
     nothing.
     """
@@ -34,8 +34,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    peak = max(0, warmup - 1)
     end = steps - 1 if config.min_lr_ratio else steps
-    progress = min(1.0, (step - peak) / max(1, end - peak))
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))
     shape = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -65,6 +65,12 @@ class CacheDataset(Dataset[Found]):
         )
         self.url = str(url)
         self.reader = CacheReader(url)
+        if not self.reader.manifest.layout.slots:
+            raise ValueError(
+                f"{url} keeps no entries (truncation.method "
+                f"{self.reader.manifest.truncation.method}): `decant train` takes labels alone, a "
+                "trainer of transformers or TRL needs a cache of entries"
+            )
         self.temperature_indices = temperature_indices(self.reader, self.temperatures)
         self.order = order_of(self.reader, self.config)
         self.epoch = 0
@@ -221,5 +227,5 @@ class Collator:
 
     def __call__(self, items: list[Found]) -> Batch:
         """The batch of some items of the dataset."""
-        rows = [(item.rows, item.member) for item in items]
+        rows: Any = [(item.rows, item.member) for item in items]
         return collate(rows, self._layout, self._temperature_indices, None, self._packing)

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from decant.schemas import FormatError
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.heldout import heldout_batches
@@ -238,7 +239,13 @@ def tokenizer_for(train: CacheDataset, model: Any, own: Any) -> Any | None:
                 f"processing_class, its tokenizer ({error})"
             ) from error
     if own is not None:
-        check_student_tokenizer(tokenizer, own, path or own.name_or_path, train.url)
+        try:
+            check_student_tokenizer(tokenizer, own, path or own.name_or_path, train.url)
+        except FormatError as error:
+            raise FormatError(
+                f"{error} Trainers of transformers and TRL take the cache's tokenizer alone; "
+                "`decant train` with tokenizer_mismatch: align trains a student of another one"
+            ) from error
     return tokenizer
 
 

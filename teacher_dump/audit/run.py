@@ -27,6 +27,7 @@ from decant.teacher_dump.audit.report import AuditReport, Compared, Finding
 from decant.teacher_dump.audit.scoring import score_live
 from decant.teacher_dump.engines import TeacherConfig
 from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS, REMOTE
+from decant.teacher_dump.engines.opening import refuse_answers_alone
 from decant.teacher_dump.teacher import (
     Teacher,
     describe_teacher,
@@ -67,6 +68,7 @@ def audit(
         config = dataclasses.replace(config, dtype=dtype)
     if config.engine == "transformers" and quantization in QUANTIZATIONS:
         config = dataclasses.replace(config, quantization=quantization)
+    refuse_answers_alone(config)
     teacher = hash_weights(describe_teacher(config), progress=log.info)
     findings, notes = _identity(reader, teacher)
     if not manifest.is_final:

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 ENGINES = ("transformers", "vllm", "http", "openai")
 
 
-APIS = ("auto", "vllm", "sglang", "completions")
+APIS = ("auto", "vllm", "sglang", "completions", "chat")
+
+
+CHAT = "chat"
+"""The one of them that gives log probs of what it generates alone; it is never found by itself."""
 
 
 REMOTE = ("http", "openai")
@@ -89,9 +93,10 @@ class TeacherConfig:
     wait_seconds: float = 300.0
     """http, openai: how long no endpoint may answer before the job gives up."""
     model: str = ""
-    """openai: name of the model at the server; needed where it serves several."""
+    """openai: name of the model at the server; needed where it serves several, and with chat."""
     api: str = "auto"
-    """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo, logprobs)."""
+    """openai: auto | vllm (prompt_logprobs) | sglang (/generate) | completions (echo, logprobs) |
+    chat (hosted chat APIs: log probs of the answers of source.generate alone)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -119,6 +124,11 @@ class TeacherConfig:
                 "teacher.max_memory and offload_folder have no effect with "
                 f"teacher.device {self.device}: leave it auto"
             )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether nothing but its own answers can be scored, from what it tells beside them."""
+        return self.api == CHAT
 
     def _refuse_without_effect(self) -> None:
         """Raise ValueError for options that are set and that this engine would ignore."""
@@ -153,6 +163,11 @@ class TeacherConfig:
             raise ValueError(
                 "teacher.engine openai needs teacher.tokenizer: the directory or hub id of the "
                 "teacher's tokenizer, which no server gives"
+            )
+        if self.is_chat and not self.model:
+            raise ValueError(
+                "teacher.api chat needs teacher.model: the name that requests give the model, best "
+                "with its version"
             )
         for url in self.endpoints:
             try:

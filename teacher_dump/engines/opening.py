@@ -15,6 +15,20 @@ from decant.teacher_dump.engines.seam import Engine, EngineError, Generator, Sam
 
 GENERATING_ENGINES = ("transformers", "vllm", "openai")
 
+ANSWERS_ALONE = (
+    "teacher.api chat gives log probs of what it generates alone, and can score nothing that is "
+    "given"
+)
+
+
+def refuse_answers_alone(config: TeacherConfig) -> None:
+    """Raise EngineError for a teacher that cannot score what is given."""
+    if config.is_chat:
+        raise EngineError(
+            f"{ANSWERS_ALONE}: use a server of the same model that scores prompts (teacher.api: "
+            "auto), or another engine"
+        )
+
 
 def check_engine(config: TeacherConfig, model_path: str) -> list[str]:
     """Raise EngineError for what would fail when the teacher is loaded, as far as can be told now.
@@ -90,6 +104,7 @@ def open_engine(
     that will be scored. Raises EngineError if the engine is not installed or cannot give this
     truncation or these temperatures.
     """
+    refuse_answers_alone(config)
     if truncation.slots > vocab_size:
         raise EngineError(f"truncation keeps {truncation.slots} entries of {vocab_size} ids")
     chosen: Callable[..., Engine]

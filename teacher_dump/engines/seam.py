@@ -24,6 +24,10 @@ class SequenceError(EngineError):
         self.index = index
 
 
+class OwnFault(SequenceError):
+    """It cannot be scored whatever the state of the teacher, which is not asked."""
+
+
 class Unavailable(EngineError):
     """The teacher cannot be had, whatever it is asked: no sequence is at fault."""
 

@@ -43,11 +43,13 @@ def known_of(
     label_logprob: NDArray[np.float32],
     *,
     vocab_size: int,
+    unnamed_mass: NDArray[np.float64] | float = 0.0,
 ) -> dict[str, NDArray]:
     """The fields of `Distributions` of n targets, from their top entries [n, K], best first.
 
     The mass not kept is 1 - sum p, at least what is known to be missing (an actual token outside
-    the top K) and at most V - K times the last kept.
+    the top K, and `unnamed_mass` [n] of entries without an id) and at most V - K times the last
+    kept, unless an entry without an id holds more.
     """
     outside = ~(token_ids == labels[:, None]).any(axis=1)
     missing = np.where(outside, label_logprob, -np.inf)
@@ -55,13 +57,16 @@ def known_of(
         "token_ids": token_ids,
         "logprobs": np.maximum(logprobs, np.float32(LOGPROB_FLOOR)),
         "log_z": np.zeros((len(labels), 1), np.float32),
-        "log_tail": _log_tail(logprobs, missing, vocab_size),
+        "log_tail": _log_tail(logprobs, missing, unnamed_mass, vocab_size),
         "label_logprob": np.maximum(label_logprob, np.float32(LOGPROB_FLOOR)),
     }
 
 
 def _log_tail(
-    kept: NDArray[np.float32], missing: NDArray[np.float32], vocab_size: int
+    kept: NDArray[np.float32],
+    missing: NDArray[np.float32],
+    unnamed_mass: NDArray[np.float64] | float,
+    vocab_size: int,
 ) -> NDArray[np.float32]:
     """[n, 1] log of the mass that the kept log probs [n, K] leave, `missing` [n] known to be."""
     p = np.exp(kept.astype(np.float64))
@@ -69,6 +74,7 @@ def _log_tail(
     tail = np.maximum(1 - p.sum(axis=1), least)
     if p.shape[1]:
         tail = np.minimum(tail, (vocab_size - p.shape[1]) * p[:, -1])
+    tail = np.maximum(tail, unnamed_mass)
     with np.errstate(divide="ignore"):
         log_tail: NDArray[np.float32] = np.log(tail[:, None]).astype(np.float32)
     return log_tail

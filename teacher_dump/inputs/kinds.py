@@ -125,6 +125,19 @@ def as_question(record: Record) -> Record:
     return dataclasses.replace(record, fields=QUESTIONS[found[0]](record))
 
 
+def as_conversation(record: Record) -> Record:
+    """The question as messages: of a text, the one that a user says. Raises SourceError."""
+    if "messages" in record.fields:
+        return record
+    prompt = record.fields["prompt"]
+    if not isinstance(prompt, str) or not prompt:
+        raise SourceError(
+            f"{record.where}: sample {record.sample_id!r} has an empty prompt, or none of text: "
+            "remove the record"
+        )
+    return dataclasses.replace(record, fields={"messages": [{"role": "user", "content": prompt}]})
+
+
 def messages_of(record: Record, name: str) -> Any:
     """The messages in a field: a list, its JSON, or a table of columns, as some writers store it.
 

@@ -17,6 +17,7 @@ from decant.storage.cache import paths
 from decant.storage.cache.records import read_record
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, open_engine
+from decant.teacher_dump.job.chat_sampler import open_kept_answers
 from decant.teacher_dump.job.handover import Result, _Waiting
 from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.selection import lost_targets, select_targets
@@ -42,6 +43,8 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
 
     Raises EngineError if the engine is not installed or cannot give what the config asks for.
     """
+    if config.teacher.is_chat:
+        return open_kept_answers(config, teacher)
     return open_engine(
         config.teacher,
         teacher.model_path,

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from decant.schemas import ScoredSequence
 from decant.teacher_dump.engines import Engine, EngineError
-from decant.teacher_dump.engines.seam import SequenceError, Unavailable
+from decant.teacher_dump.engines.seam import OwnFault, SequenceError, Unavailable
 from decant.teacher_dump.inputs.records import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,20 @@ class Isolator:
             if isinstance(result, Rejection):
                 rejected.append(result)
                 held.append(result)
-                if len(rejected) > (allowed if self._good else min(allowed, FEW)):
+                if len(rejected) > (allowed if self._trusts(rejected) else min(allowed, FEW)):
                     self._refuse(rejected, len(sequences), allowed)
                 log.warning("sample %s is rejected: %s", result.sequence.sample_id, result.reason)
-            if self._good:
+            if self._trusts(rejected):
                 yield from held
                 held.clear()
             if isinstance(result, ScoredSequence):
                 yield result
         if held:
             self._refuse(rejected, len(sequences), allowed)
+
+    def _trusts(self, rejected: list[Rejection]) -> bool:
+        """Whether the engine can score something, or these say nothing of that."""
+        return self._good is not None or all(isinstance(r.error, OwnFault) for r in rejected)
 
     def _each(
         self, sequences: Sequence[TokenSequence], first_sequence: int

@@ -11,6 +11,8 @@ from decant.storage.cache import paths
 from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.teacher_dump.config import DumpConfig
+from decant.teacher_dump.engines.openai.chat_answers import MOST_ENTRIES
+from decant.teacher_dump.engines.opening import ANSWERS_ALONE
 from decant.teacher_dump.engines.top_entries import refuse_request
 from decant.teacher_dump.inputs.cached import is_cache, open_cache
 from decant.teacher_dump.inputs.sources import source_files
@@ -78,6 +80,28 @@ def refuse_misfits(config: DumpConfig, teacher: Teacher) -> None:
                 f"the source file {file} lies inside the output {output}: choose an output of its "
                 "own"
             )
+
+
+def refuse_before_asking(config: DumpConfig) -> None:
+    """Raise ValueError for what no chat API gives, before one is asked, which costs money."""
+    if not config.teacher.is_chat:
+        return
+    if not config.source.generate.n:
+        raise ValueError(
+            f"{ANSWERS_ALONE}: set source.generate.n to score its own answers, or use a server of "
+            "the same model that scores prompts (teacher.api: auto)"
+        )
+    if config.sequences.targets == "all":
+        raise ValueError(
+            f"sequences.targets: all makes targets of prompts: {ANSWERS_ALONE}; leave it at "
+            "response"
+        )
+    refuse_request(config.truncation, tuple(config.temperatures))
+    if config.truncation.slots > MOST_ENTRIES:
+        raise ValueError(
+            f"truncation.k is {config.truncation.slots}, but chat APIs give at most {MOST_ENTRIES} "
+            "entries per token (top_logprobs): lower it"
+        )
 
 
 def _refuse_other_tokenizer(config: DumpConfig, teacher: Teacher) -> None:

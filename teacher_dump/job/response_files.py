@@ -36,6 +36,29 @@ COLUMNS = pa.schema(
     },
 )
 
+CHAT_COLUMNS = pa.schema(
+    [
+        *COLUMNS,
+        ("problem", pa.string()),
+        ("model", pa.string()),
+        ("system_fingerprint", pa.string()),
+        ("logprobs", pa.list_(pa.float32())),
+        ("top_ids", pa.list_(pa.list_(pa.int32()))),
+        ("top_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("unnamed_mass", pa.list_(pa.float32())),
+        ("num_unnamed", pa.int32()),
+    ],
+    metadata={
+        **COLUMNS.metadata,
+        b"problem": b"why an answer of a chat API has no distributions, else null; its"
+        b" response_ids are then those of its text",
+        b"logprobs": b"of response_ids; -9999 where the API does not tell",
+        b"top_ids": b"the most probable tokens in place of each of response_ids",
+        b"unnamed_mass": b"of those that no one id of the tokenizer stands for",
+    },
+)
+"""Of the answers of a chat API, which come with their distributions."""
+
 
 def part_names(store: Store) -> list[str]:
     """The files of responses, in order."""
@@ -46,6 +69,14 @@ def part_names(store: Store) -> list[str]:
 def hash_parts(store: Store) -> dict[str, str]:
     """File -> xxh3_128 of all that generation leaves in the cache, for the manifest."""
     return {name: store.hash(name) for name in [paths.GENERATION, *part_names(store)]}
+
+
+def system_fingerprints(store: Store) -> list[str]:
+    """What a chat API has said of itself with its answers."""
+    name = "system_fingerprint"
+    tables = (read_part(store, part) for part in part_names(store))
+    found = (set(t.column(name).to_pylist()) for t in tables if name in t.column_names)
+    return sorted({value for values in found for value in values if value})
 
 
 def rows_of(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,7 +111,8 @@ def _as_context(message: dict[str, Any]) -> dict[str, Any]:
 
 def publish_part(store: Store, part: int, rows: list[dict[str, Any]]) -> None:
     """Publish the rows of one part."""
-    table = pa.Table.from_pylist(rows, schema=COLUMNS)
+    is_chat = any("top_ids" in row for row in rows)
+    table = pa.Table.from_pylist(rows, schema=CHAT_COLUMNS if is_chat else COLUMNS)
     with store.staged(paths.generated(part)) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 

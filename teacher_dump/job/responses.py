@@ -29,10 +29,16 @@ from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
 from decant.teacher_dump.engines.opening import GENERATING_ENGINES, open_generator
 from decant.teacher_dump.engines.seam import Generator, Prompt, Response, Sampling
-from decant.teacher_dump.inputs.kinds import as_question
+from decant.teacher_dump.inputs.kinds import as_conversation, as_question
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
 from decant.teacher_dump.inputs.sources import iter_records
+from decant.teacher_dump.job.chat_sampler import (
+    ChatSampler,
+    as_response,
+    chat_fields,
+    target_mask,
+)
 from decant.teacher_dump.job.response_files import (
     conversation_of,
     part_names,
@@ -121,6 +127,7 @@ def describe_generation(
         "chat_template": chat_template_text(config.sequences)
         or getattr(teacher.tokenizer, "chat_template", None),
         **generate,
+        **({"api": config.teacher.api} if config.teacher.is_chat else {}),
     }
     store = Store(config.output)
     known = None
@@ -148,7 +155,7 @@ def sampled_records(
     everything = config.sequences.targets == "all"
     for where, fields in rows_of(store):
         prompt, response = fields["prompt_ids"], fields["response_ids"]
-        mask = [int(everything)] * len(prompt) + [1] * len(response)
+        mask = [int(everything)] * len(prompt) + target_mask(fields)
         ready = {
             "input_ids": prompt + response,
             "loss_mask": mask,
@@ -167,6 +174,8 @@ def questions(
     settings = dataclasses.replace(config.sequences, targets="all", packing="none", add_eos=False)
     encode = make_encoder(settings, teacher.tokenizer)
     given = map(as_question, iter_records(config.source) if records is None else records)
+    if config.teacher.is_chat:
+        given = map(as_conversation, given)
     number = 0
     while batch := list(itertools.islice(given, ENCODED_RECORDS)):
         for record, ids in zip(batch, encode.prompts(batch), strict=True):
@@ -236,7 +245,7 @@ def stop_ids(teacher: Teacher) -> tuple[int, ...]:
 
 def _refuse_others(store: Store, fingerprint: str) -> None:
     """Raise unless the responses that are here, if any, are of this fingerprint."""
-    if not part_names(store):
+    if not part_names(store) and not store.names(paths.ANSWERS):
         return
     where = store.path(paths.GENERATED)
     if not store.exists(paths.GENERATION):
@@ -268,27 +277,43 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
     num_parts = -(-total // size)
     missing = [part for part in range(num_parts) if paths.generated(part) not in there]
     if not missing:
+        store.remove_folder(paths.ANSWERS)
         return
     log.info("%d prompts, %d of %d parts to sample", total, len(missing), num_parts)
-    generator = open_sampler(config, teacher)
+
+    def begin() -> None:
+        if not there:  # a failure before leaves no trace
+            publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
+            there.add(paths.GENERATION)
+
+    sampler: ChatSampler | Generator
+    if config.teacher.is_chat:
+        sampler = ChatSampler(config, teacher, store, begin)
+    else:
+        sampler = open_sampler(config, teacher)
     try:
         with progress("generate", "prompts", total=total) as bar:
             asked = (q for q in questions(config, teacher) if q.room)
             for part in range(num_parts):
                 chunk = list(itertools.islice(asked, size))
                 if part in missing:
-                    rows = answer(config, teacher, generator, chunk)
-                    if not there:  # a failure before leaves no trace
-                        publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
-                        there.add(paths.generated(part))
+                    rows = answer(config, teacher, sampler, chunk, part)
+                    begin()
                     publish_part(store, part, rows)
+                    if isinstance(sampler, ChatSampler):
+                        sampler.forget(part)
                 bar.add(len(chunk))
     finally:
-        generator.close()
+        sampler.close()
+    store.remove_folder(paths.ANSWERS)
 
 
 def answer(
-    config: DumpConfig, teacher: Teacher, generator: Generator, asked: Sequence[Question]
+    config: DumpConfig,
+    teacher: Teacher,
+    sampler: Generator | ChatSampler,
+    asked: Sequence[Question],
+    part: int,
 ) -> list[dict[str, Any]]:
     """The rows of one part."""
     wanted = [
@@ -296,11 +321,23 @@ def answer(
         for q in asked
         for prompt in prompts_for(config, q.number, q.token_ids, q.record.sample_id)
     ]
-    responses = generator.generate([prompt for _, prompt in wanted])
+    beside: list[dict[str, Any]] = [{} for _ in wanted]
+    if isinstance(sampler, ChatSampler):
+        stops = stop_ids(teacher)
+        answers = sampler.answers(part, [(q.record, prompt) for q, prompt in wanted])
+        beside = [chat_fields(one) for one in answers]
+        responses = [
+            as_response(one, teacher, prompt, stops)
+            for one, (_, prompt) in zip(answers, wanted, strict=True)
+        ]
+    else:
+        responses = sampler.generate([prompt for _, prompt in wanted])
     n = config.source.generate.n
     return [
-        _row(teacher.tokenizer, question, response, f"#{index % n + 1}" if n > 1 else "")
-        for index, ((question, _), response) in enumerate(zip(wanted, responses, strict=True))
+        _row(teacher.tokenizer, question, response, f"#{index % n + 1}" if n > 1 else "") | more
+        for index, ((question, _), response, more) in enumerate(
+            zip(wanted, responses, beside, strict=True)
+        )
     ]
 
 

@@ -18,7 +18,7 @@ from decant.teacher_dump.job.config import RayConfig
 from decant.teacher_dump.job.extend import Base, OnKnown, is_part, open_or_extend
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
-from decant.teacher_dump.job.refusals import refuse_misfits
+from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
 from decant.teacher_dump.job.shard_inputs import restore_inputs
 from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create
 from decant.teacher_dump.progress import progress
@@ -116,6 +116,7 @@ def _fill_cache(
     if ray is not None:
         import_ray()
     store = Store(config.output)
+    refuse_before_asking(config)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
     if ray is None and not store.exists(paths.MANIFEST):  # with Ray, what runs it is elsewhere

@@ -25,7 +25,7 @@ from decant.teacher_dump.inputs.records import SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text
 from decant.teacher_dump.inputs.sources import describe_source
 from decant.teacher_dump.job.refusals import STARTED, refuse_foreign
-from decant.teacher_dump.job.response_files import hash_parts
+from decant.teacher_dump.job.response_files import hash_parts, system_fingerprints
 from decant.teacher_dump.job.responses import describe_generation
 from decant.teacher_dump.job.shard_inputs import sharded, source_records, write_input
 from decant.teacher_dump.teacher import Teacher, fingerprint_like
@@ -166,6 +166,8 @@ def _create(
         log.warning("warning: %s", warning)
     if config.source.generate.n:
         source = {**source, "generated": hash_parts(store)}
+        if config.teacher.is_chat:
+            source["system_fingerprints"] = system_fingerprints(store)
     draft = Manifest.draft(
         teacher=teacher.info,
         tokenizer=save_tokenizer(store, teacher.tokenizer, new=True),

@@ -44,6 +44,12 @@ def run_plan(config: DumpConfig, arguments: PlanArguments) -> int:
     from decant.teacher_dump.planning.text import plan_text
 
     quiet_transformers()
+    if config.teacher.is_chat:
+        from decant.teacher_dump.planning.chat import chat_text, predict_chat
+
+        counted = predict_chat(config)
+        print(json_text(to_json(counted)) if arguments.json else chat_text(counted))
+        return process.DONE
     prediction = predict(config, arguments.sample, arguments.engines)
     print(json_text(to_json(prediction)) if arguments.json else plan_text(prediction, config))
     return process.DONE

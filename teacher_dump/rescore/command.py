@@ -119,7 +119,7 @@ def _score(arguments: AgainArguments, changes: Changes, *, same_teacher: bool) -
     from decant.storage.cache.reader import CacheReader
     from decant.storage.cli.terminal import megabytes
     from decant.teacher_dump.engines.quiet import quiet_transformers
-    from decant.teacher_dump.job.refusals import refuse_misfits
+    from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
     from decant.teacher_dump.job.run import Worker, dump
     from decant.teacher_dump.rescore.changes import refuse_other_teacher, rescore_config
     from decant.teacher_dump.teacher import describe_teacher, hash_weights
@@ -128,6 +128,7 @@ def _score(arguments: AgainArguments, changes: Changes, *, same_teacher: bool) -
     quiet_transformers()
     config = rescore_config(arguments.url, arguments.out, arguments.config(), changes)
     manifest = CacheReader(arguments.url).manifest
+    refuse_before_asking(config)
     teacher = describe_teacher(config.teacher)
     if same_teacher:
         teacher = hash_weights(teacher, progress=logging.getLogger(__name__).info)

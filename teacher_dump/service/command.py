@@ -13,6 +13,10 @@ Runs on the machine with the GPUs. A dump elsewhere uses it with
 model's files nor vLLM. Truncation and temperatures come with each dump, so that
 one service is enough for several. GET /health answers 200 once the teacher is
 loaded.
+
+Beyond this machine it wants an API key (api_key_env), or allow_without_key.
+What a client may ask for at a time is bounded by --limits.*; what is refused is
+one line in the log. For TLS put a proxy before it.
 """
 
 

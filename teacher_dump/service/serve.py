@@ -1,21 +1,23 @@
 """Offer a teacher to dump jobs on other machines: `decant serve`.
 
 With engine vllm this process becomes vLLM's own server, to which our routes are added
-(`engines/vllm_server.py`); with engine transformers it serves by itself. Either way the routes are
-those of `service.py`.
+(`vllm_server.py`); with engine transformers it serves by itself. Either way the routes are those of
+`routes.py`.
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import socket
+from typing import Any
 
 from decant.schemas import tokenizer_fingerprint
 from decant.teacher_dump.config import ServeConfig
 from decant.teacher_dump.engines.http.messages import PROTOCOL, TeacherCard
 from decant.teacher_dump.engines.remote.keys import key_from
 from decant.teacher_dump.engines.vllm.process import require_vllm
-from decant.teacher_dump.service.embedded import EngineBackend, listen
+from decant.teacher_dump.service.embedded import AT_ONCE, EngineBackend, listen
 from decant.teacher_dump.service.routes import (
     Service,
     tokenizer_files,
@@ -23,8 +25,6 @@ from decant.teacher_dump.service.routes import (
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
 log = logging.getLogger(__name__)
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(config: ServeConfig) -> None:
@@ -35,9 +35,18 @@ def serve(config: ServeConfig) -> None:
     if config.teacher.engine == "vllm":
         require_vllm()
     key = key_from(config.api_key_env, "api_key_env")
-    if not key and config.host not in LOOPBACK:
+    addresses = _addresses(config.host, config.port)
+    if not key and not all(
+        ipaddress.ip_address(a[4][0].split("%")[0]).is_loopback for a in addresses
+    ):
+        if not config.allow_without_key:
+            raise ValueError(
+                f"host {config.host!r} is reached from other machines, and no API key is asked "
+                "for: name an environment variable with a key in api_key_env, or set "
+                "allow_without_key if whoever reaches the port may use the teacher"
+            )
         log.warning("no api_key_env: whoever reaches %s:%d can use it", config.host, config.port)
-    _probe(config.host, config.port)
+    _probe(addresses[0], config)
     teacher = hash_weights(describe_teacher(config.teacher), progress=log.info)
     if config.teacher.engine == "vllm":
         from decant.teacher_dump.service.vllm_server import become_server
@@ -53,6 +62,7 @@ def serve(config: ServeConfig) -> None:
             port=config.port,
             key_variable=config.api_key_env,
             max_length=config.max_length,
+            limits=config.limits,
         )
     service, backend = make_service(config, teacher)
     try:
@@ -61,19 +71,30 @@ def serve(config: ServeConfig) -> None:
         backend.close()
 
 
-def _probe(host: str, port: int) -> None:
-    """Raise ValueError if nothing can listen there, before minutes go into hashing and loading."""
+def _addresses(host: str, port: int) -> list[Any]:
+    """What the host's name stands for, as `socket.getaddrinfo` says it. Raises ValueError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        return socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _probe(address: Any, config: ServeConfig) -> None:
+    """Raise ValueError if nothing can listen there, before minutes go into hashing and loading."""
+    family, kind, protocol, _, place = address
+    try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(place)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; set host or port"
-        ) from error
+        raise _cannot_listen(config.host, config.port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ValueError:
+    why = getattr(error, "strerror", None) or error
+    return ValueError(f"cannot listen on {host}:{port}: {why}; set host or port")
 
 
 def card_of(config: ServeConfig, teacher: Teacher) -> TeacherCard:
@@ -97,4 +118,5 @@ def make_service(config: ServeConfig, teacher: Teacher) -> tuple[Service, "Engin
     """Load the teacher into this process and put its routes before it."""
     card = card_of(config, teacher)
     backend = EngineBackend(config.teacher, teacher, card.max_length)
-    return Service(card, tokenizer_files(teacher.tokenizer), backend), backend
+    files = tokenizer_files(teacher.tokenizer)
+    return Service(card, files, backend, config.limits, at_once=AT_ONCE), backend

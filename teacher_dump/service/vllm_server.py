@@ -7,6 +7,7 @@ it. Imports vLLM; only a serving process loads this file.
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,13 +21,16 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from starlette.datastructures import Headers, State
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from decant.teacher_dump.config import ServiceLimits
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.messages import TeacherCard
 from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.engines.remote.texts import shown
 from decant.teacher_dump.engines.seam import EngineError
 from decant.teacher_dump.engines.vllm import (
     prompt_logprobs as vllm_prompt_logprobs,
@@ -41,9 +45,12 @@ from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.service.routes import (
     HEALTH_PATH,
     PATHS,
+    RETRY_SECONDS,
+    Answer,
     Refusal,
     Service,
     is_authorised,
+    note,
     refused,
     tokenizer_files,
 )
@@ -53,6 +60,8 @@ log = logging.getLogger("teacher_dump.serve")
 
 SERVICE_VARIABLE = "DECANT_SERVICE"
 """Tells the plugin, as JSON, what `become_server` knows."""
+PIECE_BYTES = 256 << 10
+"""Of an answer, that wait to be taken."""
 SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 
 
@@ -66,6 +75,7 @@ def become_server(
     port: int,
     key_variable: str,
     max_length: int,
+    limits: ServiceLimits,
 ) -> NoReturn:
     """Replace this process by vLLM's server of the teacher. Raises EngineError.
 
@@ -107,6 +117,7 @@ def become_server(
             "trust_remote_code": config.trust_remote_code,
             "key_variable": key_variable,
             "address": f"{host}:{port}",
+            "limits": dataclasses.asdict(limits),
         }
     )
     os.environ[SERVER_VARIABLE] = str(os.getpid())
@@ -119,9 +130,7 @@ def become_server(
         "disable_uvicorn_access_log": True,
         "disable_fastapi_docs": True,
     }
-    arguments = _arguments(options)
-    if key_variable:
-        arguments += ["--middleware", f"{Guard.__module__}.{Guard.__name__}"]
+    arguments = [*_arguments(options), "--middleware", f"{Guard.__module__}.{Guard.__name__}"]
     log.info("starting vLLM's server on %s:%d", host, port)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -158,11 +167,18 @@ class Endpoint:
 
         async def handle(request: Request) -> Response:
             service: Service = request.app.state.decant_service
+            method, path, client = request.method, request.url.path, _client(request.scope)
+
+            async def read() -> bytes:
+                try:
+                    return await request.body()
+                except ClientDisconnect as error:
+                    raise Refusal(400, "the client has left within its body") from error
+
             length = request.headers.get("content-length")
-            answer = await service.answer(request.method, request.url.path, length, request.body)
-            return Response(
-                answer.body, answer.status, dict(answer.headers), media_type=answer.media_type
-            )
+            answer = await service.answer(method, path, length, read, client)
+            note(client, method, path, answer)
+            return _Sent(service, answer)
 
         for path, method in PATHS.items():
             app.add_api_route(path, handle, methods=[method], include_in_schema=False)
@@ -177,7 +193,8 @@ class Endpoint:
                 given["tokenizer"], trust_remote_code=given["trust_remote_code"]
             )
         backend = AsyncBackend(engine_client, card, given["why"])
-        state.decant_service = Service(card, tokenizer_files(tokenizer), backend)
+        limits = ServiceLimits(**given["limits"])
+        state.decant_service = Service(card, tokenizer_files(tokenizer), backend, limits)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         log.info("serving on http://%s", given["address"])
 
@@ -270,23 +287,113 @@ class AsyncBackend:
                 self._changed.notify_all()
 
 
-class Guard:
-    """ASGI middleware that asks for the API key on every route of vLLM's server but its health.
+class _Sent(Response):
+    """An answer of ours, which takes memory until it has been sent."""
 
-    vLLM's own `--api-key` leaves several routes open.
+    def __init__(self, service: Service, answer: Answer) -> None:
+        """Nothing is sent yet."""
+        headers = dict(answer.headers)
+        super().__init__(answer.body, answer.status, headers, media_type=answer.media_type)
+        self._service, self._answer = service, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it in pieces, as fast as the client takes them. Raises Refusal."""
+        start = {"type": "http.response.start", "status": self.status_code}
+        size = len(self.body)
+        try:
+            async with asyncio.timeout(self._service.limits.seconds(size)) as scope_of_time:
+                with self._service.sending(self._answer, lambda: scope_of_time.reschedule(0)):
+                    await send({**start, "headers": self.raw_headers})
+                    for place in range(0, max(size, 1), PIECE_BYTES):
+                        piece = self.body[place : place + PIECE_BYTES]
+                        goes_on = place + PIECE_BYTES < size
+                        await send(
+                            {"type": "http.response.body", "body": piece, "more_body": goes_on}
+                        )
+        except TimeoutError as error:
+            raise Refusal(408, f"the answer of {size} bytes is not taken in time") from error
+
+
+class Guard:
+    """ASGI middleware before every route of vLLM's server: the API key, and limits of bodies.
+
+    vLLM's own `--api-key` leaves several routes open, its health alone is open here.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         """Stand before `app`."""
+        given = json.loads(os.environ[SERVICE_VARIABLE])
         self._app = app
-        self._key = os.environ[json.loads(os.environ[SERVICE_VARIABLE])["key_variable"]]
+        self._key = os.environ[given["key_variable"]] if given["key_variable"] else ""
+        self._limits = ServiceLimits(**given["limits"])
+        self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what bears the key."""
-        is_open = scope["type"] == "lifespan" or scope.get("path") == HEALTH_PATH
-        if is_open or is_authorised(Headers(scope=scope).get("authorization"), self._key):
+        """Pass on what bears the key and keeps within the limits."""
+        if scope["type"] == "lifespan" or scope.get("path") == HEALTH_PATH:
             await self._app(scope, receive, send)
             return
-        answer = refused(401, "the API key is missing or wrong")
-        response = Response(answer.body, answer.status, media_type=answer.media_type)
-        await response(scope, receive, send)
+        where, began = (_client(scope), scope.get("method", "?"), scope.get("path", "?")), False
+
+        async def sent(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            self._check(Headers(scope=scope))
+            self._num_open += 1
+            try:
+                await self._app(scope, self._bounded(scope, receive), sent)
+            finally:
+                self._num_open -= 1
+        except ClientDisconnect:
+            note(*where, refused(400, "the client has left within its body"))
+        except Refusal as refusal:
+            answer = refused(refusal.status, str(refusal))
+            note(*where, answer)
+            if not began:
+                headers = {"Connection": "close", "Retry-After": str(RETRY_SECONDS)}
+                response = Response(answer.body, answer.status, headers, answer.media_type)
+                await response(scope, receive, send)
+
+    def _check(self, headers: Headers) -> None:
+        """Raise Refusal for what is seen in the head."""
+        if self._key and not is_authorised(headers.get("authorization"), self._key):
+            raise Refusal(401, "the API key is missing or wrong")
+        if self._num_open >= self._limits.max_connections:
+            raise Refusal(429, "too many requests are open")
+        length, most = headers.get("content-length", "0"), self._limits.max_body_bytes
+        if not (length.isascii() and length.isdecimal()):
+            raise Refusal(400, "Content-Length is no number")
+        if len(length) > 18 or int(length) > most:
+            raise Refusal(413, f"a body of {shown(length)} bytes, at most {most}")
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """The body as it comes, up to the limits of its size and time."""
+        most, size, is_over = self._limits.max_body_bytes, 0, False
+        ends = asyncio.get_running_loop().time() + self._limits.seconds(
+            int(Headers(scope=scope).get("content-length", "0"))
+        )
+
+        async def bounded() -> Message:
+            nonlocal size, is_over
+            if is_over:  # what follows a body is that the client leaves, whenever that is
+                return await receive()
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Refusal(408, "the body of a request does not come in time") from error
+            size += len(message.get("body", b""))
+            if size > most:
+                raise Refusal(413, f"a body of more than {most} bytes")
+            is_over = not message.get("more_body", False)
+            return message
+
+        return bounded
+
+
+def _client(scope: Scope) -> str:
+    """The address of a request's client."""
+    return (scope.get("client") or ("",))[0]

@@ -42,12 +42,12 @@ def test_learning_rates(schedule: str) -> None:
         warmup_steps=4,
         min_lr_ratio=0.0 if schedule == "constant" else 0.1,
     )
-    rates = [learning_rate(options, step, 104) for step in range(104)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    rates = [learning_rate(options, step, 105) for step in range(105)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     middle, end = {"cosine": (0.55, 0.1), "linear": (0.55, 0.1), "constant": (1, 1)}[schedule]
-    assert rates[53] == pytest.approx(middle)
-    assert rates[103] == pytest.approx(end)
-    assert min(rates[3:]) == rates[103]
+    assert rates[54] == pytest.approx(middle)
+    assert rates[104] == pytest.approx(end)
+    assert min(rates[3:]) == rates[104]
 
 
 def test_a_warmup_may_be_a_share_of_the_run() -> None:

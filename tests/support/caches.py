@@ -24,7 +24,7 @@ from decant.schemas import (
 from decant.schemas.distributions import FIELDS
 from decant.storage import CacheWriter
 from decant.storage.cache import writer
-from decant.storage.cache.writer import plan_of
+from decant.storage.cache.plan import plan_of
 from tests.support import FIXTURES
 
 ROUNDED = ("log_z", "log_tail", "label_logprob", "entropy")

@@ -49,7 +49,7 @@ def reference_divergence(
         p = torch.softmax(teacher_row.double() / temperature, 0)
         classes_p, classes_q = build_classes(p, q, ids, tail, label)
         has_bucket = tail == "bucket" and len(classes_p) > len(ids)
-        loss = _divergence(kind, classes_p, classes_q, has_bucket, **options)
+        loss = divergence(kind, classes_p, classes_q, has_bucket, **options)
         losses.append(loss * temperature**2 if scale_by_t2 else loss)
     return torch.stack(losses)
 
@@ -88,9 +88,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return sum((x * (x / y).log() for x, y in zip(a, b, strict=True) if x > 0), start=zero)
 
 
-def _divergence(
-    kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str
-) -> Tensor:
+def divergence(kind: str, p: Tensor, q: Tensor, has_bucket: bool, **options: float | str) -> Tensor:
     number = {name: value for name, value in options.items() if not isinstance(value, str)}
     if kind == "fkl":
         return kl(p, q)

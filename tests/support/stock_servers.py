@@ -87,6 +87,7 @@ class StockServer:
         """Changes an answer before it is sent."""
         self.failures: collections.deque[int | str] = collections.deque()
         """HTTP statuses for the next requests of log probs, or "drop" to close in the middle."""
+        self.retry_after = ""
         self.reason = "made to fail"
         """What is said with such a status."""
         self.bodies: list[dict[str, Any]] = []
@@ -100,6 +101,11 @@ class StockServer:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    @property
+    def path(self) -> str:
+        """Where requests are posted."""
+        return "/generate" if self.kind == "sglang" else "/v1/completions"
 
     async def _start(self) -> str:
         application = web.Application(client_max_size=1 << 30)
@@ -119,13 +125,14 @@ class StockServer:
         if request.path == "/tokenize" and self.has_tokenize and self.kind in ("vllm", "sglang"):
             text = (await request.json())["prompt"]
             return web.json_response({"tokens": self.tokenizer(text)["input_ids"]})
-        if request.path != ("/generate" if self.kind == "sglang" else "/v1/completions"):
+        if request.path != self.path:
             return _refusal(404, "Not Found")
         body = await request.json()
         self.bodies.append(body)
         failure = self.failures.popleft() if self.failures else None
         if isinstance(failure, int):
-            return _refusal(failure, self.reason)
+            headers = {"Retry-After": self.retry_after} if self.retry_after else {}
+            return _refusal(failure, self.reason, headers)
         status, answer = self._answer(body)
         if status == 200 and self.spoil is not None:
             self.spoil(answer)
@@ -229,8 +236,8 @@ class StockServer:
         return self.tokenizer.decode([index])
 
 
-def _refusal(status: int, message: str) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status)
+def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response({"error": {"message": message}}, status=status, headers=headers)
 
 
 @contextlib.contextmanager

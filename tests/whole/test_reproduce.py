@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from decant.student_train.losses import sparse_divergence
+from decant.student_train.losses import EventTargets, sparse_divergence
 from examples.reproduce import (
     akl_toy,
     calibration_toy,
     common,
     convergence,
     gaussians,
+    gold,
     selection,
     softmax_layer,
     study,
@@ -32,6 +33,38 @@ def test_dense_targets_give_the_full_divergences():
         ("rkl", (log_q.exp() * (log_q - log_p)).sum(1)),
     ):
         torch.testing.assert_close(sparse_divergence(logits, targets, kind=kind), expected)
+
+
+@pytest.mark.parametrize("vocab", [5, 12])
+def test_golds_rule_chunk_by_chunk(vocab: int):
+    """The sums over whole sorted vocabularies, the shorter one filled up with zeros."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(3, vocab, generator=generator, dtype=torch.float64)
+    p = torch.randn(2, 7, generator=generator, dtype=torch.float64).softmax(1)
+    ids = torch.tensor([[2, -1, 0, -1, -1, 3, -1]] * 2)
+    labels = torch.tensor([1, 3, 0])
+    targets = EventTargets(
+        token_ids=ids,
+        log_p=p.log(),
+        log_rest=torch.full((2,), -math.inf),
+        labels=labels,
+        sizes=torch.tensor([2, 1]),
+    )
+    is_matched = torch.zeros(vocab, dtype=torch.bool)
+    is_matched[[0, 2, 3]] = True
+    q = logits.softmax(1)
+    of_chunks = torch.stack([q[0] * q[1, 3], q[2]])  # the first token's, times the further one's
+    expected = []
+    for ours, theirs in zip(of_chunks, p, strict=True):
+        matched = sum(
+            theirs[slot] * (theirs[slot] / ours[ids[0, slot]]).log() for slot in (0, 2, 5)
+        )
+        padded = [torch.zeros(12, dtype=torch.float64) for _ in range(2)]
+        padded[0][: vocab - 3] = ours[~is_matched].sort(descending=True).values
+        padded[1][:4] = theirs[ids[0] < 0].sort(descending=True).values
+        expected.append(0.3 * matched + 0.7 * (padded[0] - padded[1]).abs().sum())
+    found = gold.gold_loss(logits, targets, is_matched, (0.3, 0.7))
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 def test_calibration_of_an_overconfident_student():

@@ -12,23 +12,30 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
 from decant.teacher_dump.engines.batches import windows
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.client import TeacherClient
 from decant.teacher_dump.engines.http.messages import (
+    MAX_TOKENIZER_BYTES,
     SCORE_PATH,
     TOKENIZER_PATH,
     MessageError,
     ScoreAnswer,
     ScoreRequest,
     TeacherCard,
+    most_answered,
     unframe_files,
 )
 from decant.teacher_dump.engines.packed_rows import Reduction, unpack
 from decant.teacher_dump.engines.remote.loop import EventLoop
+from decant.teacher_dump.engines.remote.texts import shown
 from decant.teacher_dump.engines.seam import EngineError, not_finite
 from decant.teacher_dump.inputs.records import TokenSequence
+
+HAVE_NO_MASS = ("logprobs", "log_tail")
 
 
 class HttpEngine:
@@ -81,7 +88,9 @@ class HttpEngine:
                 start, members, answer = ahead.popleft()
                 rows = answer.result().rows
                 for member, part in zip(members, rows, strict=False):
-                    yield unpack(member, part, self._reduction)
+                    scored = unpack(member, part, self._reduction)
+                    _refuse_absurd(scored, self._reduction.vocab_size)
+                    yield scored
                 if len(rows) < len(members):
                     raise not_finite(members[len(rows)], start + len(rows))
         finally:
@@ -96,8 +105,9 @@ class HttpEngine:
 
     async def _answer(self, members: Sequence[TokenSequence], first_sequence: int) -> ScoreAnswer:
         request = ScoreRequest.of(self._digest, self._reduction, members, first_sequence)
-        data = await self._client.ask("POST", SCORE_PATH, request.to_bytes())
         num_targets = [int(member.is_target.sum()) for member in members]
+        most = most_answered(num_targets, self._reduction)
+        data = await self._client.ask("POST", SCORE_PATH, request.to_bytes(), most=most)
         try:
             return ScoreAnswer.from_bytes(data, num_targets, self._reduction)
         except MessageError as error:
@@ -122,7 +132,7 @@ async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
         card = await client.connect()
         if not card.tokenizer_fingerprint or config.tokenizer:
             return card, None
-        data = await client.ask("GET", TOKENIZER_PATH)
+        data = await client.ask("GET", TOKENIZER_PATH, most=MAX_TOKENIZER_BYTES)
     finally:
         await client.close()
     from transformers import AutoTokenizer
@@ -133,7 +143,9 @@ async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
                 Path(folder, name).write_bytes(content)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever a damaged or unknown tokenizer may raise
-            raise EngineError(f"the service's tokenizer cannot be loaded: {error}") from error
+            raise EngineError(
+                f"the service's tokenizer cannot be loaded: {shown(error)}"
+            ) from error
     refuse_other_tokenizer(card, tokenizer)
     return card, tokenizer
 
@@ -147,6 +159,22 @@ def refuse_other_tokenizer(card: TeacherCard, tokenizer: Any) -> None:
             f" here it is {found}: use the service's own (teacher.tokenizer: ''), and the same "
             "version of transformers on both sides"
         )
+
+
+def _refuse_absurd(scored: ScoredSequence, vocab_size: int) -> None:
+    """Raise EngineError for numbers that no teacher gives; the writer checks the rest."""
+    where = f"a teacher service answers wrongly for sample {scored.sample_id}"
+    for name, value in scored.known().items():
+        if value.dtype != np.float32:
+            continue
+        # An entry that is not kept, or a tail without mass, has log prob -inf.
+        good = np.isfinite(value) | (value == -np.inf if name in HAVE_NO_MASS else False)
+        if not good.all():
+            raise EngineError(f"{where}: {name} is {value[~good].flat[0]}, which is not finite")
+    ids = scored.token_ids
+    if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        bad = ids[(ids < -1) | (ids >= vocab_size)].flat[0]
+        raise EngineError(f"{where}: token id {bad} outside [0, {vocab_size})")
 
 
 async def _open_client(

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decant.schemas import TeacherInfo, from_json, to_json
+from decant.schemas import TeacherInfo, to_json
 from decant.schemas.strict import canonical
 from decant.teacher_dump.engines.packed_rows import Reduction
+from decant.teacher_dump.engines.remote.texts import dataclass_from, parsed, shown
 from decant.teacher_dump.inputs.records import TokenSequence
 
 PROTOCOL = 1
@@ -25,6 +26,13 @@ TEACHER_PATH = "/v1/decant/teacher"
 TOKENIZER_PATH = "/v1/decant/tokenizer"
 SCORE_PATH = "/v1/decant/score"
 LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 64 << 10
+"""Of a request and of a tokenizer's files; an answer's names a number per sequence."""
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TEMPERATURES = 64
+MOST = 2**31 - 1
+"""Of a number of ids or tokens."""
+MAX_FIRST_SEQUENCE = 2**62
 
 
 class MessageError(ValueError):
@@ -74,19 +82,49 @@ class TeacherCard:
     def from_bytes(data: bytes, where: str) -> "TeacherCard":
         """From JSON. Raises MessageError, naming `where`."""
         try:
-            values = json.loads(data)
+            values = parsed(data)
             found = values.get("protocol") if isinstance(values, dict) else None
             if found != PROTOCOL:
                 raise MessageError(
-                    f"{where} speaks protocol {found} of the teacher service, this program "
+                    f"{where} speaks protocol {shown(found)} of the teacher service, this program "
                     f"{PROTOCOL}: run the same version on both sides"
                 )
-            return from_json(TeacherCard, values, where)
+            card = dataclass_from(TeacherCard, values, where)
+            card._check()
+            return card
         except MessageError:
             raise
         except ValueError as error:
-            problem = f"{where} does not answer like a teacher service: {error}"
+            problem = f"{where} does not answer like a teacher service: {shown(error)}"
             raise MessageError(problem) from error
+
+    def _check(self) -> None:
+        """Raise ValueError for what no teacher is."""
+        teacher = self.teacher
+        for name, value, least in (
+            ("vocab_size", teacher.vocab_size, 1),
+            ("max_positions", self.max_positions, 0),
+            ("max_length", self.max_length, 1),
+        ):
+            if not least <= value <= MOST:
+                raise ValueError(f"{name} is {value}, must lie in [{least}, {MOST}]")
+        texts = [self.route, self.tokenizer_fingerprint, *to_json(teacher).values()]
+        for text in texts:
+            if isinstance(text, str) and (not text.isprintable() or len(text) > 4096):
+                raise ValueError(f"{text[:200]!r} is no printable text of at most 4096 characters")
+        if not teacher.engine.split():
+            raise ValueError("teacher.engine is empty")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RequestHeader:
+    """What stands before the arrays of a score request."""
+
+    digest: str
+    first_sequence: int
+    reduction: Reduction
+    sequences: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -142,18 +180,24 @@ class ScoreRequest:
     @staticmethod
     def from_bytes(data: bytes) -> "ScoreRequest":
         """From a framed body, checked in itself. Raises MessageError."""
-        header, body = unframe(data)
+        header, body = unframe(data, MAX_HEADER_BYTES)
         try:
-            num_sequences, num_tokens = int(header["sequences"]), int(header["tokens"])
-            digest, first = str(header["digest"]), int(header["first_sequence"])
-            reduction = from_json(Reduction, header["reduction"], "reduction")
-        except (KeyError, TypeError, ValueError) as error:
-            raise MessageError(f"header of a score request: {error!r}") from error
+            given = dataclass_from(_RequestHeader, header, "header of a score request")
+        except ValueError as error:
+            raise MessageError(shown(error)) from error
+        num_sequences, num_tokens, first = given.sequences, given.tokens, given.first_sequence
         expected = 4 * num_sequences + 5 * num_tokens
         if num_sequences < 1 or num_tokens < 1 or len(body) != expected or first < 0:
             raise MessageError(
-                f"a score request of {num_sequences} sequences and {num_tokens} tokens has "
-                f"{len(body)} bytes of arrays, expected {expected}"
+                f"a score request of {shown(num_sequences)} sequences and {shown(num_tokens)} "
+                f"tokens from place {shown(first)} has {len(body)} bytes of arrays, expected "
+                f"{shown(expected)}"
+            )
+        if first > MAX_FIRST_SEQUENCE:
+            raise MessageError(f"first_sequence is {shown(first)}, at most {MAX_FIRST_SEQUENCE}")
+        if len(given.reduction.temperatures) > MAX_TEMPERATURES:
+            raise MessageError(
+                f"{len(given.reduction.temperatures)} temperatures, at most {MAX_TEMPERATURES}"
             )
         lengths = np.frombuffer(body, "<i4", num_sequences).astype(np.int32)
         ids = np.frombuffer(body, "<i4", num_tokens, 4 * num_sequences).astype(np.int32)
@@ -161,9 +205,9 @@ class ScoreRequest:
         if lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != num_tokens:
             raise MessageError("the lengths of a score request do not add up to its tokens")
         request = ScoreRequest(
-            digest=digest,
+            digest=given.digest,
             first_sequence=first,
-            reduction=reduction,
+            reduction=given.reduction,
             lengths=lengths,
             input_ids=ids,
             is_target=mask.astype(np.bool_),
@@ -202,11 +246,14 @@ class ScoreAnswer:
         """
         header, body = unframe(data)
         counts, not_finite = header.get("targets"), header.get("not_finite")
-        given = counts if isinstance(counts, list) else [None]
-        is_whole = len(given) == len(num_targets)
+        length = len(counts) if isinstance(counts, list) else -1
+        is_whole = length == len(num_targets)
         words = reduction.row_words
-        if given != list(num_targets[: len(given)]) or not_finite is is_whole:
-            raise MessageError(f"targets {counts} answered, expected {list(num_targets)}")
+        given = list(num_targets[: max(length, 0)])
+        if counts != given or not_finite is is_whole:
+            raise MessageError(
+                f"targets {shown(counts)} answered, expected {shown(list(num_targets))}"
+            )
         expected = 4 * words * sum(given)
         if len(body) != expected:
             raise MessageError(f"{len(body)} bytes of rows answered, expected {expected}")
@@ -221,16 +268,23 @@ def frame(header: dict[str, Any], *parts: bytes) -> bytes:
     return b"".join([len(text).to_bytes(LENGTH_BYTES, "little"), text, *parts])
 
 
-def unframe(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header of a body and the bytes after it. Raises MessageError."""
+def most_answered(num_targets: Sequence[int], reduction: Reduction) -> int:
+    """Bytes of the longest body that answers for sequences of so many targets."""
+    return MAX_HEADER_BYTES + 16 * len(num_targets) + 4 * reduction.row_words * sum(num_targets)
+
+
+def unframe(data: bytes, most: int = MOST) -> tuple[dict[str, Any], memoryview]:
+    """The header of a body, of `most` bytes, and the bytes after it. Raises MessageError."""
     size = int.from_bytes(data[:LENGTH_BYTES], "little")
     end = LENGTH_BYTES + size
     if len(data) < end or size == 0:
         raise MessageError(f"a body of {len(data)} bytes is cut short")
+    if size > most:
+        raise MessageError(f"the header of a body has {size} bytes, at most {most}")
     try:
-        header = json.loads(data[LENGTH_BYTES:end])
+        header = parsed(data[LENGTH_BYTES:end])
     except ValueError as error:
-        raise MessageError(f"the header of a body is no JSON: {error}") from error
+        raise MessageError(f"the header of a body is no JSON: {shown(error)}") from error
     if not isinstance(header, dict):
         raise MessageError("the header of a body is not an object")
     return header, memoryview(data)[end:]
@@ -243,18 +297,20 @@ def frame_files(files: dict[str, bytes]) -> bytes:
 
 def unframe_files(data: bytes) -> dict[str, bytes]:
     """The files of a body by plain name. Raises MessageError."""
-    header, body = unframe(data)
+    header, body = unframe(data, MAX_HEADER_BYTES)
     sizes = header.get("files")
-    if not isinstance(sizes, dict) or not all(isinstance(s, int) for s in sizes.values()):
+    if not isinstance(sizes, dict) or not all(type(s) is int and s >= 0 for s in sizes.values()):
         raise MessageError("a body of files does not list them")
+    if (total := sum(sizes.values())) != len(body):
+        raise MessageError(f"a body of files has {len(body)} bytes, expected {shown(total)}")
     files, start = {}, 0
     for name, size in sizes.items():
         if name != name.replace("\\", "/").split("/")[-1] or name in ("", ".", ".."):
-            raise MessageError(f"a body of files holds {name!r}, which is not a plain file name")
+            raise MessageError(
+                f"a body of files holds {shown(repr(name))}, which is not a plain file name"
+            )
         files[name] = bytes(body[start : start + size])
         start += size
-    if start != len(body):
-        raise MessageError(f"a body of files has {len(body)} bytes, expected {start}")
     return files
 
 

@@ -18,6 +18,9 @@ ABOVE_ZERO = 1e-4
 SAME_ENTRY = 1e-2
 """How far the actual token's log prob may lie from its entry among the top ones."""
 
+MOST_NATS = 10**6
+"""How large an integer log prob may be."""
+
 
 class AnswerError(ValueError):
     """An answer that is not what was asked for."""
@@ -127,6 +130,8 @@ def _number(value: Any, token: int) -> float:
         raise NotFinite(f"it gives null as a log prob of token {token}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AnswerError(f"it gives {value!r} as a log prob of token {token}")
+    if isinstance(value, int) and abs(value) > MOST_NATS:
+        raise AnswerError(f"it gives an integer of absurd size as a log prob of token {token}")
     if not value < np.inf:  # NaN too
         raise NotFinite(f"it gives {value} as a log prob of token {token}")
     if value > ABOVE_ZERO:

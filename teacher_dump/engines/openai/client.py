@@ -15,10 +15,14 @@ from decant.teacher_dump.engines.openai.fingerprint import difference, fingerpri
 from decant.teacher_dump.engines.openai.look import Looker
 from decant.teacher_dump.engines.openai.probe import Probe, Refused, ServerCard
 from decant.teacher_dump.engines.remote.client import Client, Endpoint
+from decant.teacher_dump.engines.remote.texts import parsed, shown
 from decant.teacher_dump.engines.seam import EngineError, Unavailable
 
 QUOTA = "insufficient_quota"
 """What hosted APIs say with status 429 when waiting does not help."""
+
+MAX_SCORE_BYTES = 1 << 30
+"""Of an answer: a thousand entries for each of ten thousand tokens take about so many as text."""
 
 
 class ServerClient(Client):
@@ -57,7 +61,9 @@ class ServerClient(Client):
         """The answer to a request of the teacher's API. Raises EngineError."""
         assert self._way is not None
         try:
-            data = await self.ask("POST", self._way.path, json.dumps(body).encode())
+            data = await self.ask(
+                "POST", self._way.path, json.dumps(body).encode(), most=MAX_SCORE_BYTES
+            )
         except Refused as error:
             if error.status in (404, 405) or error.status < 400:  # no more what it was
                 raise Unavailable(str(error)) from error
@@ -69,7 +75,8 @@ class ServerClient(Client):
 
         async def ask(method: str, path: str, body: dict[str, Any] | None) -> Any:
             data = None if body is None else json.dumps(body).encode()
-            return _parsed(await self.attempt(endpoint, method, path, data), endpoint.url)
+            answer = await self.attempt(endpoint, method, path, data, MAX_SCORE_BYTES)
+            return _parsed(answer, endpoint.url)
 
         try:
             await self._look(Looker(ask, endpoint.url, self._probe), endpoint.url)
@@ -141,6 +148,6 @@ def _asked(form: Form) -> tuple[Any, ...]:
 
 def _parsed(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        return parsed(data, finite=False)  # servers write -Infinity for what has no mass
     except ValueError as error:
-        raise Refused(f"{where} answers with what is no JSON: {error}", 200) from error
+        raise Refused(f"{where} answers with what is no JSON: {shown(error)}", 200) from error

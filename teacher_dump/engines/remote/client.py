@@ -7,7 +7,6 @@ sequences. Everything runs in one asyncio event loop.
 
 import asyncio
 import contextlib
-import json
 import logging
 import random
 import time
@@ -18,13 +17,20 @@ import aiohttp
 
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.remote.keys import key_from
+from decant.teacher_dump.engines.remote.texts import parsed, shown
 from decant.teacher_dump.engines.seam import EngineError, Unavailable
 
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
-"""A request without a byte of answer for so long is lost."""
+"""A request without a byte of answer for so long is lost, and one whose answer takes longer."""
+MAX_ANSWER_BYTES = 1 << 20
+"""Of an answer, unless whoever asks expects more."""
+MAX_ERROR_BYTES = 64 << 10
+"""Of what is read of an error's text."""
+LONGEST_WAIT = 300.0
+"""Seconds that an overloaded endpoint may ask to be left alone."""
 ATTEMPTS = 4
 """How often a request that was taken up may fail, on whatever endpoint."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -85,12 +91,13 @@ class Client:
         self._fatal: EngineError | None = None
         self._freed = asyncio.Condition()
         self._last_answer = time.monotonic()
-        headers = dict(headers or {})
+        headers = {"Accept-Encoding": "identity", **(headers or {})}
         if key := key_from(config.api_key_env, "teacher.api_key_env"):
             headers["Authorization"] = f"Bearer {key}"
         self._session = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,
             timeout=aiohttp.ClientTimeout(
                 total=None, connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS
             ),
@@ -119,8 +126,18 @@ class Client:
         """Meet every endpoint that answers now. Raises Unavailable."""
         await asyncio.gather(*(self._greet(endpoint) for endpoint in self._endpoints))
 
-    async def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """The answer to a request, from whichever endpoint gives one. Raises EngineError."""
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        most: int = MAX_ANSWER_BYTES,
+    ) -> bytes:
+        """The answer to a request, of at most so many bytes, from whichever endpoint gives one.
+
+        Raises EngineError.
+        """
         attempts = 0
         while True:
             async with self._free_endpoint() as endpoint:
@@ -128,7 +145,7 @@ class Client:
                     known_for = time.monotonic() - endpoint.met_at
                     if not endpoint.is_known or known_for > self.meets_again_after:
                         await self._meet(endpoint)
-                    answer = await self.attempt(endpoint, method, path, body)
+                    answer = await self.attempt(endpoint, method, path, body, most)
                 except Away as away:
                     self._put_aside(endpoint, str(away), away.pause)
                 except Lost as lost:
@@ -143,20 +160,25 @@ class Client:
                     self._fatal = error if isinstance(error, Unavailable) else None
                     raise
                 else:
-                    endpoint.failures = 0
+                    endpoint.failures, endpoint.error = 0, ""
                     return answer
             await asyncio.sleep(attempts * FIRST_PAUSE)
 
     async def attempt(
-        self, endpoint: Endpoint, method: str, path: str, body: bytes | None = None
+        self,
+        endpoint: Endpoint,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        most: int = MAX_ANSWER_BYTES,
     ) -> bytes:
         """One attempt. Raises Away, Lost, or EngineError for what another attempt cannot mend."""
         try:
             async with self._session.request(
                 method, endpoint.url + path, data=body, allow_redirects=False
             ) as response:
-                answer = await response.read()
                 status, headers = response.status, response.headers
+                answer = await _received(response, most, endpoint.url)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Away(str(error) or type(error).__name__) from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -168,11 +190,10 @@ class Client:
         if status == 429:
             self.overload(endpoint.url, text)
             self._last_answer = time.monotonic()
-            pause = headers.get("Retry-After", "")
-            raise Away(text, float(pause) if pause.isdecimal() else 1.0)
+            raise Away(text, _pause(headers.get("Retry-After", "")) or 1.0)
         if status in (502, 503, 504):
-            raise Away(f"status {status}: {text}")
-        if status >= 500:
+            raise Away(f"status {status}: {text}", _pause(headers.get("Retry-After", "")))
+        if status == 408 or status >= 500:
             raise Lost(f"status {status}: {text}", is_there=True)
         if status == 409:  # restarted with another teacher since it was met, which it now shows
             await self._meet(endpoint)
@@ -205,6 +226,7 @@ class Client:
 
     def _put_aside(self, endpoint: Endpoint, error: str, pause: float) -> None:
         if pause:
+            endpoint.error = error
             endpoint.retry_at = time.monotonic() + pause * random.uniform(1, 1.5)
             return
         if not endpoint.error:
@@ -252,13 +274,46 @@ class Client:
         )
 
 
+def _pause(retry_after: str) -> float:
+    """The seconds that a server asks to wait, not too many; 0 if it says none, or a date."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        return 0.0
+    return min(seconds, LONGEST_WAIT) if seconds >= 0 else 0.0
+
+
+async def _received(response: aiohttp.ClientResponse, most: int, url: str) -> bytes:
+    """The body of an answer, or the beginning of an error's text.
+
+    Raises Unavailable for an answer of more than `most` bytes, or one that is compressed.
+    """
+    is_answer = response.status == 200
+    if is_answer and response.headers.get("Content-Encoding", "identity") != "identity":
+        coding = shown(response.headers["Content-Encoding"])
+        raise Unavailable(f"{url} compresses its answer ({coding}), which was not asked for")
+    if is_answer and (response.content_length or 0) > most:
+        raise Unavailable(f"{url} answers with {response.content_length} bytes, at most {most} fit")
+    most = most if is_answer else MAX_ERROR_BYTES
+    parts, size = [], 0
+    async with asyncio.timeout(ANSWER_SECONDS):
+        while part := await response.content.readany():
+            parts.append(part)
+            size += len(part)
+            if size > most and is_answer:
+                raise Unavailable(f"{url} answers with more than {most} bytes, which fit")
+            if size > most:
+                break
+    return b"".join(parts)
+
+
 def _error_text(body: bytes) -> str:
     """What an error's body says, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError):
-        said = json.loads(body)
+        said = parsed(body)
         for name in ("error", "detail", "message"):
             if isinstance(said, dict) and said.get(name):
                 said = said[name]
-                text = str(said)
-    return " ".join(text.split())[:500]
+                text = said if isinstance(said, str) else shown(said)
+    return shown(" ".join(text[:4096].split()))

@@ -22,7 +22,8 @@ from decant.schemas import FormatError, Truncation
 from decant.storage import Busy, CacheReader, CacheWriter, Store, verify
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_sequence
-from decant.storage.cache.writer import ROW_GROUP_ROWS, plan_of, write_cache
+from decant.storage.cache.plan import plan_of
+from decant.storage.cache.writer import ROW_GROUP_ROWS, write_cache
 from decant.storage.files.durable import TEMPORARY_SUFFIX
 from decant.storage.inspect.collect import inspect
 from tests.support import ROOT, caches

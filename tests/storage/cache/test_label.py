@@ -22,9 +22,10 @@ from decant.storage.inspect.text import report_text
 from decant.student_train import CacheStream
 from decant.student_train.data.follow import FollowStream
 from decant.student_train.data.mixture import MixtureStream
+from decant.student_train.losses import EventTargets
 from tests.support import caches
 
-SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=70_000)
+SETTINGS = caches.Settings(truncation=Truncation(method="label"), vocab_size=3_000)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def test_what_is_written_is_read(cache: Path) -> None:
 
 def test_a_target_takes_three_bytes(tmp_path: Path) -> None:
     """Beside its token, which every cache holds: fewer than 3 bytes of log prob."""
-    shards = caches.random_shards(SETTINGS, num_shards=1, sequences=4, length=400)
-    caches.write_cache(tmp_path, SETTINGS, shards)
+    settings = dataclasses.replace(SETTINGS, vocab_size=500)
+    shards = caches.random_shards(settings, num_shards=1, sequences=4, length=400)
+    caches.write_cache(tmp_path, settings, shards)
     report = inspect(tmp_path)
     assert 2 < report.column_bytes["label_logprob"] / report.targets < 3
 
@@ -157,12 +159,20 @@ def test_export_gives_the_labels(cache: Path, tmp_path: Path, rows: str) -> None
     assert json.loads(table.schema.metadata[b"decant"])["truncation"]["method"] == "label"
 
 
-def test_training_asks_for_entries(cache: Path) -> None:
-    """Every stream refuses, with the methods that keep some."""
-    for stream in (
-        lambda: CacheStream(cache, batch_size=2),
-        lambda: FollowStream(cache, batch_size=2),
-        lambda: MixtureStream([cache, cache], [1, 1], batch_size=2),
+def test_training_takes_the_label_as_an_event(cache: Path) -> None:
+    """In every stream: the label and all the rest, two classes; another temperature is refused."""
+    for make in (
+        CacheStream,
+        FollowStream,
+        lambda url, **o: MixtureStream([url, url], [1, 1], **o),
     ):
-        with pytest.raises(ValueError, match=r"keeps no entries .*label.* topk, topp, sample"):
-            stream()
+        stream = make(cache, batch_size=2)
+        batch = next(iter(stream))
+        events = batch.targets_at(1.0)
+        assert isinstance(events, EventTargets)
+        np.testing.assert_array_equal(events.token_ids[:, 0], batch.labels)
+        np.testing.assert_array_equal(events.log_p[:, 0], batch.label_logprob)
+        np.testing.assert_allclose(events.log_p.exp()[:, 0] + events.log_rest.exp(), 1, atol=1e-6)
+        events.validate(70_000)
+        with pytest.raises(ValueError, match=r"labels alone.*set loss.temperature to 1"):
+            make(cache, batch_size=2, temperature=2.0)

@@ -12,7 +12,7 @@ from decant.storage import CacheReader, GivenMessages, verify
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache import writer
 from decant.storage.cache.checks import message_problems
-from decant.storage.cache.writer import plan_of
+from decant.storage.cache.plan import plan_of
 from decant.storage.exchange.export import export
 from tests.support import caches
 

@@ -42,10 +42,10 @@ def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     settings = CASES[request.param]
     url = tmp_path_factory.mktemp("readers")
     (sequences,) = caches.random_shards(
-        settings, num_shards=1, sequences=2, length=50, favoured=range(0, settings.vocab_size, 97)
+        settings, num_shards=1, sequences=2, length=30, favoured=range(0, settings.vocab_size, 97)
     )
     writer = caches.start_cache(url, settings, [sequences])
-    caches.write_shard(writer, 0, sequences, row_group_rows=50)
+    caches.write_shard(writer, 0, sequences, row_group_rows=30)
     writer.finalize()
     return url / "shards/part-000000.parquet"
 

@@ -41,13 +41,14 @@ def test_added_tokens_are_their_text() -> None:
 
 
 def test_single_bytes_of_byte_fallback() -> None:
-    """`<0xE3>` is a byte; a token with the mark of a space is not known as bytes."""
-    vocabulary = {"<unk>": 0, "<0xE3>": 1, "<0x81>": 2, "▁a": 3}
+    """`<0xE3>` is a byte; text is not known as bytes, nor is its é the byte E9."""
+    vocabulary = {"<unk>": 0, "<0xE3>": 1, "<0x81>": 2, "▁a": 3, "é": 4}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     assert bytes_of(tokenizer, [1, 2]) == b"\xe3\x81"
     assert bytes_of(tokenizer, [3]) is None
+    assert bytes_of(tokenizer, [4]) is None
     assert bytes_of(tokenizer, [99]) is None
 
 

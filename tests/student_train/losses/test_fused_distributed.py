@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from decant.student_train.config.loss import LossConfig
-from decant.student_train.losses import SparseTargets
+from decant.student_train.losses import EventTargets, SparseTargets
 from decant.student_train.model.distiller import Distiller
 from tests.support import dense_reference as reference
 from tests.support import models
@@ -45,6 +45,8 @@ class Case:
     """Mixed precision as accelerate sets it up, which casts inputs and outputs."""
     sequences: tuple[int, int] = (3, 2)
     """Sequences of each rank; 0 is a batch that carries no target."""
+    events: bool = False
+    """Targets of another tokenizer, chunks of one row and of two."""
 
 
 CASES = {
@@ -53,6 +55,8 @@ CASES = {
     "ddp, frozen head": Case("ddp", frozen_head=True),
     "ddp, gradient checkpointing": Case("ddp", "qwen2", checkpointing=True),
     "ddp, a rank without targets": Case("ddp", sequences=(3, 0)),
+    "ddp, events": Case("ddp", events=True),
+    "ddp, events, a rank without targets": Case("ddp", events=True, sequences=(3, 0)),
     "fsdp2, one unit": Case("root"),
     "fsdp2, one unit, tied": Case("root", "qwen2"),
     "fsdp2, blocks": Case("blocks"),
@@ -60,7 +64,10 @@ CASES = {
     "fsdp2, blocks, frozen head": Case("blocks", frozen_head=True),
     "fsdp2, blocks, gradient checkpointing": Case("blocks", "qwen2", checkpointing=True),
     "fsdp2, blocks, a rank without targets": Case("blocks", sequences=(3, 0)),
+    "fsdp2, blocks, events": Case("blocks", "qwen2", events=True),
+    "fsdp2, blocks, events, a rank without targets": Case("blocks", events=True, sequences=(3, 0)),
     "fsdp2, head apart": Case("head"),
+    "fsdp2, head apart, events": Case("head", events=True),
     "fsdp2, head apart and frozen": Case("head", frozen_head=True),
     "fsdp2, embedding and head together, tied": Case("head", "qwen2"),
     "fsdp2, head apart, bf16": Case("head", bf16=True),
@@ -79,18 +86,37 @@ class Batch:
     attention_mask: Tensor
     predictors: Tensor
     labels: Tensor
-    targets: SparseTargets
+    targets: SparseTargets | EventTargets
     position_ids: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         return len(self.labels)
 
-    def targets_at(self, temperature: float) -> SparseTargets:
+    def targets_at(self, temperature: float) -> SparseTargets | EventTargets:
         return self.targets
 
 
-def batch_of(rank: int, num_sequences: int) -> Any:
+def events_at(labels: Tensor, generator: torch.Generator) -> EventTargets:
+    """Chunks of one row and of two in turn, with five events and a rest of random probabilities."""
+    sizes = torch.tensor([1, 2]).repeat(len(labels))
+    sizes = sizes[: int((sizes.cumsum(0) <= len(labels)).sum())]
+    missing = len(labels) - int(sizes.sum())
+    sizes = torch.cat([sizes, torch.ones(missing, dtype=torch.int64)])
+    last = labels[sizes.cumsum(0) - 1]
+    scores = torch.rand(len(sizes), models.VOCAB_SIZE, generator=generator)
+    scores[torch.arange(len(sizes)), last] = 2.0  # what was observed is an event
+    log_p = torch.randn(len(sizes), 6, generator=generator).log_softmax(1)
+    return EventTargets(
+        token_ids=scores.topk(5).indices,
+        log_p=log_p[:, :5],
+        log_rest=log_p[:, 5],
+        labels=labels,
+        sizes=sizes,
+    )
+
+
+def batch_of(rank: int, num_sequences: int, events: bool = False) -> Any:
     """A rank's own batch; rank 1's targets are fewer, so means per rank would not do."""
     generator = torch.Generator().manual_seed(rank)
     num_rows = max(num_sequences, 1)
@@ -99,7 +125,9 @@ def batch_of(rank: int, num_sequences: int) -> Any:
     predictors = predictors.flatten() if num_sequences else predictors[:0].flatten()
     labels = input_ids.flatten()[predictors + 1]
     teacher = torch.randn(len(predictors) or 1, models.VOCAB_SIZE, generator=generator) * 2
-    targets = reference.targets_of(teacher, reference.top_kept(teacher, [6] * len(teacher)))
+    targets: Any = reference.targets_of(teacher, reference.top_kept(teacher, [6] * len(teacher)))
+    if events:
+        targets = events_at(labels, generator)
     return Batch(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -188,7 +216,7 @@ def run_cases(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         model = wrapped(case, distiller_of(case))
-        out = model(batch_of(rank, case.sequences[rank]), float(total_targets(case)))
+        out = model(batch_of(rank, case.sequences[rank], case.events), float(total_targets(case)))
         (out.loss * WORLD_SIZE).backward()  # both average over ranks, as `train` expects
         loss = out.loss.detach().clone()
         dist.all_reduce(loss)
@@ -218,7 +246,7 @@ def test_two_processes_give_the_gradients_of_one(
             parameter.data = parameter.data.bfloat16()
     total = torch.zeros(())
     for rank, num_sequences in enumerate(case.sequences):
-        part = model(batch_of(rank, num_sequences), float(total_targets(case))).loss
+        part = model(batch_of(rank, num_sequences, case.events), float(total_targets(case))).loss
         part.backward()
         total += part.detach()
     assert loss.dtype == torch.float32

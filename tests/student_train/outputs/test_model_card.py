@@ -52,7 +52,7 @@ def test_a_card_says_where_a_student_comes_from(cache: Path, tmp_path: Path) -> 
         assert text in card.text, text
     assert card.data.library_name == "transformers"
     figures = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert len(figures) == 10
+    assert len(figures) == 12
     assert {r.metric_name for r in card.data.eval_results} == set(figures)
     for name, value in figures.items():
         assert value == pytest.approx(summary[name], abs=1e-6), name

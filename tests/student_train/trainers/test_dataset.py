@@ -143,9 +143,13 @@ def test_a_loader_gives_the_batches_of_the_stream(groups_cache: Path, workers: i
     assert count == len(loader) == len(dataset) // 4
 
 
-def test_what_a_collator_cannot_do_is_refused(groups_cache: Path) -> None:
-    """A packing it does not know, and a temperature that is not stored."""
+def test_what_a_collator_cannot_do_is_refused(groups_cache: Path, tmp_path: Path) -> None:
+    """A packing it does not know, a temperature that is not stored, a cache of labels alone."""
     with pytest.raises(ValueError, match="packing 'both' is not one of"):
         Collator(CacheDataset(groups_cache), "both")
     with pytest.raises(ValueError, match="temperature 3 is not stored"):
         CacheDataset(groups_cache, temperature=3.0)
+    settings = caches.Settings(truncation=Truncation(method="label"), temperatures=(1.0,))
+    caches.write_cache(tmp_path / "label", settings, caches.random_shards(settings))
+    with pytest.raises(ValueError, match=r"keeps no entries.* `decant train` takes labels alone"):
+        CacheDataset(tmp_path / "label")

@@ -394,6 +394,23 @@ def test_a_damaged_answer_is_an_error(flaky: Unreliable) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("nan", "sample-0: label_logprob is nan, which is not finite"),
+        ("ids", r"sample-0: token id 2147483647 outside \[0, 300\)"),
+    ],
+)
+def test_absurd_numbers_are_an_error(flaky: Unreliable, failure: str, message: str) -> None:
+    """Of a service's answer, with the sample; nothing of it goes on."""
+    engine = http_engine(flaky.url)
+    flaky.row_words = engine._reduction.row_words
+    flaky.failures.append(failure)
+    with pytest.raises(EngineError, match=f"answers wrongly for sample {message}"):
+        list(engine.score(sequences_of([20]), 0))
+    engine.close()
+
+
 def test_requests_in_flight_are_bounded(flaky: Unreliable) -> None:
     """Never more than teacher.requests at a time, nor more than that ahead of the reader."""
     engine = http_engine(flaky.url, requests=3)

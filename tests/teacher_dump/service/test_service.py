@@ -321,6 +321,15 @@ def test_keys() -> None:
         (["--api_key_env", "NOT_SET"], "$NOT_SET is not set or empty"),
         (["--port", "70000"], "port is 70000"),
         (["--teacher.engine", "vllm"], "teacher.engine vllm is not installed here"),
+        (["--host", "0.0.0.0"], "is reached from other machines, and no API key is asked for"),
+        (["--host", "::"], "is reached from other machines, and no API key is asked for"),
+        (["--host", ""], "is reached from other machines, and no API key is asked for"),
+        (["--limits.max_body_bytes", "0"], "limits.max_body_bytes is 0, must be >= 1"),
+        (["--limits.client_seconds", ".inf"], "must be positive and finite"),
+        (
+            ["--allow_without_key", "true", "--api_key_env", "NOT_SET"],
+            "allow_without_key has no effect with api_key_env",
+        ),
     ],
 )
 def test_a_service_that_cannot_be_started(

@@ -4,6 +4,7 @@ One server for all of this module; it is killed in the end.
 """
 
 import importlib.util
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ import torch
 
 from decant.schemas import ScoredSequence, Truncation
 from decant.teacher_dump.engines import EngineError, TeacherConfig, open_engine
+from decant.teacher_dump.engines.http.messages import SCORE_PATH, TEACHER_PATH
 from decant.teacher_dump.engines.seam import SequenceError
 from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.teacher import describe_teacher, hash_weights
@@ -49,6 +51,7 @@ def poisoned_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(poisoned_path: Path) -> Iterator[ServedTeacher]:
     """A server of it that wants KEY; every request takes several of vLLM's steps."""
     options = ("--teacher.engine", "vllm", "--teacher.max_batch_tokens", "64")
+    options += ("--limits.client_seconds", "3")
     service = ServedTeacher(poisoned_path, *options, key=KEY)
     yield service
     service.kill()
@@ -179,6 +182,40 @@ def test_every_route_wants_the_key(served: ServedTeacher, path: str) -> None:
     """Those that vLLM's own key leaves open too."""
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(served.url + path)
+
+
+def raw(served: ServedTeacher, data: bytes) -> bytes:
+    """The first bytes of the answer to these; none if there is no answer."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as client:
+        client.sendall(data)
+        return client.recv(1 << 16)
+
+
+def test_hostile_requests(served: ServedTeacher) -> None:
+    """Noise, oversized and absurd bodies and slow clients are 4xx and lines; others are served."""
+    key = f"Authorization: Bearer {KEY}\r\n"
+    start = f"POST {SCORE_PATH} HTTP/1.1\r\nHost: h\r\n{key}"
+    deep = b"[" * 60_000
+    body = len(deep).to_bytes(8, "little") + deep
+    for data, status in (
+        (b"\x16\x03\x01 no HTTP\r\n\r\n", b"400"),
+        (f"{start}Content-Length: {1 << 40}\r\n\r\n".encode(), b"413"),
+        (f"{start}Content-Length: {len(body)}\r\n\r\n".encode() + body, b"400"),
+        (f"{start}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(), b"411"),
+        (f"{start}Content-Length: 9\r\n\r\nslow".encode(), b"408"),
+        (
+            f"POST /pooling HTTP/1.1\r\nHost: h\r\n{key}Content-Length: 9\r\n\r\n".encode(),
+            b"408 400",
+        ),
+        (f"GET {TEACHER_PATH} HTTP/1.1\r\nHost: h\r\n\r\n".encode(), b"401"),
+    ):
+        assert raw(served, data).split(b" ")[1] in status, data[:80]
+    with socket.create_connection(("127.0.0.1", served.port)) as client:  # which leaves
+        client.sendall(f"{start}Content-Length: 9\r\n\r\nsome".encode())
+    assert urllib.request.urlopen(served.url + "/health").read() == b""
+    wait_for(lambda: "has left within its body" in served.said())
+    assert "413 to 127.0.0.1: POST" in served.said() and "Traceback" not in served.said()
+    assert KEY not in served.said()
 
 
 def test_no_process_outlives_a_killed_server(served: ServedTeacher) -> None:
