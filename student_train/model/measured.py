@@ -152,8 +152,8 @@ def _check_tokenizer(
     try:
         where = options.tokenizer or path
         found, same = check_student_tokenizer(theirs, own, where, reader.url, size)
-    except FormatError as error:
-        raise FormatError(
+    except UnfitError as error:
+        raise UnfitError(
             f"{error} Bits and divergence per byte of a model of another tokenizer are given by "
             f"`decant evaluate --student {path} --cache {reader.url} --tokenizer-mismatch align`"
         ) from error
