@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from decant.schemas import FormatError
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import kept_tokenizer, paths
 from decant.student_train.config.student import StudentConfig
@@ -144,8 +144,8 @@ def _agreed(
     shared = reader.manifest.shared_vocab_size
     try:
         return agreed_tokenizer(tokenizer, own, path, reader.url, shared)
-    except FormatError as error:
-        raise FormatError(
+    except UnfitError as error:
+        raise UnfitError(
             f"{error} Or train on what both tokenizers can say: tokenizer_mismatch: align"
         ) from error
 
