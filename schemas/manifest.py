@@ -10,12 +10,27 @@ from typing import Any
 
 from decant.schemas.arrow import ID_FORMS, NO_LOGPROBS, PRECISIONS, CompactCode, Layout
 from decant.schemas.shards import Rejected, Segment, Totals
-from decant.schemas.strict import FormatError, canonical, from_json, to_json, with_later
+from decant.schemas.strict import (
+    FormatError,
+    canonical,
+    check_counts,
+    check_depth,
+    check_hash,
+    check_inside,
+    from_json,
+    to_json,
+    with_later,
+)
 from decant.schemas.truncation import METHODS, Truncation, check_temperatures
 
 FORMAT_VERSION = 4
 """What is written; all from 1 on are read, and completed in their own form."""
 VERSION_1_CODE = CompactCode(scale=4.0, limit=32.0)
+MAX_VOCAB = 2**24
+"""Ids are stored in at most three bytes."""
+MAX_SLOTS = 2**18
+"""Entries per target; a vocabulary can be kept whole up to here."""
+MAX_SHARDS = 2**20
 MAX_LISTED = 1000
 """Rejected sequences that the manifest lists; the commit records hold all of them."""
 
@@ -89,6 +104,7 @@ class Manifest:
     """The first MAX_LISTED rejected sequences of all shards; `totals.rejected` counts all."""
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         if self.precision == NO_LOGPROBS:
             self._check_without_logprobs()
         elif self.precision not in PRECISIONS:
@@ -115,6 +131,16 @@ class Manifest:
         expected = self.identity_hash()
         if self.cache_id not in ("", expected):
             raise ValueError(f"cache_id is {self.cache_id}, its fields give {expected}")
+
+    def _check_sizes(self) -> None:
+        check_counts(self, "num_sequences", "num_tokens", "num_targets")
+        for name, value, least, most in (
+            ("shared_vocab_size", self.shared_vocab_size, 1, MAX_VOCAB),
+            ("truncation: entries per target", self.truncation.slots, 0, MAX_SLOTS),
+            ("num_shards", self.num_shards, 0, MAX_SHARDS),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie in [{least}, {most}], found {value}")
 
     def _check_without_logprobs(self) -> None:
         truncation = self.truncation
@@ -249,4 +275,28 @@ class Manifest:
         if isinstance(data.get("totals"), dict):
             totals = with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
             data = {**data, "totals": totals}
-        return from_json(Manifest, data, where)
+        check_depth(data, where)
+        manifest = from_json(Manifest, data, where)
+        manifest._check_files(where)
+        return manifest
+
+    def _check_files(self, where: str) -> None:
+        """Raise FormatError unless every file that is named lies inside the cache, with a hash."""
+        generated = self.source.get("generated", {})
+        if not isinstance(generated, dict):
+            raise FormatError(f"{where}: source.generated: expected an object of names and hashes")
+        named = {
+            f"tokenizer/{name}": ("tokenizer.files", of)
+            for name, of in self.tokenizer.files.items()
+        }
+        named |= {name: ("source.generated", of) for name, of in generated.items()}
+        segments = [("plan", self.plan), *([("records", self.records)] if self.records else [])]
+        named |= {segment.name: (field, segment.xxh3_128) for field, segment in segments}
+        for name, (field, digest) in named.items():
+            check_inside(name, f"{where}: {field}")
+            if not isinstance(digest, str):
+                raise FormatError(f"{where}: {field}: the hash of {name!r} is no text")
+            try:
+                check_hash(f"the hash of {name!r}", digest)
+            except ValueError as error:
+                raise FormatError(f"{where}: {field}: {error}") from None

@@ -8,7 +8,7 @@ a tokenizer has are choices: a base model and its instruction-tuned one differ i
 from dataclasses import dataclass
 from typing import Any
 
-from decant.schemas.strict import FormatError
+from decant.schemas.strict import UnfitError
 from decant.schemas.tokenizer import (
     described_backend,
     first_difference,
@@ -41,7 +41,7 @@ class SameIds:
         return "; ".join(said)
 
 
-class Unlike(FormatError):
+class Unlike(UnfitError):
     """An id means different things to two tokenizers, or they make other ids of a text."""
 
 
@@ -55,7 +55,7 @@ def check_same_tokenizer(
     try:
         return compare(teacher, student, vocab_size=vocab_size)
     except Unlike as error:
-        raise FormatError(
+        raise UnfitError(
             f"{where} was dumped with another tokenizer than the student's: {error} (cache vs "
             "student). Use a student of the teacher's tokenizer, or dump again with the student's."
         ) from error

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from decant.schemas.strict import from_json, to_json, with_later
+from decant.schemas.strict import check_counts, check_hash, from_json, to_json, with_later
 
 REASON_LENGTH = 200
 """Characters of a reason for which a sequence was rejected."""
@@ -22,6 +22,9 @@ class Segment:
     xxh3_128: str
     """Hash of the whole file."""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "entries", "bytes")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardPlan:
@@ -35,6 +38,11 @@ class ShardPlan:
     input_xxh3_128: str
     """Hash of the tokens to score: pins the input of this shard."""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "shard", "first_sequence", "num_sequences", "num_tokens", "num_targets")
+        if self.num_targets > self.num_tokens:
+            raise ValueError(f"num_targets {self.num_targets} of num_tokens {self.num_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteRange:
@@ -43,6 +51,10 @@ class ByteRange:
     offset: int
     length: int
     xxh3_128: str
+
+    def __post_init__(self) -> None:
+        check_counts(self, "offset", "length")
+        check_hash("xxh3_128", self.xxh3_128)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +66,13 @@ class RowGroup:
     targets: int
     data: ByteRange
     """All column chunks of the row group."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rows", "sequences", "targets")
+        if self.targets > self.rows or not 1 <= self.sequences <= self.rows:
+            raise ValueError(
+                f"sequences {self.sequences} and targets {self.targets} of {self.rows} rows"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +123,25 @@ class CommitRecord:
     worker: str
     """host:pid."""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "shard", "first_sequence", "num_sequences", "rows", "targets", "bytes")
+        check_hash("xxh3_128", self.xxh3_128)
+        for name, of_group in (("rows", "rows"), ("num_sequences", "sequences"), ("targets",) * 2):
+            found = sum(getattr(group, of_group) for group in self.row_groups)
+            if found != getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)}, but row_groups sum to {found}")
+        at = 0
+        for i, group in enumerate(self.row_groups):
+            if group.data.offset < at:
+                raise ValueError(f"row_groups[{i}].data begins at {group.data.offset}, before {at}")
+            at = group.data.offset + group.data.length
+        end = self.footer.offset + self.footer.length
+        if self.footer.offset < at or end != self.bytes:
+            raise ValueError(
+                f"footer must go from at least {at} to bytes {self.bytes}, found "
+                f"{self.footer.offset} to {end}"
+            )
+
     def to_json(self, version: int) -> dict[str, Any]:
         """The fields as this format version writes them."""
         fields = to_json(self)
@@ -132,3 +170,6 @@ class Totals:
     """Sequences without targets because the teacher could not score them."""
     bytes: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        check_counts(self, "shards", "sequences", "tokens", "targets", "rejected", "bytes")

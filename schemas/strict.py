@@ -1,20 +1,34 @@
 """Strict JSON for frozen dataclasses: every field present, none unknown, every type as declared.
 
 A reader that guesses at a field it does not know trains on numbers it does not understand, so
-there are no defaults on the way in.
+there are no defaults on the way in. Numbers are finite and of 64 bits, depth is bounded.
 """
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MAX_DEPTH = 100
+"""Levels of lists and objects in a JSON file of a cache."""
+LARGEST = 2**53
+"""Bound of every count, size and offset: what a double, and so any JSON reader, holds exactly."""
+HASH = re.compile(r"[0-9a-f]{32}")
+"""An xxh3_128."""
+NAME_PART = re.compile(r"(?!\.{1,2}$)[^/\\:*?\[\]\0]+")
+
 
 class FormatError(ValueError):
     """A file of the cache is not what the format says: names the file, expected and actual."""
+
+
+class UnfitError(FormatError):
+    """There is no cache, or a sound one that is not fit for what is asked: nothing is damaged."""
 
 
 def to_json(value: Any) -> Any:
@@ -67,6 +81,45 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
         raise FormatError(f"{where}: {error}") from error
 
 
+def check_counts(value: Any, *names: str) -> None:
+    """Raise ValueError, naming the field, unless these of a dataclass are counts up to LARGEST."""
+    for name in names:
+        if not 0 <= getattr(value, name) <= LARGEST:
+            raise ValueError(f"{name} must lie in [0, 2^53], found {getattr(value, name)}")
+
+
+def check_hash(name: str, text: str) -> None:
+    """Raise ValueError, naming the field, unless it holds an xxh3_128."""
+    if not HASH.fullmatch(text):
+        raise ValueError(f"{name} must be 32 lower-case hex digits, found {text!r:.60}")
+
+
+def check_inside(name: str, where: str) -> None:
+    """Raise FormatError unless a file name from a cache stays inside the cache, on any store.
+
+    It is relative, its parts are printable, none is `..`, and no part is a pattern or a URL.
+    """
+    parts = name.split("/")
+    inside = all(NAME_PART.fullmatch(part) for part in parts)
+    if not inside or not name.isprintable() or len(name) > 1000:
+        raise FormatError(f"{where}: {name!r:.100} is no name of a file inside the cache")
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raise FormatError if JSON is nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise FormatError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+
+
 def _value(hint: Any, data: Any, where: str) -> Any:
     if hint is Any:
         return data
@@ -88,14 +141,28 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         return {key: _value(item, entry, f"{where}.{key}") for key, entry in data.items()}
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), data, where)
-    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+    if type(data) is int and not -(2**63) <= data < 2**63:
+        raise FormatError(f"{where}: expected a number of 64 bits, found one of {_digits(data)}")
+    if hint is float and type(data) is int:
         return float(data)
+    if type(data) is float and not math.isfinite(data):
+        raise FormatError(f"{where}: expected a finite number, found {data}")
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
         raise FormatError(f"{where}: expected {hint.__name__}, found {_kind(data)}")
     return data
 
 
+def _digits(number: int) -> str:
+    return f"{number.bit_length()} bits"
+
+
 def _kind(data: Any) -> str:
+    if data is None:
+        return "null"
+    if isinstance(data, dict | list | bytes):  # these may be of any size
+        return f"{type(data).__name__} of {len(data)}"
+    if type(data) is int and abs(data) >= 2**63:
+        return f"int of {_digits(data)}"
     return f"{type(data).__name__} {json.dumps(data)[:60]}"
 
 

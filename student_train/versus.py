@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decant.storage import CacheReader, Store
+from decant.storage import CacheReader
 from decant.storage.inspect.examples import Entry, read_tokenizer, target, with_texts
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.verdict import ModelOptions
@@ -275,7 +275,7 @@ def _report(
 
 def _worst_targets(reader: CacheReader, gathered: Gathered) -> tuple[WorstTarget, ...]:
     """The worst targets with their contexts and texts."""
-    tokenizer = read_tokenizer(Store(reader.url))
+    tokenizer = read_tokenizer(reader)
     found = []
     for candidate in gathered.worst():
         shown = target(reader[candidate.sequence], candidate.target, candidate.sequence, SHOWN)

@@ -1,6 +1,6 @@
 """What must be true of scored sequences, checked once where they enter or leave a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from decant.schemas import Conversation, FormatError, Layout, ScoredSequence
+from decant.schemas import Conversation, FormatError, Layout, RowGroup, ScoredSequence
 from decant.schemas.distributions import FIELDS
 from decant.storage.cache.logprobs import ROUNDING, empty, logprob_bound
-from decant.storage.cache.rows import Rows
+from decant.storage.cache.rows import Rows, StoredRows
 
 EPSILON = 1e-4
 """How far kept mass + tail of exact log probs may be from 1 at T=1; 20 times it elsewhere. Stored
@@ -64,6 +64,95 @@ def check_messages(sequence: ScoredSequence, layout: Layout) -> None:
         )
     if sequence.messages is not None:
         Conversation.of_text(sequence.messages, f"sample {sequence.sample_id}")
+
+
+def check_stored(
+    stored: StoredRows, layout: Layout, group: RowGroup, first: int, where: str
+) -> None:
+    """Raise FormatError unless a row group holds what its record says, and tokens that are ids.
+
+    `first` is the plan index of its first sequence. That is what training relies on to index.
+    """
+    counts = (len(stored), len(stored.target_rows), len(stored.is_target))
+    expected = (group.sequences, group.targets, group.rows)
+    if counts != expected:
+        raise FormatError(
+            f"{where}: holds (sequences, targets, rows) {counts}, committed {expected}"
+        )
+    if not np.array_equal(stored.sequence, np.arange(first, first + len(stored))):
+        raise FormatError(
+            f"{where}: sequence must count up from {first}, found {stored.sequence[:5].tolist()}"
+        )
+    if stored.is_target[stored.row_starts[:-1]].any():
+        raise FormatError(f"{where}: is_target: the first token of a sequence is a target")
+    lengths = np.diff(stored.row_starts)
+    position = np.arange(group.rows) - np.repeat(stored.row_starts[:-1], lengths)
+    if not np.array_equal(stored.position, position):
+        raise FormatError(f"{where}: position does not count up from 0 in each sequence")
+    ids = stored.token_id
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= layout.vocab_size:
+        raise FormatError(
+            f"{where}: token_id outside [0, {layout.vocab_size}): {ids.min()} to {ids.max()}"
+        )
+    if stored.num_kept is not None and stored.num_kept.max(initial=0) > layout.slots:
+        raise FormatError(
+            f"{where}: num_kept {stored.num_kept.max()} of at most {layout.slots} entries"
+        )
+    at = stored.target_rows
+    for name, values in stored.scalars.items():
+        bad = ~np.isfinite(values[at])
+        if name != "entropy":
+            bad |= values[at] > EPSILON
+        _refuse(bad, values[at], f"{where}: {name} of a target")
+    for name, columns in stored.by_temperature.items():
+        for values in (column[at] for column in columns if column is not None):
+            bad = np.isnan(values) | (values > EPSILON) if name == "log_tail" else values != values
+            _refuse(bad | (values == np.inf), values, f"{where}: {name} of a target")
+    _check_numbers(stored, layout, where)
+
+
+def check_decoded(rows: Rows, temperatures: Sequence[float], where: str) -> None:
+    """Raise FormatError on probabilities so far above 1 that sums over them mean nothing.
+
+    `verify` looks at them closely.
+    """
+    if rows.logprobs is None or rows.log_z is None or not rows.logprobs.size:
+        return
+    top = rows.logprobs.max(axis=1)
+    for i, temperature in enumerate(temperatures):
+        above = top / np.float32(temperature) - rows.log_z[:, i]
+        _refuse(~(above <= 1), above, f"{where}: the largest log prob at T={temperature:g}")
+
+
+def _refuse(bad: NDArray[np.bool_], values: NDArray, what: str) -> None:
+    if bad.any():
+        raise FormatError(f"{what} is {values[np.argmax(bad)]}, which no logarithm of a mass is")
+
+
+def _check_numbers(stored: StoredRows, layout: Layout, where: str) -> None:
+    """Raise FormatError on a number of a kept entry that stands for no id.
+
+    A look at the highest bytes settles nearly all of them.
+    """
+    planes = [stored.topk_lo, stored.topk_mid]
+    if stored.topk_hi is not None:
+        planes.append(stored.topk_hi)
+    limit = layout.vocab_size + (len(stored.numbering.head) if stored.numbering else 0)
+    largest = (limit - 1) >> 8 * (len(planes) - 1)
+    if planes[-1].max(initial=0) < largest:
+        return
+    rows, slots = np.divmod(np.flatnonzero(planes[-1].ravel() >= largest), planes[-1].shape[1])
+    used = stored.is_target[rows]
+    if stored.num_kept is not None:
+        used &= slots < stored.num_kept[rows]
+    rows, slots = rows[used], slots[used]
+    numbers = np.zeros(len(rows), np.int64)
+    for i, plane in enumerate(planes):
+        numbers |= plane[rows, slots].astype(np.int64) << 8 * i
+    if numbers.max(initial=0) >= limit:
+        raise FormatError(
+            f"{where}: a kept entry with number {numbers.max()}, expected below {limit}"
+        )
 
 
 def message_problems(table: pa.Table, rows: Rows) -> list[str]:

@@ -22,12 +22,12 @@ def run_verify(arguments: CacheArguments) -> int:
     """Verify a cache and print what is wrong; returns the exit code."""
     from decant.schemas import to_json
     from decant.storage.cache.integrity import verify
-    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.cli.terminal import escaped, json_text, progress_bar
 
     refuse_missing(arguments.url)
     with progress_bar("verify", "shards") as progress:
         report = verify(arguments.url, progress)
-    problems = [" ".join(problem.split()) for problem in report.problems]
+    problems = [escaped(" ".join(problem.split())) for problem in report.problems]
     if arguments.json:
         print(json_text({"ok": report.ok, **to_json(report), "problems": problems}))
     elif report.ok:

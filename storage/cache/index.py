@@ -11,10 +11,13 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from decant.schemas import CommitRecord, FormatError, Rejected, Totals, from_json, to_json
+from decant.schemas.strict import LARGEST
+from decant.storage.cache.parquet import check_unpacked, reading
 
 _HASH = pa.binary(16)
 _RANGE = [("offset", pa.int64()), ("length", pa.int64()), ("xxh3_128", _HASH)]
@@ -48,6 +51,9 @@ SCHEMA = pa.schema(
 )
 """One row per shard: the fields of `CommitRecord` but for the cache id, which is the manifest's."""
 VERSION_2_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("rejected"))
+RANGES = ("row_groups.data", "footer")
+MAX_INDEX = 1 << 31
+"""Bytes that the records of all shards may unpack to."""
 CHUNK = 1000
 """Shards whose records are objects at the same time."""
 
@@ -110,9 +116,9 @@ class RowGroups(Sequence[RowGroupRef]):
 class ShardIndex(Sequence[CommitRecord]):
     """Commit records in shard order, held as one Arrow table."""
 
-    def __init__(self, table: pa.Table, cache_id: str) -> None:
-        """Take a table of `SCHEMA`."""
-        self.table, self._cache_id = table, cache_id
+    def __init__(self, table: pa.Table, cache_id: str, where: str = "") -> None:
+        """Take a table of `SCHEMA`, read from `where`."""
+        self.table, self._cache_id, self._where = table, cache_id, where
         self.shards = _numbers(table, "shard")
         """[S] ascending."""
         self.groups = RowGroups(self)
@@ -123,20 +129,30 @@ class ShardIndex(Sequence[CommitRecord]):
         return cls(pa.Table.from_batches(_batches(iter(records)), SCHEMA), cache_id)
 
     @classmethod
-    def read(cls, data: bytes, cache_id: str, where: str, version: int) -> "ShardIndex":
-        """What `write` wrote in a format version. Raises FormatError if it is not of this form."""
-        try:
-            table = pq.read_table(pa.BufferReader(data))
-        except pa.ArrowException as error:
-            raise FormatError(f"{where} cannot be read: {error}") from error
+    def read(
+        cls, data: bytes, cache_id: str, where: str, version: int, shards: int
+    ) -> "ShardIndex":
+        """What `write` wrote in a format version of so many shards.
+
+        Raises FormatError if it is not of this form.
+        """
         schema = _schema(version)
-        if not table.schema.equals(schema):
-            raise FormatError(f"{where}: expected columns\n{schema}\nfound\n{table.schema}")
+        with reading(where):
+            file = pq.ParquetFile(pa.BufferReader(data))
+            if file.metadata.num_rows != shards:
+                raise FormatError(f"{where}: {file.metadata.num_rows} rows for {shards} shards")
+            found = file.schema_arrow
+            if not found.equals(schema):
+                raise FormatError(f"{where}: expected columns\n{schema}\nfound\n{found}")
+            check_unpacked(file.metadata, MAX_INDEX, where)
+            table = file.read()
+            table.validate(full=True)
+        _check_columns(table, where)
         if version < 3:
             field = SCHEMA.field("rejected")
             none = pa.array([[]] * len(table), field.type)
             table = table.add_column(SCHEMA.get_field_index("rejected"), field, none)
-        return cls(table, cache_id)
+        return cls(table, cache_id, where)
 
     @staticmethod
     def write(path: Path, records: Iterable[CommitRecord], version: int) -> int:
@@ -149,6 +165,22 @@ class ShardIndex(Sequence[CommitRecord]):
                 count += len(batch)
         return count
 
+    def check_whole(self, where: str, num_sequences: int) -> None:
+        """Raise FormatError unless these are the shards 0, 1, ... of so many sequences."""
+        count, first = _numbers(self.table, "num_sequences"), _numbers(self.table, "first_sequence")
+        ends = np.cumsum(count)
+        wrong = (self.shards != np.arange(len(self))) | (first != ends - count)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise FormatError(
+                f"{where}: row {at} is of shard {self.shards[at]} from first_sequence {first[at]}, "
+                f"expected {at} from {ends[at] - count[at]}"
+            )
+        if count.sum() != num_sequences:
+            raise FormatError(
+                f"{where}: num_sequences add up to {count.sum()}, the manifest says {num_sequences}"
+            )
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -160,18 +192,18 @@ class ShardIndex(Sequence[CommitRecord]):
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
         (entry,) = self.table.slice(range(len(self))[at], 1).to_pylist()
-        return _record(entry, self._cache_id)
+        return _record(entry, self._cache_id, self._where)
 
     def __iter__(self) -> Iterator[CommitRecord]:
         for batch in self.table.to_batches(CHUNK):
             for entry in batch.to_pylist():
-                yield _record(entry, self._cache_id)
+                yield _record(entry, self._cache_id, self._where)
 
     def with_more(self, records: Iterable[CommitRecord]) -> "ShardIndex":
         """This index with the records of further shards, in ascending shard order."""
         more = ShardIndex.of(records, self._cache_id)
         table = pa.concat_tables([self.table, more.table]).sort_by("shard").combine_chunks()
-        return ShardIndex(table, self._cache_id)
+        return ShardIndex(table, self._cache_id, self._where)
 
     def position(self, shard: int) -> int:
         """The position of a shard's record. Raises KeyError if there is none."""
@@ -189,7 +221,7 @@ class ShardIndex(Sequence[CommitRecord]):
         """The rejected sequences of all shards, in plan order."""
         for chunk in self.table.column("rejected").chunks:
             for entry in chunk.flatten():
-                yield Rejected(**entry.as_py())
+                yield from_json(Rejected, entry.as_py(), f"{self._where}: rejected")
 
     def totals(self) -> Totals:
         """The sums over the records."""
@@ -208,6 +240,52 @@ class ShardIndex(Sequence[CommitRecord]):
         )
 
 
+def _check_columns(table: pa.Table, where: str) -> None:
+    """Raise FormatError on a null, a count beyond reason, or row groups that are not the shard's.
+
+    That is what arithmetic over columns relies on; the rest is checked where a record is made.
+    """
+    lists = {name: table.column(name).combine_chunks() for name in table.column_names}
+    for name in ("row_groups", "rejected"):
+        if name in lists:
+            lists |= {
+                f"{name}.{f.name}": _field(lists[name].flatten(), f.name)
+                for f in lists[name].type.value_type
+            }
+    for path in RANGES:
+        lists |= {f"{path}.{f.name}": _field(lists[path], f.name) for f in lists[path].type}
+    for path, column in lists.items():
+        if column.null_count:
+            raise FormatError(f"{where}: {path} holds a null")
+        if pa.types.is_integer(column.type) and len(column):
+            values = column.to_numpy()
+            if values.min() < 0 or values.max() > LARGEST:
+                raise FormatError(f"{where}: {path} holds {values.min()} to {values.max()}")
+        if pa.types.is_floating(column.type) and not np.isfinite(column.to_numpy()).all():
+            raise FormatError(f"{where}: {path} holds a number that is not finite")
+    per_shard = lists["row_groups"].value_lengths().to_numpy()
+    ends = [lists[f"{p}.offset"].to_numpy() + lists[f"{p}.length"].to_numpy() for p in RANGES]
+    footers = lists["footer.offset"].to_numpy()
+    if (ends[0] > np.repeat(footers, per_shard)).any():
+        raise FormatError(f"{where}: row_groups.data ends after a footer begins")
+    if (ends[1] != lists["bytes"].to_numpy()).any():
+        raise FormatError(f"{where}: footer does not end where bytes says that its shard ends")
+    starts = np.concatenate([[0], np.cumsum(per_shard)])
+    for name, of_group in (("rows", "rows"), ("num_sequences", "sequences"), ("targets",) * 2):
+        sums = np.concatenate([[0], np.cumsum(lists[f"row_groups.{of_group}"].to_numpy())])
+        found, stated = np.diff(sums[starts]), lists[name].to_numpy()
+        if (found != stated).any():
+            at = int(np.argmax(found != stated))
+            raise FormatError(
+                f"{where}: row {at}: {name} {stated[at]}, but row_groups sum to {found[at]}"
+            )
+
+
+def _field(values: pa.StructArray, name: str) -> pa.Array:
+    """A field of structs; nulls where the structs are."""
+    return pc.struct_field(values, name)
+
+
 def _schema(version: int) -> pa.Schema:
     return SCHEMA if version >= 3 else VERSION_2_SCHEMA
 
@@ -221,9 +299,9 @@ def _entry(record: CommitRecord) -> dict[str, Any]:
     return _with_hashes({**to_json(record), "cache_id": None}, bytes.fromhex)
 
 
-def _record(entry: dict[str, Any], cache_id: str) -> CommitRecord:
+def _record(entry: dict[str, Any], cache_id: str, where: str) -> CommitRecord:
     fields = _with_hashes({**entry, "cache_id": cache_id}, bytes.hex)
-    return from_json(CommitRecord, fields, f"commit record of shard {entry['shard']}")
+    return from_json(CommitRecord, fields, f"{where}: record of shard {entry['shard']}")
 
 
 def _with_hashes(value: Any, convert: Any) -> Any:

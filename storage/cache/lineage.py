@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from decant.schemas import Manifest
+from decant.schemas import FormatError, Manifest
 from decant.schemas.strict import canonical
 
 LINEAGE = "lineage"
@@ -84,3 +84,40 @@ def lineage_text(source: Mapping[str, Any]) -> str:
         parts.append(f"{lineage['operation']} of {origins}" + (f" ({said})" if said else ""))
     parts += [f"extended by {step['source'].get('path')}" for step in source.get(EXTENSIONS, ())]
     return "; ".join(parts)
+
+
+def check_said(manifest: Manifest, where: str) -> None:
+    """Raise FormatError unless what is used of `source` and `sequences` has the types it must."""
+    source, sequences = manifest.source, manifest.sequences
+    _expect(f"{where}: source.path", source.get("path", ""), str | None)
+    _expect(f"{where}: source.fingerprint", source.get("fingerprint", ""), str)
+    _expect(f"{where}: sequences.counts", sequences.get("counts", {}), dict)
+    for name, count in sequences.get("counts", {}).items():
+        _expect(f"{where}: sequences.counts.{name}", count, int)
+    for name in ("max_length", "target_share"):
+        _expect(f"{where}: sequences.{name}", sequences.get(name, 0), int | float)
+    lineage = source.get(LINEAGE)
+    _expect(f"{where}: source.{LINEAGE}", lineage, dict | None)
+    if lineage is not None:
+        for name, kind in (("operation", str), ("options", dict), ("from", list)):
+            _expect(f"{where}: source.{LINEAGE}.{name}", lineage.get(name), kind)
+        for i, origin in enumerate(lineage["from"]):
+            _expect(f"{where}: source.{LINEAGE}.from[{i}]", origin, dict)
+            _expect(f"{where}: source.{LINEAGE}.from[{i}].url", origin.get("url"), str)
+    steps = source.get(EXTENSIONS, [])
+    _expect(f"{where}: source.{EXTENSIONS}", steps, list)
+    for i, step in enumerate(steps):
+        at = f"{where}: source.{EXTENSIONS}[{i}]"
+        _expect(at, step, dict)
+        fields: dict[str, Any] = {"cache_id": str, "shards": int, "sequences": int}
+        for name, of in (fields | {"source": dict, "settings": dict}).items():
+            _expect(f"{at}.{name}", step.get(name), of)
+        if len(step) != 5 or not 0 <= step["shards"] <= manifest.num_shards:
+            raise FormatError(f"{at}: shards {step['shards']} of {manifest.num_shards}, 5 fields")
+
+
+def _expect(where: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise FormatError(
+            f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r:.60}"
+        )

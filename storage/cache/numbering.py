@@ -179,10 +179,13 @@ def from_footer(
         return [None] * row_groups
     try:
         fields: Any = json.loads(text)
-        heads = [_unpacked(head) for head in fields["heads"]]
-        numberings = {at: Numbering(head) for at, head in enumerate(heads)}
-        chosen = [None if at is None else numberings[at] for at in fields["row_groups"]]
-    except (ValueError, KeyError, TypeError, zlib.error) as error:
+        if len(fields["heads"]) > row_groups or set(fields) != {"heads", "row_groups"}:
+            raise ValueError(f"{len(fields['heads'])} heads in {row_groups} row groups")
+        most = largest_head(layout)
+        heads = [_unpacked(head, most) for head in fields["heads"]]
+        numberings = [Numbering(head) for head in heads]
+        chosen = [_chosen(numberings, at) for at in fields["row_groups"]]
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
         raise FormatError(f"{where}: its numberings of ids cannot be read: {error!r}") from error
     if len(chosen) != row_groups:
         raise FormatError(
@@ -196,10 +199,6 @@ def from_footer(
             raise FormatError(
                 f"{where}: a numbering whose ids are not distinct ids below {layout.vocab_size}"
             )
-        if len(head) > largest_head(layout):
-            raise FormatError(
-                f"{where}: a numbering of {len(head)} ids, expected at most {largest_head(layout)}"
-            )
     return chosen
 
 
@@ -210,9 +209,23 @@ def _packed(head: NDArray[np.int32]) -> str:
     return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
 
 
-def _unpacked(text: str) -> NDArray[np.int32]:
-    planes = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8)
-    if not len(planes) or len(planes) % 4:
+def _chosen(numberings: list[Numbering], at: Any) -> Numbering | None:
+    if at is None:
+        return None
+    if type(at) is not int or not 0 <= at < len(numberings):
+        raise ValueError(f"head {at!r:.60} of {len(numberings)}")
+    return numberings[at]
+
+
+def _unpacked(text: str, most: int) -> NDArray[np.int32]:
+    """The ids of a head. Raises ValueError if they are none, or more than `most`."""
+    unpack = zlib.decompressobj()
+    planes = np.frombuffer(
+        unpack.decompress(base64.b64decode(text, validate=True), 4 * most + 1), np.uint8
+    )
+    if len(planes) > 4 * most:
+        raise ValueError(f"a head of more than {most} ids")
+    if not len(planes) or len(planes) % 4 or not unpack.eof:
         raise ValueError(f"a head of {len(planes)} bytes")
     steps = np.ascontiguousarray(planes.reshape(4, -1).T).view("<u4")[:, 0]
     return np.cumsum(steps, dtype=np.uint32).astype(np.int32)

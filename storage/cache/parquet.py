@@ -1,12 +1,13 @@
 """Parquet's options for a shard, and where the bytes of a row group are."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from decant.schemas import (
-    ByteRange,
-)
+from decant.schemas import ByteRange, FormatError
 
 ZSTD_LEVEL = 1
 
@@ -63,3 +64,38 @@ def byte_range(whole: memoryview, start: int, end: int) -> ByteRange:
     """The range of these bytes, with their hash."""
     digest = xxhash.xxh3_128(whole[start:end]).hexdigest()
     return ByteRange(offset=start, length=end - start, xxh3_128=digest)
+
+
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, ArithmeticError, MemoryError, TypeError),
+    pa.ArrowException,
+)
+"""What Arrow raises on bytes that are no Parquet, or ask for more memory than there is."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever Arrow raises on bytes that are no Parquet into a FormatError on `what`."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except UNREADABLE as error:
+        raise FormatError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def check_unpacked(metadata: pq.FileMetaData, most: int, where: str, *groups: int) -> None:
+    """Raise FormatError if row groups of a footer, or all, would unpack to more than so many bytes.
+
+    The stated sizes are what the pages may not exceed: each is a length in its header too.
+    """
+    total = 0
+    for i in groups or range(metadata.num_row_groups):
+        sizes = metadata.row_group(i)
+        for j in range(sizes.num_columns):
+            column = sizes.column(j)
+            if min(column.total_uncompressed_size, column.total_compressed_size) < 0:
+                raise FormatError(f"{where}: column {column.path_in_schema} has a size below 0")
+            total += column.total_uncompressed_size
+    if total > most:
+        raise FormatError(f"{where}: its columns would unpack to {total} bytes, at most {most}")

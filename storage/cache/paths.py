@@ -1,5 +1,6 @@
 """Every file name inside a cache, spelled once. All are relative to the cache's root."""
 
+import re
 from pathlib import PurePath
 
 MANIFEST = "manifest.json"
@@ -55,3 +56,10 @@ def number(plan: str) -> int:
 def segment(kind: str, index: int = 0) -> str:
     """A segment of JSON lines: the plan, or the commit records of format version 1."""
     return f"{kind}/{kind}-{index:06d}.jsonl.zst"
+
+
+def is_segment(name: str) -> bool:
+    """Whether a name is one of a plan or of sealed commit records."""
+    return bool(
+        re.fullmatch(r"(plan/plan|records/records)-\d{6,9}\.(jsonl\.zst|parquet)", name, re.A)
+    )

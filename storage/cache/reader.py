@@ -20,10 +20,13 @@ from decant.schemas import (
     ShardPlan,
     shard_schema,
 )
+from decant.schemas.strict import UnfitError
 from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
+from decant.storage.cache.checks import check_decoded, check_stored
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
 from decant.storage.cache.numbering import Numbering, from_footer
+from decant.storage.cache.parquet import check_unpacked, reading
 from decant.storage.cache.records import (
     committed_shards,
     read_manifest,
@@ -33,6 +36,8 @@ from decant.storage.cache.records import (
 )
 from decant.storage.files.store import Store
 
+MAX_UNPACKED = 1 << 30
+"""Bytes that a row group may unpack to; writers make them of about 16 MB."""
 RECENT_SHARDS = 64
 """Shards whose record and footer stay parsed: row groups of several are read in turn."""
 
@@ -102,7 +107,7 @@ class CacheReader:
         planned = range(manifest.num_shards)
         done = sorted(shard for shard in committed_shards(store) if shard in planned)
         if not allow_incomplete:
-            raise FormatError(
+            raise UnfitError(
                 f"{self.url} is not complete: {len(done)} of {len(planned)} shards are "
                 "committed. Run the dump again; it fills what is missing and seals the cache"
             )
@@ -144,7 +149,7 @@ class CacheReader:
 
         Raises FormatError, naming the file, if a byte of it is not what was committed.
         """
-        return rows_codec.decode_rows(self.read_stored(group), self.manifest.layout)
+        return self._decoded(group, self.read_stored(group))
 
     def read_stored(self, group: RowGroupRef) -> rows_codec.StoredRows:
         """The columns of one row group, not decoded. Raises FormatError as `read`."""
@@ -152,11 +157,24 @@ class CacheReader:
 
     def decode(self, group: RowGroupRef, table: pa.Table) -> rows_codec.Rows:
         """The decoded columns of one row group, of which `read_table` gave the table."""
-        return rows_codec.decode_rows(self._stored(group, table), self.manifest.layout)
+        return self._decoded(group, self._stored(group, table))
+
+    def _decoded(self, group: RowGroupRef, stored: rows_codec.StoredRows) -> rows_codec.Rows:
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is looked at
+            rows = rows_codec.decode_rows(stored, self.manifest.layout)
+        where = f"{self._store.path(paths.shard(group.shard))} row group {group.index}"
+        check_decoded(rows, self.manifest.temperatures, where)
+        return rows
 
     def _stored(self, group: RowGroupRef, table: pa.Table) -> rows_codec.StoredRows:
-        _, numberings = self._footer(self._record(group.shard))
-        return rows_codec.stored_rows(table, self.manifest.layout, numberings[group.index])
+        record = self._record(group.shard)
+        _, numberings = self._footer(record)
+        layout = self.manifest.layout
+        stored = rows_codec.stored_rows(table, layout, numberings[group.index])
+        where = f"{self._store.path(paths.shard(group.shard))} row group {group.index}"
+        first = record.first_sequence + sum(g.sequences for g in record.row_groups[: group.index])
+        check_stored(stored, layout, record.row_groups[group.index], first, where)
+        return stored
 
     def read_table(self, group: RowGroupRef) -> pa.Table:
         """One row group as stored. Raises FormatError as `read`."""
@@ -165,15 +183,15 @@ class CacheReader:
         where = self._store.path(paths.shard(group.shard))
         metadata, _ = self._footer(record)
         data = self._verified(group.shard, entry.data)
-        try:
+        with reading(f"{where} row group {group.index}"):
             file = pq.ParquetFile(
                 pa.PythonFile(_Window(entry.data.offset, data, record.bytes), mode="r"),
                 metadata=metadata,
                 pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
             )
+            check_unpacked(metadata, MAX_UNPACKED, where, group.index)
             table = file.read_row_group(group.index, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise FormatError(f"{where} row group {group.index} cannot be read: {error}") from error
+            table.validate(full=True)
         if not table.schema.equals(self._schema) or len(table) != entry.rows:
             raise FormatError(
                 f"{where} row group {group.index}: expected {entry.rows} rows of\n{self._schema}\n"
@@ -186,7 +204,8 @@ class CacheReader:
         metadata, _ = self._footer(self._record(group.shard))
         row_group = metadata.row_group(group.index)
         columns = [row_group.column(i) for i in range(row_group.num_columns)]
-        return {c.path_in_schema: c.total_compressed_size for c in columns}
+        sizes = [column.total_compressed_size for column in columns]
+        return dict(zip(self._schema.names, sizes, strict=True))
 
     def _record(self, shard: int) -> CommitRecord:
         kept = self._recent.get(shard)
@@ -203,11 +222,10 @@ class CacheReader:
         if kept is None:
             where = self._store.path(paths.shard(record.shard))
             data = self._verified(record.shard, record.footer)
-            try:
+            with reading(f"{where}: its footer"):
                 metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
-            except (OSError, pa.ArrowException) as error:
-                raise FormatError(f"{where}: its footer cannot be read: {error}") from error
             groups = len(record.row_groups)
+            self._check_footer(metadata, record, where)
             numberings: list[Numbering | None] = [None] * groups
             if self.manifest.layout.ranked:
                 numberings = from_footer(metadata.metadata, self.manifest.layout, groups, where)
@@ -216,6 +234,28 @@ class CacheReader:
                 self._footers.clear()
             self._footers[record.shard] = kept
         return kept
+
+    def _check_footer(self, metadata: pq.FileMetaData, record: CommitRecord, where: str) -> None:
+        """Raise FormatError unless a footer has the columns and rows of its record."""
+        found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        expected = [group.rows for group in record.row_groups]
+        if found != expected:
+            raise FormatError(
+                f"{where}: its footer has row groups of {found[:9]} rows, committed {expected[:9]}"
+            )
+        with reading(f"{where}: its schema"):
+            schema = metadata.schema.to_arrow_schema()
+        if not schema.equals(self._schema):
+            raise FormatError(f"{where}: expected columns\n{self._schema}\nfound\n{schema}")
+        columns = [metadata.row_group(i).num_columns for i in range(metadata.num_row_groups)]
+        if any(count != len(schema) for count in columns):
+            raise FormatError(f"{where}: row groups of {columns[:9]} columns, not {len(schema)}")
+        width = sum(kind.bit_width for kind in schema.types if _is_fixed(kind)) // 8
+        if max(expected, default=0) * width > MAX_UNPACKED:
+            raise FormatError(
+                f"{where}: {max(expected)} rows of {width} bytes in a row group, at most "
+                f"{MAX_UNPACKED} bytes"
+            )
 
     def _verified(self, shard: int, part: ByteRange) -> bytes:
         name = paths.shard(shard)
@@ -236,6 +276,10 @@ class CacheReader:
                 "again, which scores that shard again"
             )
         return data
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 class _Window(io.RawIOBase):

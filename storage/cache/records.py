@@ -14,8 +14,10 @@ from decant.schemas import (
     from_json,
 )
 from decant.schemas.manifest import MAX_LISTED
+from decant.schemas.strict import UnfitError
 from decant.storage.cache import paths
 from decant.storage.cache.index import ShardIndex
+from decant.storage.cache.lineage import check_said
 from decant.storage.files.sealed import (
     publish_segment,
     read_json,
@@ -25,7 +27,7 @@ from decant.storage.files.sealed import (
 )
 from decant.storage.files.store import Store
 
-RECORD_NAME = re.compile(r"part-\d{6,}\.json")
+RECORD_NAME = re.compile(r"part-\d{6,9}\.json")
 
 
 def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
@@ -55,7 +57,7 @@ def publish_records(
         entries = ShardIndex.write(path, records, version)
         data = path.read_bytes()
     segment = segment_of(name, data, entries)
-    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version)
+    return segment, ShardIndex.read(data, manifest.cache_id, store.url, version, entries)
 
 
 def read_records(store: Store, manifest: Manifest) -> ShardIndex:
@@ -66,8 +68,13 @@ def read_records(store: Store, manifest: Manifest) -> ShardIndex:
     if version == 1:
         entries = read_segment(store, manifest.records)
         records = [CommitRecord.parse(entry, where, version) for entry in entries]
-        return ShardIndex.of(records, manifest.cache_id)
-    return ShardIndex.read(read_sealed(store, manifest.records), manifest.cache_id, where, version)
+        index = ShardIndex.of(records, manifest.cache_id)
+        index.check_whole(where, manifest.num_sequences)
+        return index
+    data = read_sealed(store, manifest.records)
+    index = ShardIndex.read(data, manifest.cache_id, where, version, manifest.num_shards)
+    index.check_whole(where, manifest.num_sequences)
+    return index
 
 
 def committed_shards(store: Store) -> set[int]:
@@ -87,14 +94,39 @@ def read_manifest(store: Store) -> Manifest:
     except FormatError:
         if store.exists(paths.MANIFEST):
             raise
-        raise FormatError(f"{where} is missing: {store.url} holds no cache") from None
-    return Manifest.parse(value, where)
+        raise UnfitError(f"{where} is missing: {store.url} holds no cache") from None
+    manifest = Manifest.parse(value, where)
+    for field, segment in (("plan", manifest.plan), ("records", manifest.records)):
+        if segment and not paths.is_segment(segment.name):
+            raise FormatError(f"{where}: {field}.name: {segment.name!r:.100} is no segment")
+    if manifest.plan.entries != manifest.num_shards:
+        raise FormatError(
+            f"{where}: plan.entries is {manifest.plan.entries}, num_shards {manifest.num_shards}"
+        )
+    if manifest.records and manifest.records.entries != manifest.num_shards:
+        raise FormatError(
+            f"{where}: records.entries is {manifest.records.entries}, num_shards "
+            f"{manifest.num_shards}"
+        )
+    check_said(manifest, where)
+    return manifest
 
 
 def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
-    """The sealed shard plan. Raises FormatError if it is damaged."""
+    """The sealed shard plan. Raises FormatError if it is damaged, or does not count up."""
     where = store.path(manifest.plan.name)
-    return [from_json(ShardPlan, entry, where) for entry in read_segment(store, manifest.plan)]
+    plan: list[ShardPlan] = []
+    first = 0
+    for index, entry in enumerate(read_segment(store, manifest.plan)):
+        line = from_json(ShardPlan, entry, f"{where}: line {index}")
+        if (line.shard, line.first_sequence) != (index, first):
+            raise FormatError(
+                f"{where}: line {index} does not continue the plan: shard {line.shard} from "
+                f"sequence {line.first_sequence}, expected {index} from {first}"
+            )
+        first += line.num_sequences
+        plan.append(line)
+    return plan
 
 
 def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
@@ -106,5 +138,10 @@ def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
         raise FormatError(
             f"{where} is of shard {record.shard} of cache {record.cache_id}, expected shard "
             f"{index} of cache {manifest.cache_id}"
+        )
+    if record.first_sequence + record.num_sequences > manifest.num_sequences:
+        raise FormatError(
+            f"{where}: first_sequence {record.first_sequence} and num_sequences "
+            f"{record.num_sequences} of {manifest.num_sequences} planned"
         )
     return record

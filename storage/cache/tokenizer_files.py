@@ -14,7 +14,7 @@ import xxhash
 
 from decant.schemas import TokenizerInfo, tokenizer_fingerprint
 from decant.schemas.same_tokenizer import CHOICES
-from decant.storage.cache import paths
+from decant.storage.cache import kept_tokenizer, paths
 from decant.storage.cache.reader import CacheReader
 from decant.storage.files.store import Store
 
@@ -69,10 +69,7 @@ class TokenizerFiles:
         """Load the one that is kept in a cache. Raises ValueError if it has no `tokenizer.json`."""
         store = Store(reader.url)
         with tempfile.TemporaryDirectory() as folder:
-            for name in reader.manifest.tokenizer.files:
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
+            kept_tokenizer.unpack(store, reader.manifest, Path(folder))
             return cls.read(folder)
 
     def get_vocab(self) -> dict[str, int]:

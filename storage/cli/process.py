@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from decant.storage.cli.terminal import escaped_lines
+
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 GOES_ON = "what is committed stays; the same command goes on from there"
@@ -20,18 +22,27 @@ STARTS_OVER = "nothing is left behind; the same command starts over"
 def run(main: Callable[[list[str]], int]) -> None:
     """Run a command's `main` on the process's arguments and exit with its code.
 
-    0 done, 1 the data is bad, 2 the user must change something (one line on stderr; `--debug`
+    0 done, 1 the data is bad, 2 the user must change something (one line on stderr each; `--debug`
     anywhere adds the traceback), 130 interrupted.
     """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log = logging.StreamHandler()
+    log.setFormatter(_Escaping("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     for library in ("httpx", "httpx2", "botocore", "aiobotocore"):
         logging.getLogger(library).setLevel(logging.WARNING)
     with _exit_codes(debug):
         code = main(arguments)
         sys.stdout.flush()  # here, where a closed pipe is still handled
         sys.exit(code)
+
+
+class _Escaping(logging.Formatter):
+    """What is logged may quote a cache: nothing in it is obeyed by a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped_lines(super().format(record))
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -53,8 +64,11 @@ def _exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         hint = "" if debug else "\n(--debug shows the traceback)"
-        print(f"error: {error}{hint}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        from decant.schemas.strict import FormatError, UnfitError  # heavy, and here at hand
+
+        print(f"error: {escaped_lines(str(error))}{hint}", file=sys.stderr)
+        is_damage = isinstance(error, FormatError) and not isinstance(error, UnfitError)
+        sys.exit(BAD_DATA if is_damage else USER_ERROR)
 
 
 def interrupt_on_terminate() -> None:

@@ -22,12 +22,22 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def json_text(value: object) -> str:
     """A value as the JSON that `--json` prints. Raises ValueError for NaN and infinities."""
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
 
 
 def escaped(text: str) -> str:
     """Text on one line: line breaks and what a terminal would obey are escaped as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def escaped_lines(text: str) -> str:
+    """The same with its line breaks as they are."""
+    return "\n".join(escaped(line) for line in text.split("\n"))
+
+
+def _json_escape(c: str) -> str:
+    return json.dumps(c)[1:-1]
 
 
 def width(text: str) -> int:
@@ -36,7 +46,11 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int, *, right: bool = False) -> str:
-    """Exactly this many columns of a text: its start, or its end if `right`, then spaces."""
+    """Exactly this many columns of a text: its start, or its end if `right`, then spaces.
+
+    What a terminal would obey is escaped.
+    """
+    text = escaped(text)
     total = width(text)
     if total <= columns:
         return text + " " * (columns - total)
@@ -65,5 +79,5 @@ def megabytes(size: int) -> str:
 
 
 def clip(text: str, columns: int = WIDTH) -> str:
-    """At most this many columns of a text, on one line."""
+    """At most this many columns of a text, on one line, escaped."""
     return fit(" ".join(text.split()), columns).rstrip()

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import glob
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -17,6 +18,7 @@ from typing import Any
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from decant.schemas import FormatError
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
@@ -116,13 +118,37 @@ class Store:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`; fewer if the file ends before. Raises FileNotFoundError."""
         if self.is_local:
-            with open(self.path(name), "rb", buffering=0) as file:
-                return os.pread(file.fileno(), length, offset)
+            with open(self.regular(name), "rb", buffering=0) as file:
+                there = max(os.fstat(file.fileno()).st_size - offset, 0)
+                return os.pread(file.fileno(), min(length, there), offset) if there else b""
         return self._fetch(name, offset, offset + length)
+
+    def read_at_most(self, name: str, size: int) -> bytes:
+        """A whole file. Raises FileNotFoundError; FormatError if it has more bytes than that."""
+        data = self.read_range(name, 0, size + 1)
+        if len(data) > size:
+            raise FormatError(f"{self.path(name)} has more than the {size} bytes it may have")
+        return data
+
+    def regular(self, name: str) -> str:
+        """The path of a local file to open: no device, no pipe, and nothing outside the folder.
+
+        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
+        """
+        path = os.path.realpath(self.path(name))
+        root = os.path.realpath(self._root or "/")
+        if os.path.commonpath([path, root]) != root:
+            raise FormatError(
+                f"{self.path(name)} is a link to {path}, outside of {root}: copy the file here, or "
+                "open the folder it is in"
+            )
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FormatError(f"{self.path(name)} is no regular file")
+        return path
 
     def _fetch(self, name: str, start: int, end: int | None) -> bytes:
         """One request; a start without an end spares s3fs the one that asks for the size."""
-        where = self.path(name)
+        where = self.regular(name) if self.is_local else self.path(name)
         with self._reaching(name):
             try:
                 return bytes(self._fs.cat_file(where, start=start, end=end, **self._how))
@@ -136,7 +162,8 @@ class Store:
     def hash(self, name: str) -> str:
         """xxh3_128 of a whole file, streamed."""
         digest = xxhash.xxh3_128()
-        with self._reaching(name), self._fs.open(self.path(name), "rb") as file:
+        where = self.regular(name) if self.is_local else self.path(name)
+        with self._reaching(name), self._fs.open(where, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         return digest.hexdigest()
@@ -203,13 +230,14 @@ class Store:
 
         It is a hard link where that works.
         """
+        where = source.regular(name) if source.is_local else source.path(name)
         with self.staged(new_name or name) as temporary:
             if source.is_local and self.is_local:
                 with contextlib.suppress(OSError):  # another file system, or one without links
-                    os.link(source.path(name), temporary)
+                    os.link(where, temporary)
                     return
             with source._reaching(name):
-                source._fs.get_file(source.path(name), str(temporary))
+                source._fs.get_file(where, str(temporary))
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

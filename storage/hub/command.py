@@ -101,7 +101,9 @@ def _list(files: dict[str, int]) -> None:
 
 
 def _lines(problems: tuple[str, ...]) -> str:
-    return "\n".join(" ".join(problem.split()) for problem in problems)
+    from decant.storage.cli.terminal import escaped
+
+    return "\n".join(escaped(" ".join(problem.split())) for problem in problems)
 
 
 PUSH = Command(

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from decant.schemas import FormatError
 from decant.storage.cache import paths
 
 KIND = "dataset"
@@ -92,10 +93,17 @@ def remote_bytes(api: HfApi, repo: str, name: str, folder: Path) -> bytes:
 
 
 def local_files(folder: Path) -> dict[str, int]:
-    """Name and bytes of the files of a cache that travel, in order; nothing that is hidden."""
+    """Name and bytes of the files of a cache that travel, in order; nothing that is hidden.
+
+    Raises FormatError on a link that leads out of the cache: what it leads to is not the cache's.
+    """
     every = [folder / paths.MANIFEST]
     for name in FOLDERS:
         every += sorted((folder / name).rglob("*"))
+    root = folder.resolve()
+    for file in every:
+        if not file.resolve().is_relative_to(root):
+            raise FormatError(f"{file} is a link to {file.resolve()}, outside of {root}")
     return {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in every

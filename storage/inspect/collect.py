@@ -52,7 +52,7 @@ def inspect(
     """
     reader = CacheReader(url, allow_incomplete=True)
     key = _key(reader.manifest) if keep and sample is None else None
-    if key and (kept := _read_kept(Store(url), key, str(url))):
+    if key and (kept := _read_kept(Store(url), key, str(url))) and _is_of(kept, reader):
         return kept
     chosen = _chosen(len(reader.row_groups()), sample, seed)
     report = _report(str(url), reader, chosen, seed, progress, workers or os.cpu_count() or 1)
@@ -97,7 +97,7 @@ def _report(
     if chosen is not None:  # the records know the bytes of every row group
         scale = _data_bytes(reader.index) / max(sum(column_bytes.values()), 1)
         column_bytes = {name: round(scale * size) for name, size in column_bytes.items()}
-    tokenizer = read_tokenizer(Store(url)) if statistics.worst else None
+    tokenizer = read_tokenizer(reader) if statistics.worst else None
     worst = with_texts(statistics.worst, tokenizer) if tokenizer else statistics.worst
     duplicates, duplicates_exact = statistics.hashes.duplicates()
     curve = statistics.truncation_curve()
@@ -236,9 +236,39 @@ def _read_kept(store: Store, key: dict[str, Any], url: str) -> Report | None:
         value = read_json(store, paths.KEPT_REPORT)
         if value.get("key") == key:
             return from_json(Report, {**value["report"], "url": url}, store.path(paths.KEPT_REPORT))
-    except (FormatError, KeyError, OSError):  # absent, of another version, or damaged
+    except (FormatError, KeyError, TypeError, OSError):  # absent, of another version, or damaged
         pass
     return None
+
+
+def _is_of(kept: Report, reader: CacheReader) -> bool:
+    """Whether kept figures can be of this cache, and can be drawn."""
+    manifest, totals = reader.manifest, reader.index.totals()
+    counts = (kept.shards, kept.sequences, kept.tokens, kept.targets, kept.bytes)
+    expected = (totals.shards, totals.sequences, totals.tokens, totals.targets, totals.bytes)
+    said = (kept.teacher, kept.truncation, kept.precision, kept.source, kept.rejected_sequences)
+    stated = (manifest.teacher, manifest.truncation, manifest.precision, manifest.source)
+    shares = [x for at in kept.reliability for x in (at.confidence, at.accuracy) if x is not None]
+    shapes = [at.retained_mass_histogram for at in kept.temperatures]
+    shapes += [at.teacher_entropy_histogram for at in kept.temperatures]
+    if kept.sequence_length_histogram is not None:
+        shapes.append(kept.sequence_length_histogram)
+    sizes, rates = kept.column_bytes.values(), kept.dump_speed.shard_rates
+    return (
+        counts == expected
+        and said == (*stated, totals.rejected)
+        and all(0 <= share <= 1 for share in shares)
+        and all(min(shape.counts, default=0) >= 0 for shape in shapes)
+        and all(len(shape.edges) == len(shape.counts) + 1 for shape in shapes if shape.counts)
+        and min(sizes, default=0) >= 0
+        and sum(sizes) <= totals.bytes
+        and min(rates, default=0) >= 0
+        and bool(rates) == bool(totals.shards)
+        and len(kept.temperatures) in (0, len(manifest.temperatures))
+        and None not in (kept.bytes_per_target, kept.times_smaller, kept.teacher_ce)
+        and len(kept.truncation_curve) <= manifest.layout.slots
+        and kept.recommended_k in (None, *(at.k for at in kept.truncation_curve))
+    )
 
 
 def _keep(store: Store, key: dict[str, Any], report: Report) -> None:

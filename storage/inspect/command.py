@@ -145,8 +145,8 @@ INSPECT = Command(
 Reads the cache once. While a dump is still running it reports the shards
 committed so far and says so. The figures of a complete cache in a directory are
 kept in its stats/ and shown at once the next time; they count only as long as
-the cache is the same. docs/format.md lists the keys of --json. Exit code 0, or
-2 if there is no readable cache.
+the cache is the same. docs/format.md lists the keys of --json. Exit code 0; 1
+if the cache is damaged; 2 if there is none.
 """,
     arguments=InspectArguments,
     run=run_inspect,

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from decant.schemas import Distributions, FormatError, Manifest, ScoredSequence
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.same_tokenizer import same_ids
-from decant.storage.files.store import Store
 from decant.storage.inspect.examples import (
     Target,
     read_tokenizer,
@@ -237,7 +236,7 @@ class _Sums:
     def result(self, a: CacheReader, b: CacheReader) -> Difference:
         """The figures so far."""
         n, worst = self._targets, self._worst
-        tokenizer = read_tokenizer(Store(a.url)) if worst else None
+        tokenizer = read_tokenizer(a) if worst else None
         if tokenizer:
             ones = with_texts((d.a for d in worst), tokenizer)
             others = with_texts((d.b for d in worst), tokenizer)

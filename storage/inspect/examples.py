@@ -12,7 +12,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from decant.schemas import ScoredSequence
-from decant.storage.cache import paths
+from decant.storage.cache import kept_tokenizer
+from decant.storage.cache.reader import CacheReader
 from decant.storage.cli.terminal import escaped, width
 from decant.storage.files.store import Store
 from decant.storage.inspect.token_bytes import BROKEN, bytes_of, readable
@@ -124,11 +125,13 @@ def with_texts(targets: Iterable[Target], tokenizer: tokenizers.Tokenizer) -> li
     ]
 
 
-def read_tokenizer(store: Store) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a cache; None if it holds none that the tokenizers library reads."""
-    try:
-        data = store.read(f"{paths.TOKENIZER}/tokenizer.json")
-    except FileNotFoundError:
+def read_tokenizer(reader: CacheReader) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a cache; None if it holds none that the tokenizers library reads.
+
+    Raises FormatError if its file is not the one that was put there.
+    """
+    data = kept_tokenizer.read_file(Store(reader.url), reader.manifest, "tokenizer.json")
+    if data is None:
         return None
     try:
         return tokenizers.Tokenizer.from_buffer(data)

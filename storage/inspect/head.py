@@ -8,7 +8,6 @@ import numpy as np
 from decant.schemas import ScoredSequence
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cli.terminal import WIDTH, clip, fit, width
-from decant.storage.files.store import Store
 from decant.storage.inspect.examples import (
     Target,
     context_shown,
@@ -43,7 +42,7 @@ def head(
                 f"teacher rejected it: {rejected.reason}"
             )
     found = [target(scored, i, index, entries) for i in range(min(targets, scored.num_targets))]
-    tokenizer = read_tokenizer(Store(url))
+    tokenizer = read_tokenizer(reader)
     return tuple(with_texts(found, tokenizer) if tokenizer else found)
 
 
@@ -54,10 +53,10 @@ def marked_sequence(
 
     Raises as `head`.
     """
-    tokenizer = read_tokenizer(Store(url))
+    reader, _, scored = _sequence(url, sequence, sample)
+    tokenizer = read_tokenizer(reader)
     if tokenizer is None:
         return None
-    _, _, scored = _sequence(url, sequence, sample)
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
     return marked(scored.input_ids, scored.is_target, decode)
 

@@ -1,9 +1,9 @@
 """The report of `inspect` as one page that opens from disk: no script, no network, plots as SVG."""
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 
-from decant.storage.cli.terminal import megabytes
+from decant.storage.cli.terminal import escaped, megabytes
 from decant.storage.inspect import text as report_text
 from decant.storage.inspect.examples import Target, context_shown, shown
 from decant.storage.inspect.report import RANKS, Report
@@ -49,6 +49,11 @@ PAGE = """<!doctype html>
 {body}
 </body></html>
 """
+
+
+def escape(text: str) -> str:
+    """Text in which nothing is markup, and nothing a control character."""
+    return html.escape(escaped(text))
 
 
 def report_html(report: Report) -> str:

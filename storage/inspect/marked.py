@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from decant.storage.cli.terminal import escaped
+from decant.storage.cli.terminal import escaped_lines
 from decant.storage.inspect.token_bytes import BROKEN
 
 BEGIN, END = "⟦", "⟧"
@@ -62,7 +62,7 @@ def marked(
             break
         text = _shortened(text, characters // 3)
         left -= len(text)
-        shown = "\n".join(escaped(line) for line in text.split("\n"))
+        shown = escaped_lines(text)
         parts.append(f"{BEGIN}{shown}{END}" if targets else shown)
     return "".join(parts)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from decant.schemas import FormatError
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader
 from decant.student_train.config.student import AdapterConfig
 from decant.student_train.config.verdict import ModelOptions
@@ -152,8 +152,8 @@ def _check_tokenizer(
     try:
         where = options.tokenizer or path
         found, same = check_student_tokenizer(theirs, own, where, reader.url, size)
-    except FormatError as error:
-        raise FormatError(
+    except UnfitError as error:
+        raise UnfitError(
             f"{error} Bits and divergence per byte of a model of another tokenizer are given by "
             f"`decant evaluate --student {path} --cache {reader.url} --tokenizer-mismatch align`"
         ) from error
@@ -171,7 +171,7 @@ def _check_vocabulary(theirs: Any, own: Any, path: str, reader: CacheReader) -> 
     cached = {index: token for token, index in theirs.get_vocab().items()}
     for index in sorted(cached):
         if index < reader.manifest.shared_vocab_size and ours.get(index) != cached[index]:
-            raise FormatError(
+            raise UnfitError(
                 f"id {index} is {cached[index]!r} in {reader.url} and {ours.get(index)!r} in "
                 f"{path}: the model has another tokenizer"
             )

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from decant.schemas import FormatError
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader, Store
-from decant.storage.cache import paths
+from decant.storage.cache import kept_tokenizer, paths
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.model.cut import cut
 from decant.student_train.model.tokenizer import (
@@ -55,10 +55,7 @@ def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> A
         return None
     store = Store(reader.url)
     with tempfile.TemporaryDirectory() as folder:
-        for name in files:
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(store.read(f"{paths.TOKENIZER}/{name}"))
+        kept_tokenizer.unpack(store, reader.manifest, Path(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
@@ -147,8 +144,8 @@ def _agreed(
     shared = reader.manifest.shared_vocab_size
     try:
         return agreed_tokenizer(tokenizer, own, path, reader.url, shared)
-    except FormatError as error:
-        raise FormatError(
+    except UnfitError as error:
+        raise UnfitError(
             f"{error} Or train on what both tokenizers can say: tokenizer_mismatch: align"
         ) from error
 

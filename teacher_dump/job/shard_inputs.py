@@ -16,6 +16,7 @@ import xxhash
 
 from decant.schemas import FormatError, ShardPlan
 from decant.schemas.selection import num_selected
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
 from decant.teacher_dump.config import DumpConfig
@@ -132,7 +133,7 @@ def restore_inputs(
             share = config.sequences.target_share
             again = write_input(writer.store, shard, first, sequences, share)
             if again != writer.plan[shard]:
-                raise FormatError(
+                raise UnfitError(
                     f"{config.source.path} gives other tokens for shard {shard} than the plan of "
                     f"{writer.store.url}, as another version of the tokenizer's library may do; "
                     "dump into another output"

@@ -41,13 +41,13 @@ RECORD = CommitRecord(
     targets=28,
     rejected=(Rejected(sequence=2, sample_id="b", targets=9, reason="it is too long"),),
     bytes=1000,
-    xxh3_128="cd",
+    xxh3_128="cd" * 16,
     row_groups=(
         RowGroup(
-            rows=30, sequences=2, targets=28, data=ByteRange(offset=4, length=9, xxh3_128="e")
+            rows=30, sequences=2, targets=28, data=ByteRange(offset=4, length=9, xxh3_128="e" * 32)
         ),
     ),
-    footer=ByteRange(offset=13, length=987, xxh3_128="f"),
+    footer=ByteRange(offset=13, length=987, xxh3_128="f" * 32),
     kl_error_mean=0.0,
     kl_error_max=0.5,
     seconds=1.5,

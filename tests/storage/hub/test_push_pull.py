@@ -262,3 +262,13 @@ def test_the_cards_metadata_is_yaml(tmp_path: Path) -> None:
     assert metadata["license"] == LICENSE and metadata["size_categories"] == ["n<1K"]
     assert metadata["configs"][0]["data_files"] == "shards/part-*.parquet"
     assert metadata["decant_cache_id"] == CacheReader(source).manifest.cache_id
+
+
+def test_a_link_that_leads_out_does_not_travel(tmp_path: Path) -> None:
+    """A stranger's cache cannot have other files of this machine pushed."""
+    path = cache(tmp_path / "cache")
+    (tmp_path / "secret").write_text("mine")
+    (path / "generated").mkdir()
+    (path / "generated" / "part-000000.parquet").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match="outside of"):
+        plan_push(str(path), REPO, LICENSE)

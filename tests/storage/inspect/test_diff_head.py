@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import xxhash
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
 from decant.schemas import ScoredSequence, TokenizerInfo, Truncation, to_json
-from decant.storage import CacheReader, CacheWriter
+from decant.storage import CacheReader, CacheWriter, Store
 from decant.storage.__main__ import main
 from decant.storage.cli import process as cli
 from decant.storage.cli.terminal import escaped, fit, width
@@ -210,15 +211,16 @@ def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokenizer.decoder = decoders.ByteLevel()
+    data = tokenizer.to_str().encode()
+    files = {"tokenizer.json": xxhash.xxh3_128(data).hexdigest()}
     draft = dataclasses.replace(
-        SETTINGS.draft(), tokenizer=TokenizerInfo(fingerprint="sha256:1", files={})
+        SETTINGS.draft(), tokenizer=TokenizerInfo(fingerprint="sha256:1", files=files)
     )
     writer = CacheWriter.create(path, draft, caches.plan_of(shards))
     for index, sequences in enumerate(shards):
         caches.write_shard(writer, index, sequences)
     writer.finalize()
-    (path / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(str(path / "tokenizer/tokenizer.json"))
+    Store(path).publish("tokenizer/tokenizer.json", data)
     return path
 
 
