@@ -59,6 +59,7 @@ class StoredTargets:
     entropy: Tensor | None = None
     """[N] float32 where there are no log probs."""
 
+    @torch.compiler.disable  # bytes by numpy, which is not to be traced
     def decode(self, checked_for: tuple[int, float]) -> SparseTargets:
         """What the stored form stands for (docs/format.md), at the first temperature.
 
