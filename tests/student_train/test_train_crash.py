@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(cache: Path, tmp_path: Path)
     train(run)
     expected = weights(tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     half = tmp_path / "run/checkpoints/.step-00000003.tmp"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"torn")
