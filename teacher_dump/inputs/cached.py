@@ -17,6 +17,7 @@ from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.storage.cache.lineage import source_of
 from decant.teacher_dump.inputs.config import SourceConfig
+from decant.teacher_dump.inputs.files import format_of
 from decant.teacher_dump.inputs.records import Record, SourceError
 
 
@@ -24,8 +25,8 @@ def is_cache(config: SourceConfig) -> bool:
     """Whether the path of a source is that of a cache."""
     if config.format != "auto":
         return config.format == "cache"
-    if "://" in config.path:
-        return Store(config.path).exists(paths.MANIFEST)
+    if "://" in config.path:  # a file of records is not asked for: it would be refused as a URL
+        return not format_of(Path(config.path)) and Store(config.path).exists(paths.MANIFEST)
     folder = Path(os.path.expanduser(config.path))
     return (folder / paths.MANIFEST).is_file() and (folder / paths.SHARDS).is_dir()
 

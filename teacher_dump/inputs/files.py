@@ -49,12 +49,12 @@ def resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         root = Path(*fixed)
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-    elif config.format == "auto" and HUB_NAME.fullmatch(config.path) and not _format_of(path):
+    elif config.format == "auto" and HUB_NAME.fullmatch(config.path) and not format_of(path):
         return "hf", []
     else:
         raise SourceError(f"source path {config.path!r} does not exist (seen from {os.getcwd()})")
 
-    formats = {p: _format_of(p) for p in found}
+    formats = {p: format_of(p) for p in found}
     if not explicit:
         data = {p for p, known in formats.items() if known and not p.name.endswith(PLAIN_JSON)}
         for p in found:
@@ -80,7 +80,8 @@ def resolve(config: SourceConfig) -> tuple[str, list[tuple[str, Path]]]:
     return used.pop(), sorted((p.relative_to(root).as_posix(), p) for p in formats if formats[p])
 
 
-def _format_of(path: Path) -> str:
+def format_of(path: Path) -> str:
+    """The format that a file's name says; empty if none."""
     return next((SUFFIXES[suffix] for suffix in SUFFIXES if path.name.endswith(suffix)), "")
 
 
