@@ -32,6 +32,9 @@ def run(main: Callable[[list[str]], int]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[log])
     for library in ("httpx", "httpx2", "botocore", "aiobotocore"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # Of torchao, which transformers loads with every model: kernels of other devices.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     with _exit_codes(debug):
         code = main(arguments)
         sys.stdout.flush()  # here, where a closed pipe is still handled

@@ -22,7 +22,8 @@ from decant.schemas import FormatError
 from decant.storage import CacheReader, StoredRows
 from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.data.order import CacheOrder, Entry
-from decant.student_train.data.stream import SequenceStream, StreamConfig, temperature_indices
+from decant.student_train.data.stream import SequenceStream
+from decant.student_train.data.stream_config import StreamConfig, temperature_indices
 
 log = logging.getLogger(__name__)
 

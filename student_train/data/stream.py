@@ -10,9 +10,8 @@ import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -28,10 +27,9 @@ from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.data.epoch import OnePass
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
+from decant.student_train.data.stream_config import StreamConfig, ToEvents, temperature_indices
 
 BATCHES_AHEAD = 2
-ToEvents = Callable[[StoredRows], AlignedRows]
-"""Makes of a row group the student's tokens and the events of their chunks."""
 
 
 class Found(NamedTuple):
@@ -45,50 +43,6 @@ class Found(NamedTuple):
     def length(self) -> int:
         """Its tokens."""
         return int(self.rows.row_starts[self.member + 1] - self.rows.row_starts[self.member])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
-    """What the streams of one cache, of several, and of a growing one are asked for."""
-
-    batch_size: int
-    """Sequences per batch and rank."""
-    temperature: float | Sequence[float] = 1.0
-    """Batches carry the targets at this temperature, or at each of several; all must be stored."""
-    seed: int = 0
-    """Of the order."""
-    rank: int = 0
-    """Whose share of the batches this is."""
-    world_size: int = 1
-    """How many ranks share them."""
-    part: str = "all"
-    """all, train or heldout: with `heldout_fraction`, a cache is split by sequence, the same way
-    whatever the seed."""
-    heldout_fraction: float = 0.0
-    """Share of the sequences in the part heldout."""
-    lanes: int = 16
-    """How many row groups of a cache are read from in turn. A rank holds at most about
-    2 * lanes / world_size of them, undecoded (3 MB each at k=64)."""
-    threads: int = 2
-    """Threads that read ahead."""
-    alignment: Callable[[CacheReader], ToEvents | None] | None = None
-    """For a student of another tokenizer: what makes events of a cache, or None for a cache of the
-    student's own. Row groups then are held decoded (10 MB each at k=64)."""
-    vocab_size: int = 0
-    """Of the student, with `alignment`; at least that of each cache of its own tokenizer."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} of {self.world_size}")
-        if self.batch_size < 1 or self.threads < 1:
-            raise ValueError("batch_size and threads must be at least 1")
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """One or several."""
-        if isinstance(self.temperature, Sequence):
-            return tuple(self.temperature)
-        return (self.temperature,)
 
 
 class SequenceStream(IterableDataset[Batch]):
@@ -412,16 +366,3 @@ def order_of(reader: CacheReader, config: StreamConfig) -> CacheOrder:
             "its own to evaluate on (eval.cache)"
         )
     return order
-
-
-def temperature_indices(reader: CacheReader, wanted: Sequence[float]) -> tuple[int, ...]:
-    """Which stored temperatures these are. Raises ValueError naming the stored ones if not any."""
-    stored = reader.manifest.temperatures
-    for value in wanted:
-        if value not in stored:
-            raise ValueError(
-                f"temperature {value:g} is not stored in {reader.url}, which has "
-                f"{', '.join(f'{t:g}' for t in stored)}. It cannot be computed from a sparse "
-                "cache: train at a stored one, or dump again with it in `temperatures`"
-            )
-    return tuple(stored.index(value) for value in wanted)

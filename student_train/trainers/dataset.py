@@ -20,13 +20,8 @@ from decant.student_train.config.run import PACKINGS
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.order import Entry
-from decant.student_train.data.stream import (
-    CacheStream,
-    Found,
-    StreamConfig,
-    order_of,
-    temperature_indices,
-)
+from decant.student_train.data.stream import CacheStream, Found, order_of
+from decant.student_train.data.stream_config import StreamConfig, temperature_indices
 
 READ_AHEAD_THREADS = 2
 
