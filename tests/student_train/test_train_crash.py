@@ -86,6 +86,28 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(cache: Path, tmp_
     assert not list(output.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ended_in_its_last_save_is_not_trained_again(
+    cache: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    """The last step has a checkpoint before the student is saved, whatever `save_every_steps`."""
+    run, output = config(cache, tmp_path / "run", steps=4), tmp_path / "run"
+    process = start(run)
+    wait_for(process, lambda: (output / "checkpoints/step-00000004").exists())
+    if process.is_alive():
+        os.kill(process.pid, how)
+    process.join()
+    assert not (output / "summary.json").exists() or process.exitcode == 0
+    curve = losses_so_far(output)
+    assert len(curve) == 4
+    train(run)
+    assert losses_so_far(output) == curve
+    train(config(cache, tmp_path / "whole", steps=4))
+    theirs = weights(tmp_path / "whole")
+    for name, value in weights(output).items():
+        assert torch.equal(value, theirs[name]), name
+
+
 def losses_so_far(output: Path) -> list[float]:
     """The losses in the lines that are whole."""
     found = []
