@@ -238,12 +238,13 @@ def _made(arguments: EditArguments, out: str, blueprint: "Blueprint", of: dict[s
 
 
 STAGED = """
-Nothing has the name NEW before all of it is there and verified; the same command
-completes what was interrupted. CACHE is only read, and what exists is never
-overwritten. Exit code 0, or 2 with one line of why not."""
+Nothing has the name NEW before all of it is there and verified; the same
+command completes what was interrupted. CACHE is only read, and what exists is
+never overwritten. Exit code 0, 1 where CACHE is damaged, or 2 with one line of
+why not."""
 SUBSET = Command(
     text=f"""
-  decant subset caches/mine caches/part --where "mean_entropy < 3 and length >= 64"
+  decant subset caches/mine caches/part --where "mean_entropy < 3"
   decant subset caches/mine caches/part --ids ids.txt
   decant subset caches/mine caches/rest --ids ids.txt --invert
   decant subset caches/mine caches/tenth --share 0.1 --seed 1 --dry-run
@@ -251,12 +252,12 @@ SUBSET = Command(
 The rows are those of CACHE, bit for bit, in its order. Of several choices all
 must hold, --share being of what the others leave.
 
-A condition compares figures of a sequence with numbers: < <= > >= == !=, and, or,
-not, + - * /, parentheses. The figures: length, targets, sequence (its index);
-cross_entropy, perplexity, min_logprob of the actual tokens; mean_entropy,
-max_entropy; retained_mass, min_retained_mass, num_kept, top1_probability,
-top1_agreement. A sequence that lacks one of them, as one without targets does,
-is left out.
+A condition compares figures of a sequence with numbers: < <= > >= == !=, and,
+or, not, + - * /, parentheses, as in "mean_entropy < 3 and length >= 64". The
+figures: length, targets, sequence (its index); cross_entropy, perplexity,
+min_logprob of the actual tokens; mean_entropy, max_entropy; retained_mass,
+min_retained_mass, num_kept, top1_probability, top1_agreement. A sequence that
+lacks one of them, as one without targets does, is left out.
 {STAGED}
 """,
     arguments=SubsetArguments,

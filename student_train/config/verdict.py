@@ -51,13 +51,13 @@ class EvaluateArguments(ModelOptions):
     """--student: take only the part that a training with this eval.heldout_fraction never saw;
     0 = all."""
     kind: str = "fkl"
-    """--student: divergence to measure: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl or
-    alpha_beta."""
+    """--student: divergence to measure: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl,
+    alpha_beta, tail_kl, acceptance, acceptance_hybrid, hinge or logistic."""
     temperature: float = 1.0
     """--student: temperature of the divergence, which must be stored in the cache."""
     tail: str = "bucket"
     """--student: what stands for the ids that were not kept: bucket, renormalize,
-    teacher_renormalize or uniform, as in a training's loss.tail."""
+    teacher_renormalize, uniform or label, as in a training's loss.tail."""
     options: Annotated[dict[str, Any], Shown("{...}")] = field(default_factory=dict)
     """--student: options of the kind, for example {mu: 0.5} for akl."""
     batch_size: int = 16

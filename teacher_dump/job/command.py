@@ -60,10 +60,11 @@ DUMP = Command(text=TEXT, config=DumpConfig, arguments=ShareConfig, common=COMMO
 MESSAGES_TEXT = """
   decant messages --config dump.yaml --out messages.jsonl
 
-For a cache that was dumped without sequences.keep_messages: a student of another
-tokenizer needs the words of its conversations. Takes the configuration of that dump;
-loads no teacher and no tokenizer. A line is {"id", "messages"}, with "tools" and
-"chat_template_kwargs" where a record has them, and is a record itself.
+For a cache that was dumped without sequences.keep_messages: a student of
+another tokenizer needs the words of its conversations. Takes the
+configuration of that dump; loads no teacher and no tokenizer. A line is
+{"id", "messages"}, with "tools" and "chat_template_kwargs" where a record has
+them, and is a record itself.
 """
 
 

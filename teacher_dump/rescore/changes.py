@@ -11,7 +11,6 @@ from decant.storage import CacheReader
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines.config import DTYPES, QUANTIZATIONS, REMOTE, TeacherConfig
 from decant.teacher_dump.inputs.config import SequenceConfig, SourceConfig
-from decant.teacher_dump.teacher import fingerprint_like
 
 UNKNOWN = "unknown"
 """Fingerprint of the teacher of an imported cache."""
@@ -135,6 +134,8 @@ def _longest(url: str) -> int:
 
 def refuse_other_teacher(manifest: Manifest, fingerprint: str, url: str) -> None:
     """Raise ValueError unless the teacher is the one that the cache was scored by."""
+    from decant.teacher_dump.teacher import fingerprint_like  # tokenizers, which help does without
+
     stored = manifest.teacher.fingerprint
     if stored != fingerprint_like(fingerprint, stored):
         known = f"has fingerprint {stored}" if stored != UNKNOWN else "was imported: it is unknown"
