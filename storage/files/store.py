@@ -135,13 +135,15 @@ class Store:
 
         Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
         """
-        path = os.path.realpath(self.path(name))
-        root = os.path.realpath(self._root or "/")
-        if os.path.commonpath([path, root]) != root:
-            raise FormatError(
-                f"{self.path(name)} is a link to {path}, outside of {root}: copy the file here, or "
-                "open the folder it is in"
-            )
+        path, parts = self.path(name), name.split("/")
+        places = (self.path("/".join(parts[:i])) for i in range(1, len(parts) + 1))
+        if ".." in parts or any(os.path.islink(place) for place in places):
+            path, root = os.path.realpath(path), os.path.realpath(self._root or "/")
+            if os.path.commonpath([path, root]) != root:
+                raise FormatError(
+                    f"{self.path(name)} is a link to {path}, outside of {root}: copy the file "
+                    "here, or open the folder it is in"
+                )
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FormatError(f"{self.path(name)} is no regular file")
         return path

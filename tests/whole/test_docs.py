@@ -103,6 +103,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data/texts.jsonl.zst").write_bytes(zstandard.compress(texts.encode()))
     prompts = ('{"prompt": "the quick"}', '{"messages": [{"role": "user", "content": "a dog"}]}')
     (folder / "data/prompts.jsonl").write_text("\n".join(prompts))
+    said = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "the fox"}]
+    (folder / "data/chats.jsonl").write_text(json.dumps({"id": "chat-0", "messages": said}))
     more = [{"id": f"more-{i}", "text": " ".join(words[i : i + 6])} for i in range(4)]
     (folder / "data/more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
     models.build_tokenizer().save_pretrained(folder / "DIR")
