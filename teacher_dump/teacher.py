@@ -226,7 +226,7 @@ def _max_positions(settings: Any) -> int:
 
 
 def _tokenizer(config: TeacherConfig, path: Path) -> Any:
-    """The tokenizer that is configured, or that of the teacher: by its hub id where it has one."""
+    """The tokenizer that is configured, or that of the teacher, whose files are at `path`."""
     code = config.trust_remote_code
     try:
         if config.tokenizer:
@@ -235,9 +235,7 @@ def _tokenizer(config: TeacherConfig, path: Path) -> Any:
             return load_tokenizer(source, trust_remote_code=code)
         if path.suffix == GGUF:
             return load_tokenizer(str(path.parent), gguf_file=path.name, where=config.path)
-        if Path(config.path).expanduser().is_dir():
-            return load_tokenizer(str(path), where=config.path, trust_remote_code=code)
-        return load_tokenizer(config.path, revision=config.revision, trust_remote_code=code)
+        return load_tokenizer(str(path), where=config.path, trust_remote_code=code)
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(custom_code(config)) from error

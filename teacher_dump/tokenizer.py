@@ -28,7 +28,6 @@ MOST_ADDED = 50
 def load_tokenizer(
     source: str,
     *,
-    revision: str = "",
     trust_remote_code: bool = False,
     where: str = "",
     gguf_file: str = "",
@@ -45,8 +44,6 @@ def load_tokenizer(
 
     where = where or source
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision:
-        options["revision"] = revision
     if gguf_file:
         options["gguf_file"] = gguf_file
     theirs, problem = None, ""
@@ -55,7 +52,7 @@ def load_tokenizer(
     except Exception as error:  # whatever a damaged tokenizer may raise
         problem = f"{error}".strip().partition("\n")[0]
     try:
-        file = None if gguf_file else _tokenizer_json(source, revision)
+        file = None if gguf_file else _tokenizer_json(source)
         if file is None or (trust_remote_code and _is_custom(theirs)):
             if theirs is None:
                 raise ValueError(problem)
@@ -139,14 +136,13 @@ def shared_vocab_size(tokenizer: Any | None, rows: int, teacher: str) -> int:
     return min(rows, max(vocab.values()) + 1)
 
 
-def _tokenizer_json(source: str, revision: str) -> Path | None:
+def _tokenizer_json(source: str) -> Path | None:
     """The file in a directory or in the hub's cache; None if there is none."""
     from transformers.utils import cached_file
 
     found = cached_file(
         source,
         "tokenizer.json",
-        revision=revision or None,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -43,9 +43,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def committed(cache: Path) -> dict[str, bytes]:
     """The files of the shards that are there with their commit record."""
-    shards = files(cache / "shards") if (cache / "shards").exists() else {}
-    stems = [Path(name).stem for name in shards if not name.startswith(".")]
-    return {name: data for name, data in shards.items() if stems.count(Path(name).stem) == 2}
+    shown = sorted((cache / "shards").glob("[!.]*"))  # the others may go while they are looked at
+    stems = [path.stem for path in shown]
+    return {path.name: path.read_bytes() for path in shown if stems.count(path.stem) == 2}
 
 
 def temporaries(cache: Path) -> list[Path]:
