@@ -68,6 +68,12 @@ def _flock(handle: int, path: Path, how: int) -> contextlib.AbstractContextManag
     return contextlib.nullcontext()
 
 
+def forget_lock(folder: Path) -> None:
+    """Remove the lock file of a folder that was held, and moved meanwhile."""
+    with contextlib.suppress(OSError):
+        _name(folder).unlink()
+
+
 def is_lock_file(name: str) -> bool:
     """Whether a file is one of these, and no content of its folder."""
     return re.fullmatch(r"\..*lock(\.shared-[0-9a-f]+)?(\.breaking)?", name) is not None
