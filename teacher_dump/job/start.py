@@ -150,13 +150,14 @@ def _create(
     progress: Callable[[SequenceCounts], None],
 ) -> CacheWriter:
     counts = SequenceCounts()
-    plan, first, messages = [], 0, False
+    plan, first, messages, sampler = [], 0, False, False
     records = source_records(config, teacher, source["fingerprint"])
     for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
         share = config.sequences.target_share
         plan.append(write_input(store, shard, first, sequences, share))
         first += len(sequences)
         messages = messages or any(sequence.messages for sequence in sequences)
+        sampler = sampler or sequences[0].sampler_logprobs is not None
     log.info("inputs: %s", summary(counts))
     if not plan:
         raise SourceError(
@@ -179,6 +180,7 @@ def _create(
         source=source,
         sequences={**sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
         messages=messages,
+        sampler_logprobs=sampler,
     )
     return CacheWriter.create(config.output, draft, plan)
 
