@@ -40,6 +40,7 @@ LATER = {
     "sequences.target_share": 1.0,
 }
 """What caches did that were started before they could say so."""
+SAMPLER = "source.sampler.fingerprint"
 KEEP_MESSAGES = "sequences.keep_messages"
 
 
@@ -276,6 +277,7 @@ def identity(
         "temperatures": list(config.temperatures),
         "precision": config.precision,
         "source.fingerprint": source["fingerprint"],
+        **({SAMPLER: source["sampler"]["fingerprint"]} if "sampler" in source else {}),
         **{f"sequences.{k}": v for k, v in sequence_settings(config, teacher).items()},
     }
 
@@ -292,7 +294,7 @@ def changes(manifest: Manifest, ours: dict[str, Any]) -> list[str]:
     for name, value in ours.items():
         theirs: Any = stored
         for part in name.split("."):
-            theirs = theirs.get(part, LATER.get(name))
+            theirs = theirs.get(part, LATER.get(name)) if isinstance(theirs, dict) else theirs
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
     return differing
