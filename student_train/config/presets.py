@@ -58,13 +58,13 @@ def losses_of(common: LossConfig, mixture: Sequence[CacheShare]) -> tuple[LossCo
             continue
         side = sides[share.prefixes]
         factor = scaled(side.weight, total / sums[share.prefixes])
-        chosen = dataclasses.replace(
-            common,
-            preset="",
-            kind=side.kind,
-            options=side.options,
-            kd_weight=_product(common.kd_weight, factor),
-        )
+        weight = _product(common.kd_weight, factor)
+        try:
+            chosen = dataclasses.replace(
+                common, preset="", kind=side.kind, options=side.options, kd_weight=weight
+            )
+        except ValueError as error:
+            raise ValueError(f"loss.preset {common.preset}: {error}") from error
         found.append(own_loss(chosen, share))
     return tuple(found)
 
