@@ -108,8 +108,10 @@ def test_the_large_examples_are_built_with_a_tiny_student(
     if run.mixture:
         changes["mixture"] = [
             dataclasses.replace(
-                s, cache=str(cache), loss=dataclasses.replace(s.loss, clip=None)
-            )  # this cache has no sampler
+                s,
+                cache=str(cache),
+                loss=s.loss and dataclasses.replace(s.loss, clip=None),  # it has no sampler
+            )
             for s in run.mixture
         ]
     else:
