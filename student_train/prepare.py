@@ -20,6 +20,7 @@ from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.served import refuse_unserved, warn_of_prefixes
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
+from decant.student_train.evaluation.chat_prompts import chat_prompts
 from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
 from decant.student_train.model.alignment import Alignment, label_bytes
@@ -226,8 +227,14 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         if shards_weights(accelerator):
             raise ValueError("eval.generation needs the whole student on every device")
         add_bos = bool(reader.manifest.sequences.get("add_bos"))
+        chat = chat_prompts(
+            config.eval.generation,
+            tokenizer,
+            reader.manifest,
+            is_aligned=bool(alignment and alignment.any),
+        )
         generation = Generation(
-            config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed
+            config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed, chat=chat
         )
     metric, _, one = config.eval.keep_best.partition("/")
     if one and (len(heldout) < 2 or one not in heldout):

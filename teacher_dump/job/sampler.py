@@ -174,7 +174,7 @@ def _end_tokens(model: Teacher) -> list[Any]:
     found: list[Any] = [getattr(model.tokenizer, "eos_token_id", None)]
     for name in ("generation_config.json", "config.json"):
         file = Path(model.model_path) / name
-        if file.is_file():
+        if model.model_path and file.is_file():  # a service's files are elsewhere
             value = json.loads(file.read_text()).get("eos_token_id")
             found += value if isinstance(value, list) else [value]
             if value is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -174,6 +175,25 @@ def test_a_sampler_that_is_the_teacher_agrees_with_its_scores(
     dump(config)
     for s in CacheReader(tmp_path / "cache"):
         np.testing.assert_allclose(s.sampler_logprobs, s.label_logprob, atol=1e-4)
+
+
+def test_a_student_that_is_an_adapter_samples(settings: DumpConfig, tmp_path: Path) -> None:
+    """On the base that it names, with the tokenizer beside it; its weights are part of it."""
+    base = tmp_path / "base"
+    models.save_teacher(base, seed=7)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    models.build_tokenizer().save_pretrained(tmp_path / "adapter")
+    config = change(settings, "source.generate.by", str(tmp_path / "adapter"))
+    made = dump(dataclasses.replace(config, output=str(tmp_path / "cache")))
+    merged = adapted.merge_and_unload().double()
+    row = responses(tmp_path / "cache")[0]
+    ids, first = row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"])
+    expected = logprobs_of(merged, ids, first)
+    np.testing.assert_allclose(row["sampler_logprobs"], expected, atol=2e-4)
+    of_base = hash_weights(describe_teacher(TeacherConfig(path=str(base)))).info.fingerprint
+    assert made.source["sampler"]["fingerprint"] != of_base
 
 
 def test_a_cache_of_samples_is_scored_again(
