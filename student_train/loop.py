@@ -19,6 +19,7 @@ from accelerate.utils import gather_object, set_seed
 
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.steps import StepData, steps_of
+from decant.student_train.losses.divergences import OUTSIDE, outside_means
 from decant.student_train.outputs.best import Best
 from decant.student_train.outputs.hub import check_hub, push
 from decant.student_train.outputs.metrics import Metrics, Recent, peak_memory_bytes
@@ -214,7 +215,8 @@ def _loop(
                     out = model(batch.to(accelerator.device), num_targets, terms)
                     backward(accelerator, out.loss)
                 parts.append(torch.stack([part.detach() for part in out.parts()]))
-            loss, kd, ce, *router = accelerator.reduce(sum(parts), reduction="sum").tolist()
+            loss, kd, ce, *rest = accelerator.reduce(sum(parts), reduction="sum").tolist()
+            outside, router = rest[: len(OUTSIDE)], rest[len(OUTSIDE) :]
             if not math.isfinite(loss):
                 raise _not_finite(f"loss is {loss} (kd {kd}, ce {ce})", step, data, parts)
 
@@ -236,6 +238,7 @@ def _loop(
             if step % config.log_every_steps == 0 or step == run.steps:
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
                 values |= {"router": router[0]} if router else {}
+                values |= outside_means(outside)
                 values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
                 metrics.write({**values, **recent.summary()})
                 progress.logged(step, values, recent)

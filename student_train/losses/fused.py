@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from decant.student_train.losses.divergences import (
+    OUTSIDE,
     AnyTargets,
     Divergence,
     checked_vocab,
@@ -46,12 +47,15 @@ class FusedLoss:
     """The divergence, T² included, detached."""
     ce: Tensor
     """The cross entropy of the labels at T=1, detached; 0 without labels."""
+    outside: Tensor
+    """[5] what lies outside the kept ids (`divergences.OUTSIDE`), detached, divided likewise."""
     router: Tensor | None = None
     """The load-balancing loss of a student's routers, detached, without its weight in `loss`."""
 
     def parts(self) -> list[Tensor]:
-        """The loss, and what it is made of."""
-        return [self.loss, self.kd, self.ce, *([] if self.router is None else [self.router])]
+        """The loss, what it is made of, and what lies outside of the kept ids; the router last."""
+        router = [] if self.router is None else [self.router]
+        return [self.loss, self.kd, self.ce, *self.outside, *router]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +141,8 @@ def fused_linear_divergence(
         chunk_rows=chunk_size or _chunk_rows(kind, targets.token_ids.shape[1], vocab_size),
         wants_gradient=torch.is_grad_enabled(),
     )
-    loss, kd, ce = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
-    return FusedLoss(loss=loss, kd=kd, ce=ce)
+    loss, kd, ce, outside = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
+    return FusedLoss(loss=loss, kd=kd, ce=ce, outside=outside)
 
 
 def _chunk_rows(kind: str, num_slots: int, vocab_size: int) -> int:
@@ -184,7 +188,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = (
             job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
         )
@@ -195,6 +199,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
         grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
         loss_sum, kd_sum, ce_sum = new_zeros(()), new_zeros(()), new_zeros(())
+        outside_sum = new_zeros(len(OUTSIDE))
         loss_of_chunk = _dense_chunk if job.divergence.tail == "uniform" else _reduced_chunk
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_VH = weight_VH[: job.vocab_size].to(narrow)
@@ -205,10 +210,11 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 hidden_RH = hidden_NH[rows].to(narrow)
                 logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = _finish_logits(logits_RV, bias_V, job)
-                kd_R, ce_R, grad_RV = loss_of_chunk(logits_RV, rows, job, wants_any)
+                kd_R, ce_R, outside, grad_RV = loss_of_chunk(logits_RV, rows, job, wants_any)
                 loss_sum += _sum(job.kd_weight, kd_R, rows) + _sum(job.ce_weight, ce_R, rows)
                 kd_sum += kd_R.sum()
                 ce_sum += ce_R.sum()
+                outside_sum += outside
                 if grad_RV is None:
                     continue
                 if slope_RV is not None:
@@ -225,9 +231,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
             (grad_weight, weight_VH.dtype),
             (grad_bias, None if bias_V is None else bias_V.dtype),
         ]
-        loss, kd_mean, ce_mean = (x / job.num_targets for x in (loss_sum, kd_sum, ce_sum))
-        ctx.mark_non_differentiable(kd_mean, ce_mean)
-        return loss, kd_mean, ce_mean
+        sums = (loss_sum, kd_sum, ce_sum, outside_sum)
+        loss, kd_mean, ce_mean, outside_mean = (x / job.num_targets for x in sums)
+        ctx.mark_non_differentiable(kd_mean, ce_mean, outside_mean)
+        return loss, kd_mean, ce_mean, outside_mean
 
     @staticmethod
     @once_differentiable
@@ -264,8 +271,8 @@ def _finish_logits(logits_RV: Tensor, bias_V: Tensor | None, job: _Job) -> Tenso
 
 def _reduced_chunk(
     logits_RV: Tensor, rows: slice, job: _Job, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (kd [R], ce [R], gradient [R, V]) and overwrite the logits with the gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (kd [R], ce [R], outside [5], gradient [R, V]), the gradient in place of the logits.
 
     For j outside the kept ids, dL/dz_j = G_* · softmax(tail)_j / T with G_* = dL/d lse_tail; so one
     exp over [R, V] serves the logsumexp and the gradient.
@@ -290,6 +297,7 @@ def _reduced_chunk(
         x_RK = (kept_RK / temperature).requires_grad_()
         lse_tail_R = (top_R1 / temperature + sum_R1.log()).squeeze(1).requires_grad_()
         kd_R = job.divergence.of_reduced(x_RK, lse_tail_R, targets)
+    outside = job.divergence.outside(x_RK, lse_tail_R, targets)
     ce_R = kd_R.new_zeros(len(kd_R))
     if job.labels is not None:
         sum_t1_R1 = sum_R1 if exps_t1_RV is exps_RV else exps_t1_RV.sum(1, keepdim=True)
@@ -298,7 +306,7 @@ def _reduced_chunk(
         lse_R1 = classes_RC.logsumexp(1, keepdim=True)
         ce_R = torch.where(has_label_R1, lse_R1 - label_logit_R1, 0.0).squeeze(1)
     if not wants_gradient:
-        return kd_R.detach(), ce_R, None
+        return kd_R.detach(), ce_R, outside, None
 
     # The loss of a chunk of several rows stands in its last row, and so does its weight.
     weight_R = job.kd_weight[rows] if isinstance(job.kd_weight, Tensor) else job.kd_weight
@@ -319,12 +327,12 @@ def _reduced_chunk(
         else:
             exps_RV.mul_(tail_factor_R1).addcmul_(exps_t1_RV, ce_tail_factor_R1)
         exps_RV.scatter_add_(1, label_R1, -ce_factor_R1)
-    return kd_R.detach(), ce_R, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
+    return kd_R.detach(), ce_R, outside, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
 
 
 def _dense_chunk(
     logits_RV: Tensor, rows: slice, job: _Job, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the same for tail='uniform', whose classes are the whole vocabulary."""
     label_R1, has_label_R1 = _labels(job, rows)
     with torch.enable_grad():
@@ -339,10 +347,9 @@ def _dense_chunk(
             ce_R = torch.where(has_label_R1, nll_R1, 0.0).squeeze(1)
         loss = _sum(job.kd_weight, kd_R, rows) + _sum(job.ce_weight, ce_R, rows)
         loss = job.logit_scale * loss
-    if not wants_gradient:
-        return kd_R.detach(), ce_R.detach(), None
-    gradient = torch.autograd.grad(loss, logits_RV)[0]
-    return kd_R.detach(), ce_R.detach(), gradient
+    outside = job.divergence.outside_of_logits(logits_RV, targets)
+    gradient = torch.autograd.grad(loss, logits_RV)[0] if wants_gradient else None
+    return kd_R.detach(), ce_R.detach(), outside, gradient
 
 
 def _column(weight: float | Tensor, rows: slice) -> float | Tensor:

@@ -20,6 +20,7 @@ from decant.student_train.config.selection import BY_STUDENT, BY_TEACHER, Select
 from decant.student_train.data.batch import Batch
 from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
 from decant.student_train.losses import fused_linear_divergence, sparse_divergence
+from decant.student_train.losses.divergences import Divergence
 from decant.student_train.losses.fused import FusedLoss
 from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
@@ -161,7 +162,9 @@ class Distiller(nn.Module):
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
         kd, ce = (values_N.detach().sum() / total for values_N in (kd_N, ce_N))
-        out = FusedLoss(loss=loss, kd=kd, ce=ce)
+        named = {name: value for name, value in options.items() if name != "vocab_size"}
+        outside = Divergence.of(**named).outside_of_logits(logits_NV, targets) / total
+        out = FusedLoss(loss=loss, kd=kd, ce=ce, outside=outside)
         return self._with_routers(out, outputs, batch.attention_mask, share)
 
     def _with_routers(

@@ -47,6 +47,8 @@ def reference(logits: np.ndarray, sequences: list[Any], vocab_size: int) -> dict
                     "top1_agreement": chosen == ids[0],
                     "acceptance_lower": lower,
                     "acceptance_upper": lower + rest,
+                    "heldout_student_tail": np.exp(log_q2[-1]),
+                    "heldout_teacher_tail": np.exp(log_p2[-1]),
                     "bin": min(int(np.ceil(confidence * NUM_BINS)) - 1, NUM_BINS - 1),
                     "confidence": confidence,
                 }
@@ -85,6 +87,7 @@ def test_figures_are_those_of_dense_float64(cache: Path, architecture: str, fuse
     expected = reference(np.concatenate(logits), list(CacheReader(cache)), models.VOCAB_SIZE)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert 0.01 < found["heldout_teacher_tail"] != found["heldout_student_tail"] > 0.01
     assert 0.01 < found["acceptance_lower"] < found["acceptance_upper"] < 1
     assert found["ece"] > 0.01 and found["top1_accuracy"] > 0
 
