@@ -4,6 +4,7 @@ Of a curve of k there is no best point: what a target costs in bytes and what it
 nats are for the reader to weigh. Without a budget nothing is recommended.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,18 +24,18 @@ class Step:
     nats: float
     """What it costs against the largest k of the curve, forward KL per target."""
     error: float | None
-    """Standard error of `nats`; None with fewer than two sequences."""
+    """Standard error of `nats`; None with fewer than two sequences, which tell nothing of it."""
     bytes_per_target: float | None
 
     @property
     def least(self) -> float:
         """What `nats` is at least, as far as the sample tells."""
-        return max(self.nats - SURE * (self.error or 0), 0)
+        return 0.0 if self.error is None else max(self.nats - SURE * self.error, 0)
 
     @property
     def most(self) -> float:
         """What it is at most."""
-        return self.nats + SURE * (self.error or 0)
+        return math.inf if self.error is None else self.nats + SURE * self.error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class Budget:
     """Nats of forward KL per target against the whole vocabulary."""
 
     def __post_init__(self) -> None:
-        if self.max_nats is not None and not 0 < self.max_nats < float("inf"):
+        if self.max_nats is not None and not 0 < self.max_nats < math.inf:
             raise ValueError(f"--max-nats must be a number above 0, found {self.max_nats}")
         self.bytes_per_target(1)
 

@@ -39,7 +39,6 @@ def finite(value: float) -> float | None:
 def curve_of(means: Means, sizes: dict[int, float]) -> tuple[AtK, ...]:
     """For k = 1 to K; bytes between those that were measured lie on a line."""
     measured = sorted(sizes)
-
     return tuple(
         AtK(
             k=k,

@@ -151,6 +151,9 @@ def test_a_budget_is_answered_by_what_is_known(
     """Never by the largest k, of which the curve says nothing; errors count against a k."""
     choice = choose(STEPS, beyond, Budget(**budget), 1000)
     assert choice.k == k and words in choice.text
+    if "max_nats" in budget:  # of one sequence no error is known
+        alone = [dataclasses.replace(step, error=None) for step in STEPS]
+        assert choose(alone, beyond, Budget(**budget), 1000).k is None
 
 
 @pytest.mark.parametrize(
