@@ -20,6 +20,7 @@ from accelerate.utils import gather_object, set_seed
 from decant.student_train.config.loss import shown
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.steps import StepData, steps_of
+from decant.student_train.losses.divergences import OUTSIDE, outside_means
 from decant.student_train.outputs.best import Best
 from decant.student_train.outputs.hub import check_hub, push
 from decant.student_train.outputs.metrics import Metrics, Recent, by_cache, peak_memory_bytes
@@ -217,6 +218,7 @@ def _loop(
                     backward(accelerator, out.loss)
                 parts.append(out.as_one())
             loss, kd, ce, *rest = accelerator.reduce(sum(parts), reduction="sum").tolist()
+            outside, rest = rest[: len(OUTSIDE)], rest[len(OUTSIDE) :]
             router, of_caches = rest[: len(rest) % 3], rest[len(rest) % 3 :]
             if not math.isfinite(loss):
                 raise _not_finite(f"loss is {loss} (kd {kd}, ce {ce})", step, data, parts)
@@ -240,6 +242,7 @@ def _loop(
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
                 values |= {"router": router[0]} if router else {}
                 values |= by_cache(of_caches, caches)
+                values |= outside_means(outside)
                 numbers = shown(terms, config.scheduled, caches)
                 values |= {"lr": lr, "grad_norm": grad_norm, **numbers}
                 metrics.write({**values, **recent.summary()})

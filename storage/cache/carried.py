@@ -15,6 +15,9 @@ class Carried:
 
     kl_error_mean: float
     kl_error_max: float
+    logprob_error_mean: float | None
+    logprob_error_max: float | None
+    """None where it is not known of one of the shards."""
     seconds: float
     """Of the scoring."""
     worker: str

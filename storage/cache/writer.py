@@ -34,7 +34,7 @@ from decant.storage.cache import paths
 from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.carried import Carried, refuse_changed
 from decant.storage.cache.checks import check_sequence
-from decant.storage.cache.logprobs import decoding_error
+from decant.storage.cache.logprobs import Measured, decoding_errors
 from decant.storage.cache.numbering import Fitter
 from decant.storage.cache.parquet import DENSE, byte_range, extent, parquet_options
 from decant.storage.cache.plan import plan_of
@@ -180,9 +180,11 @@ class ShardWriter:
         self._groups: list[tuple[int, int, int]] = []  # rows, sequences, targets
         self._rejected: list[Rejected] = []
         self._fitter = Fitter(self._layout) if self._layout.ranked else None
-        self._error_sum = self._error_max = 0.0
+        self._kl_error, self._logprob_error = Measured(), Measured()
         self.bytes_written = 0
         """Size of the shard file, once committed."""
+        self.logprob_error: tuple[float | None, float | None] = None, None
+        """Mean and largest of the record, once committed."""
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
@@ -273,9 +275,9 @@ class ShardWriter:
             stored = rows_codec.decode(table, self._layout, numbering).logprobs
             assert stored is not None
             given = [s.logprobs for s in self._buffer if s.logprobs is not None]
-            error = decoding_error(np.concatenate(given), stored)
-            self._error_sum += float(error.sum())
-            self._error_max = max(self._error_max, float(error.max(initial=0)))
+            kl_error, logprob_error = decoding_errors(np.concatenate(given), stored)
+            self._kl_error.add(kl_error)
+            self._logprob_error.add(logprob_error)
         self._groups.append((len(table), len(self._buffer), scored))
         self._buffer, self._buffered_rows = [], 0
 
@@ -312,6 +314,7 @@ class ShardWriter:
             fields = record.to_json(self._manifest.format_version)
             publish_json(self._store, paths.record(self._plan.shard), fields)
             self.bytes_written = record.bytes
+            self.logprob_error = record.logprob_error_mean, record.logprob_error_max
 
     def _record(self) -> CommitRecord:
         plan = self._plan
@@ -334,9 +337,12 @@ class ShardWriter:
                     RowGroup(rows=num_rows, sequences=num_sequences, targets=num_targets, data=data)
                 )
             end = groups[-1].data.offset + groups[-1].data.length if groups else 0
+            measured = self._layout.has_logprobs and self._manifest.format_version >= 4
             said = self._carried or Carried(
-                kl_error_mean=self._error_sum / max(targets, 1),
-                kl_error_max=self._error_max,
+                kl_error_mean=self._kl_error.mean(targets),
+                kl_error_max=self._kl_error.largest,
+                logprob_error_mean=self._logprob_error.mean(targets) if measured else None,
+                logprob_error_max=self._logprob_error.largest if measured else None,
                 seconds=round(time.monotonic() - self._start, 3),
                 worker=f"{socket.gethostname()}:{os.getpid()}",
             )
@@ -354,6 +360,8 @@ class ShardWriter:
                 footer=byte_range(whole, end, len(whole)),
                 kl_error_mean=said.kl_error_mean,
                 kl_error_max=said.kl_error_max,
+                logprob_error_mean=said.logprob_error_mean,
+                logprob_error_max=said.logprob_error_max,
                 seconds=said.seconds,
                 worker=said.worker,
             )

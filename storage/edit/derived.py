@@ -329,9 +329,16 @@ def _carried(shard: NewShard) -> Carried:
     records = [piece.record for piece in shard.pieces]
     targets = np.array([max(piece.targets, 1) for piece in shard.pieces], np.float64)
     shares = [piece.share for piece in shard.pieces]
+    means, largest = (
+        [value for record in records if (value := getattr(record, name)) is not None]
+        for name in ("logprob_error_mean", "logprob_error_max")
+    )
+    known = len(means) == len(largest) == len(records)
     return Carried(
         kl_error_mean=float(targets @ [r.kl_error_mean for r in records] / targets.sum()),
         kl_error_max=max(record.kl_error_max for record in records),
+        logprob_error_mean=float(targets @ means / targets.sum()) if known else None,
+        logprob_error_max=max(largest) if known else None,
         seconds=round(sum(r.seconds * s for r, s in zip(records, shares, strict=True)), 3),
         worker=records[int(targets.argmax())].worker,
     )

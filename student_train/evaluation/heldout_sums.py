@@ -15,6 +15,7 @@ from decant.student_train.config.loss import Terms
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
+from decant.student_train.losses.divergences import OUTSIDE, Divergence, outside_means
 from decant.student_train.losses.events import row_slices
 from decant.student_train.losses.targets import MASKED_LOGIT
 
@@ -49,6 +50,8 @@ class HeldoutSums:
     """[] Σ min(p, q) over the kept ids."""
     overlap_rest: Tensor
     """[] min of both sides' mass outside the kept ids: no less than Σ min(p, q) over them."""
+    outside: Tensor
+    """[5] what lies outside the kept ids, at the loss's temperature: `divergences.OUTSIDE`."""
     bytes: Tensor
     """[] bytes of the actual tokens; 0 where they are not known."""
     bins: Tensor
@@ -60,7 +63,8 @@ class HeldoutSums:
         names = HeldoutSums.__dataclass_fields__
         zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=device)
-        return HeldoutSums(**{**zeros, "bins": bins})
+        outside = torch.zeros(len(OUTSIDE), dtype=torch.float64, device=device)
+        return HeldoutSums(**{**zeros, "bins": bins, "outside": outside})
 
     def __add__(self, other: "HeldoutSums") -> "HeldoutSums":
         names = HeldoutSums.__dataclass_fields__
@@ -102,6 +106,8 @@ class HeldoutSums:
             lower = float(self.overlap_kept / self.with_probs)
             upper = lower + float(self.overlap_rest / self.with_probs)
             found |= {"acceptance_lower": lower, "acceptance_upper": upper}
+        for name, value in outside_means(self.outside.tolist()).items():
+            found[f"heldout_{name}"] = value
         if self.with_top1:
             found["top1_agreement"] = float(self.agreeing / self.with_top1)
         return found
@@ -137,13 +143,11 @@ def sums_of_chunks(
     for part, inside, rows in chunks:
         logits_RV = logits_of(rows)[:, :vocab_size].float()
         weights = [w[rows] if isinstance(w, Tensor) else w for w in weights_N]
+        targets, options = part.targets[inside], part.terms.divergence()
         kd_R = sparse_divergence(
-            logits_RV,
-            part.targets[inside],
-            labels=batch.labels[rows],
-            vocab_size=vocab_size,
-            **part.terms.divergence(),
+            logits_RV, targets, labels=batch.labels[rows], vocab_size=vocab_size, **options
         )
+        outside = Divergence.of(**options).outside_of_logits(logits_RV, targets)
         ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
         confidence_R, chosen_R = logits_RV.softmax(1).max(1)
         correct_R = chosen_R == batch.labels[rows]
@@ -170,6 +174,7 @@ def sums_of_chunks(
             with_probs=_sum(torch.full_like(ce_R, float(has_probs))),
             overlap_kept=_sum(kept_R),
             overlap_rest=_sum(rest_R),
+            outside=outside.double(),
             bytes=_sum(0 * ce_R if label_bytes is None else label_bytes[batch.labels[rows]]),
             bins=_binned(confidence_R, correct_R),
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from decant.student_train.losses.divergences import (
+    OUTSIDE,
     AnyTargets,
     Divergence,
     checked_vocab,
@@ -52,6 +53,8 @@ class FusedLoss:
     """The divergence, T² included, detached."""
     ce: Tensor
     """The cross entropy of the labels at T=1, detached; 0 without labels."""
+    outside: Tensor
+    """[5] what lies outside the kept ids (`divergences.OUTSIDE`), detached, divided likewise."""
     by_source: Tensor | None = None
     """[S, 3] of each cache of a mixture, where they are told apart: targets, and the sums of
     divergence and cross-entropy over them, detached, divided by nothing."""
@@ -59,11 +62,12 @@ class FusedLoss:
     """The load-balancing loss of a student's routers, detached, without its weight in `loss`."""
 
     def as_one(self) -> Tensor:
-        """The loss and what it is made of, one after the other, detached: [3], or with routers [4].
+        """All of it in one row, detached: loss, kd, ce, [5] of `outside`, and the router's if any.
 
         What is told of S caches is behind them, 3 S numbers.
         """
-        parts = [self.loss, self.kd, self.ce, *([] if self.router is None else [self.router])]
+        router = [] if self.router is None else [self.router]
+        parts = [self.loss, self.kd, self.ce, *self.outside, *router]
         told = [] if self.by_source is None else [self.by_source.flatten().to(self.loss)]
         return torch.cat([torch.stack([part.detach() for part in parts]), *told])
 
@@ -191,8 +195,9 @@ def fused_linear_divergences(
         vocab_size=vocab_size,
         wants_gradient=torch.is_grad_enabled(),
     )
-    loss, kd, ce, by_source = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
-    return FusedLoss(loss=loss, kd=kd, ce=ce, by_source=None if source is None else by_source)
+    loss, kd, ce, outside, by_source = _FusedLinearDivergence.apply(hidden_NH, weight_VH, bias, job)
+    by_source = None if source is None else by_source
+    return FusedLoss(loss=loss, kd=kd, ce=ce, outside=outside, by_source=by_source)
 
 
 def _checked_parts(
@@ -266,7 +271,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: Job
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = (
             job.wants_gradient and needed for needed in ctx.needs_input_grad[:3]
         )
@@ -277,7 +282,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         grad_weight = new_zeros(weight_VH.shape) if wants_weight else None
         grad_bias = new_zeros(weight_VH.shape[0]) if wants_bias else None
         loss_sum, kd_sum, ce_sum = new_zeros(()), new_zeros(()), new_zeros(())
-        by_source = new_zeros((job.num_sources, 3))
+        outside_sum, by_source = new_zeros(len(OUTSIDE)), new_zeros((job.num_sources, 3))
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_VH = weight_VH[: job.vocab_size].to(narrow)
             chunks = [
@@ -291,11 +296,12 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 hidden_RH = hidden_NH[rows].to(narrow)
                 logits_RV = product_into(hidden_RH, head_VH.T, buffer_RV[: len(hidden_RH)])
                 slope_RV = finish_logits(logits_RV, bias_V, job)
-                kd_R, ce_R, grad_RV = loss_of_chunk(logits_RV, rows, part, job, wants_any)
+                kd_R, ce_R, outside, grad_RV = loss_of_chunk(logits_RV, rows, part, job, wants_any)
                 loss_sum += weighted_sum(job.kd_weight, kd_R, rows)
                 loss_sum += weighted_sum(job.ce_weight, ce_R, rows)
                 kd_sum += kd_R.sum()
                 ce_sum += ce_R.sum()
+                outside_sum += outside
                 if job.source is not None:
                     columns = torch.stack([torch.ones_like(kd_R), kd_R, ce_R], dim=1)
                     by_source.index_add_(0, job.source[rows], columns.to(wide))
@@ -315,9 +321,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
             (grad_weight, weight_VH.dtype),
             (grad_bias, None if bias_V is None else bias_V.dtype),
         ]
-        loss, kd_mean, ce_mean = (x / job.num_targets for x in (loss_sum, kd_sum, ce_sum))
-        ctx.mark_non_differentiable(kd_mean, ce_mean, by_source)
-        return loss, kd_mean, ce_mean, by_source
+        sums = (loss_sum, kd_sum, ce_sum, outside_sum)
+        loss, kd_mean, ce_mean, outside_mean = (x / job.num_targets for x in sums)
+        ctx.mark_non_differentiable(kd_mean, ce_mean, outside_mean, by_source)
+        return loss, kd_mean, ce_mean, outside_mean, by_source
 
     @staticmethod
     @once_differentiable

@@ -50,8 +50,8 @@ class Job:
 
 def loss_of_chunk(
     logits_RV: Tensor, rows: slice, part: Part, job: Job, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (kd [R], ce [R], gradient [R, V]) of rows of the job that lie in one part.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (kd [R], ce [R], outside [5], gradient [R, V]) of rows that lie in one part.
 
     The logits are given up: the gradient may stand in their place.
     """
@@ -83,8 +83,8 @@ def _reduced_chunk(
     divergence: Divergence,
     job: Job,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (kd [R], ce [R], gradient [R, V]) and overwrite the logits with the gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (kd [R], ce [R], outside [5], gradient [R, V]), the gradient in place of the logits.
 
     For j outside the kept ids, dL/dz_j = G_* · softmax(tail)_j / T with G_* = dL/d lse_tail; so one
     exp over [R, V] serves the logsumexp and the gradient.
@@ -109,6 +109,7 @@ def _reduced_chunk(
         x_RK = (kept_RK / temperature).requires_grad_()
         lse_tail_R = (top_R1 / temperature + sum_R1.log()).squeeze(1).requires_grad_()
         kd_R = divergence.of_reduced(x_RK, lse_tail_R, targets)
+    outside = divergence.outside(x_RK.detach(), lse_tail_R.detach(), targets)
     ce_R = kd_R.new_zeros(len(kd_R))
     if job.labels is not None:
         sum_t1_R1 = sum_R1 if exps_t1_RV is exps_RV else exps_t1_RV.sum(1, keepdim=True)
@@ -117,7 +118,7 @@ def _reduced_chunk(
         lse_R1 = classes_RC.logsumexp(1, keepdim=True)
         ce_R = torch.where(has_label_R1, lse_R1 - label_logit_R1, 0.0).squeeze(1)
     if not wants_gradient:
-        return kd_R.detach(), ce_R, None
+        return kd_R.detach(), ce_R, outside, None
 
     # The loss of a chunk of several rows stands in its last row, and so does its weight.
     weight_R = job.kd_weight[rows] if isinstance(job.kd_weight, Tensor) else job.kd_weight
@@ -138,7 +139,7 @@ def _reduced_chunk(
         else:
             exps_RV.mul_(tail_factor_R1).addcmul_(exps_t1_RV, ce_tail_factor_R1)
         exps_RV.scatter_add_(1, label_R1, -ce_factor_R1)
-    return kd_R.detach(), ce_R, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
+    return kd_R.detach(), ce_R, outside, exps_RV.scatter_add_(1, ids_RK, grad_kept_RK)
 
 
 def _dense_chunk(
@@ -148,7 +149,7 @@ def _dense_chunk(
     divergence: Divergence,
     job: Job,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the same for tail='uniform', whose classes are the whole vocabulary."""
     label_R1, has_label_R1 = _labels(job, rows, logits_RV.device)
     with torch.enable_grad():
@@ -161,10 +162,9 @@ def _dense_chunk(
             ce_R = torch.where(has_label_R1, nll_R1, 0.0).squeeze(1)
         loss = weighted_sum(job.kd_weight, kd_R, rows) + weighted_sum(job.ce_weight, ce_R, rows)
         loss = job.logit_scale * loss
-    if not wants_gradient:
-        return kd_R.detach(), ce_R.detach(), None
-    gradient = torch.autograd.grad(loss, logits_RV)[0]
-    return kd_R.detach(), ce_R.detach(), gradient
+    outside = divergence.outside_of_logits(logits_RV, targets)
+    gradient = torch.autograd.grad(loss, logits_RV)[0] if wants_gradient else None
+    return kd_R.detach(), ce_R.detach(), outside, gradient
 
 
 def _column(weight: float | Tensor, rows: slice) -> float | Tensor:

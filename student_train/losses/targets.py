@@ -359,9 +359,13 @@ class SparseTargets:
         """Return [N]: Σ p_T over the kept ids."""
         return torch.where(self.is_real(), self.log_p(temperature).exp(), 0.0).sum(1)
 
+    def below(self, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
+        """Return [N]: whether the kept mass is under `mu`, where the akl split is not exact."""
+        return self.kept_mass(temperature) < mu
+
     def num_below(self, mu: float = 0.5, temperature: float = 1.0) -> int:
-        """Count the targets whose kept mass is under `mu`: there the akl split is not exact."""
-        return int((self.kept_mass(temperature) < mu).sum())
+        """Count the targets whose kept mass is under `mu`; on a GPU it waits for the device."""
+        return int(self.below(mu, temperature).sum())
 
     def draw_weights(self, dtype: torch.dtype) -> Tensor:
         """Return [N, K]: weights w with E[Σ w f] = Σ_v p(v) f(v) for the sampled targets, T=1.

@@ -21,6 +21,7 @@ from decant.student_train.data.batch import Batch
 from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
 from decant.student_train.losses import fused_linear_divergences, sparse_divergence
+from decant.student_train.losses.divergences import OUTSIDE, Divergence
 from decant.student_train.losses.fused import FusedLoss
 from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
@@ -165,7 +166,12 @@ class Distiller(nn.Module):
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
         kd, ce = (values_N.detach().sum() / total for values_N in (kd_N, ce_N))
-        out = FusedLoss(loss=loss, kd=kd, ce=ce, by_source=_by_source(batch, terms, kd_N, ce_N))
+        outside = logits_NV.new_zeros(len(OUTSIDE))
+        for part in parts_of(batch, terms):
+            divergence = Divergence.of(**part.terms.divergence())
+            outside += divergence.outside_of_logits(logits_NV[part.rows], part.targets) / total
+        by_source = _by_source(batch, terms, kd_N, ce_N)
+        out = FusedLoss(loss=loss, kd=kd, ce=ce, outside=outside, by_source=by_source)
         return self._with_routers(out, outputs, batch.attention_mask, share)
 
     def _with_routers(

@@ -26,6 +26,11 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "held-out, shares",
         ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper", "ece"),
     ),
+    (
+        "mass outside the kept ids",
+        ("student_tail", "teacher_tail", "heldout_student_tail", "heldout_teacher_tail"),
+    ),
+    ("share of targets below mu", ("below_mu", "heldout_below_mu")),
     ("ROUGE", ("rouge1", "rouge2", "rougeL")),
     ("learning rate", ("lr",)),
     ("gradient norm", ("grad_norm",)),

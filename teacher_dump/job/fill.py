@@ -36,6 +36,8 @@ class Filled:
     """Size of the shard file."""
     rejected: int
     """Sequences that the teacher could not score."""
+    logprob_error: tuple[float | None, float | None]
+    """Mean and largest, over targets, of the worst log prob's error, nats; None without one."""
 
 
 def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
@@ -173,7 +175,12 @@ def _write(
                     shard.write(result)
     finally:
         waiting.refuse()
-    return Filled(plan=plan, bytes=shard.bytes_written, rejected=rejected)
+    return Filled(
+        plan=plan,
+        bytes=shard.bytes_written,
+        rejected=rejected,
+        logprob_error=shard.logprob_error,
+    )
 
 
 def _target_share(writer: CacheWriter) -> float:

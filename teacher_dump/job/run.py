@@ -10,6 +10,7 @@ from decant.schemas import Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import extension, paths
 from decant.storage.cache.records import read_manifest
+from decant.storage.inspect.precision import logprob_error_warning
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
 from decant.teacher_dump.engines.opening import check_engine
@@ -167,6 +168,12 @@ def _fill_cache(
                     writer.manifest.num_shards,
                 )
                 return writer.manifest
+            if ray is not None:  # whose actors have logs of their own
+                for record in writer.committed():
+                    error = record.logprob_error_mean, record.logprob_error_max
+                    if warnings := logprob_error_warning(config.precision, *error):
+                        log.warning("shard %d: %s", record.shard + 1, warnings[0])
+                        break
             # Of shards that are scored again, none is missing while others still need the inputs.
             manifest = writer.finalize(keep_inputs=retry_rejected and worker.count > 1)
         assert manifest.totals is not None
@@ -262,6 +269,7 @@ def _fill(
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
     start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
+    precision, warned = writer.manifest.precision, False
     with progress("score", "targets", total=mine, initial=committed) as bar:
 
         def done(num_targets: int) -> None:
@@ -288,3 +296,7 @@ def _fill(
                 targets / (time.monotonic() - start),
                 f", {filled.rejected} sequences rejected" if filled.rejected else "",
             )
+            for warning in logprob_error_warning(precision, *filled.logprob_error):
+                if not warned:
+                    log.warning("shard %d: %s", filled.plan.shard + 1, warning)
+                warned = True

@@ -140,6 +140,9 @@ def test_a_scheduled_run_takes_each_step_with_its_own_numbers(cache: Path, tmp_p
     for line in lines:
         expected = line["kd_weight"] * line["kd"] + line["ce_weight"] * line["ce"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        assert 0 < line["student_tail"] < 1 and 0 <= line["below_mu"] <= 1
+    tails = [line["teacher_tail"] for line in lines]
+    assert min(tails[:3]) > max(tails[3:]) > 0  # each at the temperature of its step
     first = LossConfig(kind="akl", temperature=2.0, options={"mu": 0.3})
     once = config(cache, tmp_path / "first", loss=first, optimizer=OptimizerConfig(), steps=1)
     train(once)
