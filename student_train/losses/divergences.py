@@ -187,8 +187,7 @@ class Divergence:
         From the student's logits / T as `of_reduced` takes them. All 0 for events and for drawn
         targets.
         """
-        is_dense = isinstance(targets, SparseTargets) and targets.draws is None
-        if not is_dense or self.kind in SAMPLED:
+        if isinstance(targets, EventTargets) or targets.draws is not None or self.kind in SAMPLED:
             return lse_tail_N.new_zeros(len(OUTSIDE))
         x_NK = torch.where(targets.is_real(), x_NK, MASKED_LOGIT)
         lse_N = torch.logaddexp(x_NK.logsumexp(1), lse_tail_N)
