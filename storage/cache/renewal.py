@@ -49,7 +49,7 @@ def settle(store: Store, manifest: Manifest) -> None:
     Others stay. Only for who holds the cache alone, or its shards. What an interrupted call left is
     completed by the next. Raises FormatError as `unsettled`.
     """
-    if manifest.records is None:
+    if manifest.records is None or not store.exists(paths.RENEWAL):
         return
     for record in unsettled(store, manifest):
         shard = record.shard

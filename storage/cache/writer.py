@@ -156,9 +156,12 @@ class CacheWriter:
                 f"first {missing[:5]}; run the dump again to fill them"
             )
         self.manifest = read_manifest(self.store)  # another worker may have sealed it meanwhile
+        before = self.manifest.records
         if not self.is_sealed():
             self.manifest = seal(self.store, self.manifest, self.committed())
             publish_json(self.store, paths.MANIFEST, self.manifest.to_json())
+            if before is not None:
+                self.store.remove(before.name)
         settle(self.store, self.manifest)
         if not keep_inputs:
             self.store.remove_folder(paths.INPUTS)

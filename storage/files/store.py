@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from decant.schemas import FormatError
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
+from decant.storage.files.links import leads_out
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
 
@@ -133,17 +134,18 @@ class Store:
     def regular(self, name: str) -> str:
         """The path of a local file to open: no device, no pipe, and nothing outside the folder.
 
-        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
+        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone, and from
+        a snapshot of the hub's client to its blobs.
         """
         path, parts = self.path(name), name.split("/")
         places = (self.path("/".join(parts[:i])) for i in range(1, len(parts) + 1))
         if ".." in parts or any(os.path.islink(place) for place in places):
-            path, root = os.path.realpath(path), os.path.realpath(self._root or "/")
-            if os.path.commonpath([path, root]) != root:
+            if place := leads_out(path, self._root):
                 raise FormatError(
-                    f"{self.path(name)} is a link to {path}, outside of {root}: copy the file "
-                    "here, or open the folder it is in"
+                    f"{self.path(name)} is a link to {place}, outside of {self._root}: copy the "
+                    "file here, or open the folder it is in"
                 )
+            path = os.path.realpath(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FormatError(f"{self.path(name)} is no regular file")
         return path
