@@ -84,7 +84,11 @@ def _verify(
         reader.plan  # noqa: B018  read here: damage to it is one problem, not an exception later
     except FormatError as error:
         return VerifyReport(str(url), 0, 0, 0, 0, (str(error),)), None
-    problems = list(_cache_problems(store, reader))
+    problems: list[str] = []
+    try:
+        problems += _cache_problems(store, reader)
+    except FormatError as error:
+        problems.append(str(error))
     plans = {plan.shard: plan for plan in reader.plan}
     for done, record in enumerate(reader.index):
         if record.shard in plans:

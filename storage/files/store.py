@@ -102,6 +102,10 @@ class Store:
                 found = self._fs.ls(self.path(folder), detail=detail)
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FormatError(f"{self.path(folder)} is a link that leads to itself") from None
         listed = {(entry["name"] if detail else entry).rstrip("/"): entry for entry in found}
         listed.pop(where, None)  # the empty object that some consoles make to show a folder
         named = {path.rsplit("/", 1)[-1]: entry for path, entry in listed.items()}
@@ -146,7 +150,15 @@ class Store:
                     "file here, or open the folder it is in"
                 )
             path = os.path.realpath(path)
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        try:
+            mode = os.stat(path).st_mode
+        except NotADirectoryError as error:  # a file has the name of a folder of it
+            raise FileNotFoundError(error.errno, error.strerror, path) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
+        if not stat.S_ISREG(mode):
             raise FormatError(f"{self.path(name)} is no regular file")
         return path
 
