@@ -64,10 +64,15 @@ class Store:
 
     @contextlib.contextmanager
     def _reaching(self, name: str) -> Iterator[None]:
-        """Turn what an object store's own library raises into an OSError that names the file."""
+        """Turn what an object store's own library raises into an OSError that names the file.
+
+        Links that lead to themselves are a FormatError.
+        """
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ELOOP:
+                raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
             if self.is_local:
                 raise
             kinds = (FileNotFoundError, FileExistsError, PermissionError)
@@ -102,10 +107,6 @@ class Store:
                 found = self._fs.ls(self.path(folder), detail=detail)
         except FileNotFoundError:
             return {}
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise FormatError(f"{self.path(folder)} is a link that leads to itself") from None
         listed = {(entry["name"] if detail else entry).rstrip("/"): entry for entry in found}
         listed.pop(where, None)  # the empty object that some consoles make to show a folder
         named = {path.rsplit("/", 1)[-1]: entry for path, entry in listed.items()}
