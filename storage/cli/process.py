@@ -39,7 +39,8 @@ def run(main: Callable[[list[str]], int]) -> None:
         sys.stdout = cast(TextIO, _EscapedOutput(sys.stdout))
     with _exit_codes(debug):
         code = main(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is still handled
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is still handled
         sys.exit(code)
 
 

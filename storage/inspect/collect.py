@@ -253,8 +253,10 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
     shapes += [at.teacher_entropy_histogram for at in kept.temperatures]
     if kept.sequence_length_histogram is not None:
         shapes.append(kept.sequence_length_histogram)
-    of_entries = (kept.top1_agreement, kept.label_kept, kept.calibration_error, kept.akl_inexact)
-    of_entries += (kept.kl_error_mean, kept.kl_error_max)
+    of_entries = (
+        *(kept.top1_agreement, kept.label_kept, kept.calibration_error, kept.akl_inexact),
+        *(kept.kl_error_mean, kept.kl_error_max),
+    )
     sizes, rates = kept.column_bytes.values(), kept.dump_speed.shard_rates
     return (
         counts == expected
