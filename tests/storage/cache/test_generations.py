@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from decant.schemas import ScoredSequence
+from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader, CacheWriter, Store, migrate, verify
 from decant.storage.cache import extension, paths
 from decant.storage.cache.plan import plan_of
@@ -21,6 +22,7 @@ from decant.storage.cache.records import Rewritten
 from decant.storage.cache.renewal import settle, unsettled
 from decant.storage.edit.derived import make as make_derived
 from decant.storage.edit.merge import merge
+from decant.storage.edit.rewrite import rewrite
 from decant.storage.exchange.export import export
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.diff import diff
@@ -339,6 +341,7 @@ def test_readers_in_a_loop_beside_a_writer(
                 counts[name][0] += 1
             except Rewritten:
                 counts[name][1] += 1
+                time.sleep(0.01)
             except Exception as error:
                 wrong.append(f"{name}: {error!r}")
                 return
@@ -347,16 +350,74 @@ def test_readers_in_a_loop_beside_a_writer(
     for thread in threads:
         thread.start()
     end = time.monotonic() + seconds
-    for again in itertools.count(1):
-        score_again(url, shards, lost=bool(again % 2))
-        if time.monotonic() > end or wrong:
-            break
-        time.sleep(float(np.random.default_rng(again).uniform(0, 0.2)))
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for again in itertools.count(1):
+            score_again(url, shards, lost=bool(again % 2))
+            if time.monotonic() > end or wrong:
+                break
+            time.sleep(float(np.random.default_rng(again).uniform(0, 0.2)))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert not wrong, wrong
     assert counts["rows"][0] and counts["verify"][0], counts
+
+
+MAKERS: dict[str, Callable[[str, Path], object]] = {
+    "dump": lambda old, new: make(
+        str(new), caches.random_shards(SETTINGS, num_shards=SHARDS, sequences=2)
+    ),
+    "migrate": lambda old, new: migrate(old, new),
+    "rewrite": lambda old, new: make_derived(new, rewrite(CacheReader(old))),
+    "merge": lambda old, new: make_derived(
+        new, merge((CacheReader(old), CacheReader(old)), "keep-all")[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_who_reads_what_comes_to_be_has_nothing_or_all(maker: str, tmp_path: Path) -> None:
+    """Whoever looks while another cache is made finds none, or one not complete, or all of it."""
+    settings = caches.Settings(version_3=True)
+    old, places = str(tmp_path / "old"), [tmp_path / f"new-{i}" for i in range(3)]
+    sequences = caches.random_shards(settings, num_shards=SHARDS, sequences=2)
+    writer = CacheWriter.create(old, settings.draft(), plan_of(sequences))
+    for shard, of_shard in enumerate(sequences):
+        write_shard(writer, shard, of_shard, lost=False, again=False)
+    writer.finalize()
+    done = threading.Event()
+    wrong: list[str] = []
+    seen: dict[Path, set[int]] = {place: set() for place in places}
+
+    def look() -> None:
+        while not done.is_set():
+            for place in places:
+                try:
+                    seen[place].add(len(rows_of(CacheReader(place))))
+                    head(place)
+                    report = verify(place)
+                    assert report.ok, report.problems
+                except UnfitError as error:
+                    if "holds no cache" not in str(error) and "is not complete" not in str(error):
+                        wrong.append(str(error))
+                except Exception as error:
+                    wrong.append(repr(error))
+                time.sleep(0.01)  # or the writer hardly gets on
+
+    threads = [threading.Thread(target=look)]
+    for thread in threads:
+        thread.start()
+    try:
+        for place in places:
+            MAKERS[maker](old, place)
+        time.sleep(0.2)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[:3]
+    assert all(len(sizes) == 1 for sizes in seen.values()), seen
 
 
 def test_an_older_cache_is_scored_again_in_its_own_version(
