@@ -23,6 +23,7 @@ from decant.storage.__main__ import main
 from decant.storage.cache import paths
 from decant.storage.cache.plan import plan_of
 from decant.storage.cli import process
+from decant.storage.files.sealed import publish_json
 from decant.storage.hub.card import dataset_card
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head
@@ -446,3 +447,14 @@ def test_nothing_that_runs_code_is_loaded() -> None:
             for line in file.read_text().splitlines():
                 code = line.split("#")[0]
                 assert not bad.search(code) or ".eval()" in code, (file, line)
+
+
+@pytest.mark.parametrize("name", ["kl_error_max", "kl_error_mean", "calibration_error", "beyond_k"])
+def test_kept_figures_that_lack_one_are_counted_anew(cache: Path, name: str) -> None:
+    """Null where the cache has such a figure is nobody's report."""
+    expected = inspect(cache, workers=1, keep=True)
+    kept = json.loads((cache / paths.KEPT_REPORT).read_bytes())
+    del kept["checksum"]
+    kept["report"][name] = None
+    publish_json(Store(cache), paths.KEPT_REPORT, kept)
+    assert inspect(cache, workers=1, keep=True) == expected
