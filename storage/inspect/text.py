@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from decant.schemas import Rejected
-from decant.storage.cache.lineage import lineage_text
+from decant.storage.cache.lineage import lineage_text, sampler_text
 from decant.storage.cli.terminal import WIDTH, clip, fit, megabytes, width
 from decant.storage.inspect.examples import Target, context_shown, entries_shown, shown
 from decant.storage.inspect.report import RANKS, Histogram, Report, Spread
@@ -77,11 +77,12 @@ def overview(report: Report) -> list[tuple[str, str]]:
             f"stored as {report.precision}" if report.has_logprobs else "stored without log probs"
         )
         kept = f"{kept} of {report.shared_vocab_size:,}, {stored}"
-    made = lineage_text(report.source)
+    made, sampled = lineage_text(report.source), sampler_text(report.source)
     return [
         ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
         ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
         ("source", str(report.source.get("path", "") or "not recorded")),
+        *([("sampled by", sampled)] if sampled else []),
         *([("made by", made)] if made else []),
         ("records", records_line(report)),
         ("kept", kept),

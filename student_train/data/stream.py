@@ -69,6 +69,7 @@ class SequenceStream(IterableDataset[Batch]):
     _num_lanes: int
     _num_sources: int = 1
     _to_events: list[ToEvents] | None = None
+    _aligned: tuple[bool, ...] = ()
 
     def __init__(self, config: StreamConfig) -> None:
         """Nothing is read yet."""
@@ -98,12 +99,17 @@ class SequenceStream(IterableDataset[Batch]):
         """Whether targets are events."""
         return self._to_events is not None
 
+    def is_aligned(self, source: int) -> bool:
+        """Whether a cache's tokens are others than the student's."""
+        return any(self._aligned) and self._aligned[source]
+
     def _align(self) -> None:
         """Find out whether targets are events: of a student of another tokenizer, or of labels.
 
         Raises ValueError for temperatures that events do not have.
         """
         made = [self.config.alignment and self.config.alignment(r) for r in self.readers]
+        self._aligned = tuple(bool(one) for one in made)
         if not any(made) and all(reader.manifest.layout.slots for reader in self.readers):
             return
         for reader in self.readers:
@@ -263,6 +269,8 @@ class SequenceStream(IterableDataset[Batch]):
 
     def collate(self, sequences: list[Found], packing: str = "none") -> Batch:
         """Join sequences into one batch."""
+        if self.config.by_cache:
+            sequences = sorted(sequences, key=lambda found: found.source)
         sources = [found.source for found in sequences] if self._num_sources > 1 else None
         rows: Any = [(found.rows, found.member) for found in sequences]
         if self._to_events:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from decant.student_train.config.loss import LossTerms
+from decant.student_train.config.loss import Terms
 from decant.student_train.data.batch import Batch
+from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
 from decant.student_train.losses.events import row_slices
 from decant.student_train.losses.targets import MASKED_LOGIT
@@ -115,7 +116,7 @@ def rows_at_once(vocab_size: int) -> int:
 def sums_of_chunks(
     logits_of: Callable[[slice], Tensor],
     batch: Batch,
-    terms: LossTerms,
+    terms: Terms,
     vocab_size: int,
     chunk_rows: int | None = None,
     label_bytes: Tensor | None = None,
@@ -127,25 +128,21 @@ def sums_of_chunks(
     """
     total = HeldoutSums.zero(batch.labels.device)
     size = chunk_rows or rows_at_once(vocab_size)
-    at_1, at_t = batch.targets_at(1.0), batch.targets_at(terms.temperature)
-    for rows in row_slices(at_1, size):
+    at_1, weights_N = batch.targets_at(1.0), weights_of(batch, terms)
+    chunks = [
+        (part, rows, slice(part.rows.start + rows.start, part.rows.start + rows.stop))
+        for part in parts_of(batch, terms)
+        for rows in row_slices(part.targets, size)
+    ]
+    for part, inside, rows in chunks:
         logits_RV = logits_of(rows)[:, :vocab_size].float()
-        weights = [
-            table[0]
-            if len(table) == 1
-            else torch.tensor(table, device=logits_RV.device)[_sources(batch)[rows]]
-            for table in (terms.kd_weight, terms.ce_weight)
-        ]
+        weights = [w[rows] if isinstance(w, Tensor) else w for w in weights_N]
         kd_R = sparse_divergence(
             logits_RV,
-            at_t[rows],
-            kind=terms.kind,
-            temperature=terms.temperature,
-            tail=terms.tail,
-            scale_by_t2=terms.scale_by_t2,
+            part.targets[inside],
             labels=batch.labels[rows],
             vocab_size=vocab_size,
-            **terms.options,
+            **part.terms.divergence(),
         )
         ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
         confidence_R, chosen_R = logits_RV.softmax(1).max(1)
@@ -177,11 +174,6 @@ def sums_of_chunks(
             bins=_binned(confidence_R, correct_R),
         )
     return total
-
-
-def _sources(batch: Batch) -> Tensor:
-    assert batch.source is not None
-    return batch.source
 
 
 def _sum(values_R: Tensor) -> Tensor:

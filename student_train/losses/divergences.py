@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from decant.student_train.losses.events import EventTargets
-from decant.student_train.losses.kinds import check
+from decant.student_train.losses.kinds import SAMPLED, check
 from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, NO_TAIL, SparseTargets
-from decant.student_train.losses.terms import divergence_of_classes
+from decant.student_train.losses.terms import divergence_of_classes, on_policy
 
 AnyTargets = SparseTargets | EventTargets
 
@@ -65,6 +65,8 @@ class Divergence:
 
         For tail='label', what is returned has the tail's mass on the labels.
         """
+        if self.kind in SAMPLED:
+            return self._check_sampled(targets, vocab_size)
         if isinstance(targets, EventTargets):
             if self.tail != "bucket":
                 raise ValueError(
@@ -100,6 +102,20 @@ class Divergence:
             raise ValueError("tail='label' needs the labels, which get the tail's mass")
         return targets.with_tail_on(labels, vocab_size, self.temperature)
 
+    def _check_sampled(self, targets: AnyTargets, vocab_size: int) -> SparseTargets:
+        if not isinstance(targets, SparseTargets) or not targets.of_label_alone:
+            raise ValueError(
+                f"{self.kind} is of the sampled token alone: give SparseTargets.of_labels(labels, "
+                "logprobs), or a batch's `sampled_targets`"
+            )
+        if self.options["clip"] and targets.sampler_logprobs is None:
+            raise ValueError(
+                f"{self.kind} with clip {self.options['clip']:g} weighs by the ratio to the "
+                "sampler, whose log probs are not given: SparseTargets.of_labels(labels, logprobs, "
+                "sampler_logprobs), or clip 0"
+            )
+        return targets.validate(vocab_size, self.temperature)
+
     def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:
         """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.
 
@@ -115,6 +131,10 @@ class Divergence:
         else:
             log_q_NC = torch.cat([x_NK, lse_tail_N[:, None]], dim=1).log_softmax(1)
         log_q_NK = torch.where(real_NK, log_q_NC[:, : x_NK.shape[1]], LOG_FLOOR)
+        if self.kind in SAMPLED:
+            assert targets.logprobs is not None
+            sampler_N = targets.sampler_logprobs if self.options["clip"] else None
+            return on_policy(targets.logprobs[:, 0], log_q_NK[:, 0], sampler_N, **self.options)
         if targets.draws is not None:
             weights_NK = targets.draw_weights(x_NK.dtype)
             if targets.logprobs is None:

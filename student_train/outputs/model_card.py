@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from decant.schemas import Manifest
 from decant.storage.hub.card import escaped
 from decant.student_train.config.evaluation import NAMES, ROUGE
+from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.evaluation.heldout_sums import NUM_BINS
@@ -132,9 +133,20 @@ def _training_rows(config: TrainConfig, summary: dict[str, Any]) -> list[tuple[s
     if config.mixture:
         shares = ", ".join(f"{share.weight:g}" for share in config.mixture)
         rows.insert(1, ("mixture", f"weights {shares}"))
+        if len({str(loss) for loss in config.losses}) > 1:
+            each = [(f"loss of cache {i}", _loss(loss)) for i, loss in enumerate(config.losses, 1)]
+            rows[2:2] = each
     if config.adapter.r:
         rows.insert(2, ("adapter", _yaml(dataclasses.asdict(config.adapter))))
     return rows
+
+
+def _loss(loss: LossConfig) -> str:
+    """What differs between the losses of caches."""
+    fields = dataclasses.asdict(loss)
+    for name in ("preset", "router_weight", "clip"):
+        del fields[name]
+    return _yaml({**fields, "options": loss.of_kind})
 
 
 def _student(student: StudentConfig) -> str:

@@ -21,6 +21,7 @@ from decant.teacher_dump.job.extend import Base, OnKnown, is_part, open_or_exten
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
 from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
+from decant.teacher_dump.job.sampler import check_sampler, with_sampler
 from decant.teacher_dump.job.shard_inputs import restore_inputs
 from decant.teacher_dump.job.start import missing_shards, open_or_create
 from decant.teacher_dump.progress import progress
@@ -124,8 +125,11 @@ def _fill_cache(
     refuse_before_asking(config)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
-    if ray is None and not store.exists(paths.MANIFEST):  # with Ray, what runs it is elsewhere
-        for warning in check_engine(config.teacher, teacher.model_path):
+    teacher = with_sampler(config, teacher)
+    if not store.exists(paths.MANIFEST):
+        # With Ray, what runs the teacher is elsewhere; who samples is here.
+        found = check_engine(config.teacher, teacher.model_path) if ray is None else []
+        for warning in [*found, *check_sampler(config, teacher)]:
             log.warning("%s", warning)
     with store.lock(shared=worker.count > 1):
         teacher = hash_weights(teacher, progress=log.info)

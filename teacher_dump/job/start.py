@@ -40,6 +40,7 @@ LATER = {
     "sequences.target_share": 1.0,
 }
 """What caches did that were started before they could say so."""
+SAMPLER = "source.sampler.fingerprint"
 KEEP_MESSAGES = "sequences.keep_messages"
 
 
@@ -155,13 +156,14 @@ def _create(
     progress: Callable[[SequenceCounts], None],
 ) -> CacheWriter:
     counts = SequenceCounts()
-    plan, first, messages = [], 0, False
+    plan, first, messages, sampler = [], 0, False, False
     records = source_records(config, teacher, source["fingerprint"])
     for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
         share = config.sequences.target_share
         plan.append(write_input(store, shard, first, sequences, share))
         first += len(sequences)
         messages = messages or any(sequence.messages for sequence in sequences)
+        sampler = sampler or sequences[0].sampler_logprobs is not None
     log.info("inputs: %s", summary(counts))
     if not plan:
         raise SourceError(
@@ -184,6 +186,7 @@ def _create(
         source=source,
         sequences={**sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
         messages=messages,
+        sampler_logprobs=sampler,
     )
     return CacheWriter.create(config.output, draft, plan)
 
@@ -268,6 +271,7 @@ def identity(
         "temperatures": list(config.temperatures),
         "precision": config.precision,
         "source.fingerprint": source["fingerprint"],
+        **({SAMPLER: source["sampler"]["fingerprint"]} if "sampler" in source else {}),
         **{f"sequences.{k}": v for k, v in sequence_settings(config, teacher).items()},
     }
 
@@ -284,7 +288,7 @@ def changes(manifest: Manifest, ours: dict[str, Any]) -> list[str]:
     for name, value in ours.items():
         theirs: Any = stored
         for part in name.split("."):
-            theirs = theirs.get(part, LATER.get(name))
+            theirs = theirs.get(part, LATER.get(name)) if isinstance(theirs, dict) else theirs
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
     return differing

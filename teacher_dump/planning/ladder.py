@@ -151,6 +151,7 @@ def shard_bytes(
         source={},
         sequences=dataclasses.asdict(config.sequences),
         messages=any(sequence.messages is not None for sequence in scored),
+        sampler_logprobs=scored[0].sampler_logprobs is not None,
     )
     with tempfile.TemporaryDirectory() as folder:
         write_cache(folder, draft, scored)

@@ -27,6 +27,7 @@ from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
 from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.refusals import refuse_foreign, refuse_misfits
+from decant.teacher_dump.job.sampler import check_sampler, with_sampler
 from decant.teacher_dump.job.selection import select_targets
 from decant.teacher_dump.planning import warnings
 from decant.teacher_dump.planning.ladder import (
@@ -101,7 +102,8 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
     refuse_foreign(config)
-    slow = check_engine(config.teacher, teacher.model_path)
+    teacher = with_sampler(config, teacher)
+    slow = check_engine(config.teacher, teacher.model_path) + check_sampler(config, teacher)
     counts = SequenceCounts()
     generate_hours = None
     if config.source.generate.n:

@@ -19,6 +19,7 @@ from decant.student_train import (
     Schedule,
     train,
 )
+from decant.student_train.config.mixture import CacheShare, own_losses
 from decant.student_train.losses import fused_linear_divergence, sparse_divergence
 from tests.support import models
 from tests.support.trainings import config
@@ -160,8 +161,15 @@ def test_both_routes_to_the_logits_weigh_the_caches_of_a_mixture_alike(cache: Pa
     batch = next(iter(CacheStream(cache, batch_size=4)))
     batch = dataclasses.replace(batch, source=torch.arange(batch.num_targets) % 2)
     loss = LossConfig(kind="fkl")
-    terms = loss.at(0, 1, [(0.5, None), (None, 2.0)])
-    assert (terms.kd_weight, terms.ce_weight) == ((0.5, 1.0), (0.0, 2.0))
+    first, second = own_losses(
+        loss,
+        [
+            CacheShare(cache="a", weight=1, kd_weight=0.5),
+            CacheShare(cache="b", weight=1, ce_weight=2.0),
+        ],
+    )
+    terms = (first.at(0, 1), second.at(0, 1))
+    assert [(one.kd_weight, one.ce_weight) for one in terms] == [(0.5, 0.0), (1.0, 2.0)]
     found = []
     for fused in (True, False):
         model = Distiller(models.build_model(), loss, models.VOCAB_SIZE)

@@ -1,5 +1,6 @@
 """Figures on held-out targets against dense float64 references, and what is made of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,10 @@ def test_several_caches_are_told_apart_and_together(cache: Path) -> None:
         part: CacheStream(cache, batch_size=8, temperature=2.0, part=part, heldout_fraction=0.3)
         for part in ("train", "heldout")
     }
-    terms = LOSS.at(0, 1, [(1.0, 0.0), (0.0, 1.0)])
+    at_begin = LOSS.at(0, 1)
+    terms = tuple(
+        dataclasses.replace(at_begin, kd_weight=kd, ce_weight=1 - kd) for kd in (1.0, 0.0)
+    )
     found = evaluate(model, parts, Accelerator(cpu=True), terms)
     whole = evaluate(
         model,
