@@ -17,8 +17,9 @@ from decant.schemas import Manifest
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.generations import generations_of
 from decant.student_train.data.served import refuse_unserved, warn_of_prefixes
-from decant.student_train.data.stream import SequenceStream, generations_of
+from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
 from decant.student_train.evaluation.chat_prompts import chat_prompts
 from decant.student_train.evaluation.evaluate import Evaluation

@@ -21,13 +21,9 @@ from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs, of_planes
 from decant.storage.cache.same_tokenizer import same_ids
 from decant.student_train.alignment.aligner import AlignedRows
+from decant.student_train.data.generations import GENERATIONS, generations_of
 from decant.student_train.data.order import Entry
-from decant.student_train.data.stream import (
-    GENERATIONS,
-    SequenceStream,
-    generations_of,
-    order_of,
-)
+from decant.student_train.data.stream import SequenceStream, order_of
 from decant.student_train.data.stream_config import StreamConfig, temperature_indices
 
 log = logging.getLogger(__name__)

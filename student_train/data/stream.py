@@ -8,10 +8,9 @@ so a run can go on with another world size.
 import contextlib
 import functools
 import itertools
-import logging
 import os
 from collections import deque
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,15 +25,12 @@ from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.data.epoch import OnePass
+from decant.student_train.data.generations import GENERATIONS, generations_of, note_rewritten
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 from decant.student_train.data.stream_config import StreamConfig, ToEvents, temperature_indices
 
-log = logging.getLogger(__name__)
-
 BATCHES_AHEAD = 2
-GENERATIONS = "generations"
-"""What a state says of the caches beside their ids."""
 
 
 class Found(NamedTuple):
@@ -168,7 +164,7 @@ class SequenceStream(IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises ValueError if it is of another cache, order or part."""
         ours = self.state_dict()
-        self._note_rewritten(state.get(GENERATIONS), ours.pop(GENERATIONS, None))
+        note_rewritten(self.readers, state.get(GENERATIONS), ours.pop(GENERATIONS, None))
         for name in [name for name in ours if name != "consumed"]:
             if state.get(name) != ours[name]:
                 raise ValueError(
@@ -176,19 +172,6 @@ class SequenceStream(IterableDataset[Batch]):
                     f"is {ours[name]}"
                 )
         self.consumed = int(state["consumed"])
-
-    def _note_rewritten(self, before: list[str] | None, now: list[str] | None) -> None:
-        """Say that sequences were scored again since; their order is the same."""
-        if before is None or now is None:
-            return
-        for reader, old, new in zip(self.readers, before, now, strict=False):
-            if old != new:
-                log.warning(
-                    "%s was rewritten since the checkpoint (sequences were scored again): from "
-                    "here on its generation %d is trained on",
-                    reader.url,
-                    reader.generation,
-                )
 
     def next_sequences(self, num_groups: int) -> list[Found]:
         """The sequences that come next in the order, of so many row groups and one epoch at most.
@@ -325,11 +308,6 @@ class SequenceStream(IterableDataset[Batch]):
             if step % stride == first and slot % self.world_size == self.rank:
                 yield entry
             position += 1
-
-
-def generations_of(readers: Sequence[CacheReader]) -> list[str]:
-    """What tells one generation of each cache from another: the hash of its records."""
-    return [reader.manifest.records.xxh3_128 for reader in readers if reader.manifest.records]
 
 
 class CacheStream(SequenceStream):
