@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO, cast
 
 from decant.storage.cli.machine import is_a_library_s, refusal
 from decant.storage.cli.terminal import escaped_lines
@@ -38,9 +38,12 @@ def run(main: Callable[[list[str]], int]) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     if not debug:
         sys.unraisablehook = _quietly
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, _EscapedOutput(sys.stdout))
     with _exit_codes(debug):
         code = main(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is still handled
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is still handled
         sys.exit(code)
 
 
@@ -55,6 +58,20 @@ def _quietly(lost: Any) -> None:
     """Say nothing of a file that a destructor could not close: why it was left has been told."""
     if not issubclass(lost.exc_type, OSError):
         sys.__unraisablehook__(lost)
+
+
+class _EscapedOutput:
+    """An output on which nothing is obeyed by a terminal, whoever prints what of a cache."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, text: str) -> int:
+        self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
