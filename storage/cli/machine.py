@@ -63,4 +63,3 @@ def _memory_way_out() -> str:
     if limit != resource.RLIM_INFINITY:
         return f"`ulimit -v` allows this process {limit >> 20:,} MiB: raise it, {AGAIN}"
     return f"end other programs, or take a machine with more, {AGAIN}"
-

@@ -29,11 +29,23 @@ def naming(path: str | os.PathLike[str], *instead_of: str | os.PathLike[str]) ->
         named = None if error.filename is None else os.fspath(error.filename)
         if named is not None and named not in map(os.fspath, instead_of):
             raise
-        if error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
-        if type(error) is not OSError:  # our own, with all that there is to say
+        if error.errno is None and type(error) is not OSError:  # our own, with all there is to say
             raise
-        raise OSError(f"{os.fspath(path)}: {error}") from error  # Arrow, of a file it closes
+        if number := _number(error):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise OSError(
+            f"{os.fspath(path)}: {error}: see that the disk has room and no fault, then run the "
+            "same command again"
+        ) from error
+
+
+def _number(error: BaseException | None) -> int | None:
+    """What the kernel said first: Arrow forgets it when it closes a file that it cannot write."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def temporary_for(target: Path) -> Path:

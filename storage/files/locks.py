@@ -51,7 +51,8 @@ def locked(path: Path, *, write: bool, shared: bool = False, wait: bool = False)
         with _flock(handle, path, how) or _lock_file(_name(path), shared=shared, wait=wait):
             yield
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # it is let go, and nothing was written through it
+            os.close(handle)
 
 
 def _flock(handle: int, path: Path, how: int) -> contextlib.AbstractContextManager[None] | None:

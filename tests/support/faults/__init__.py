@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -103,6 +103,12 @@ class Machine:
         self._server.kill()
         self._server.communicate()
 
+    def memory(self) -> int:
+        """Bytes of address space that a command has when it begins."""
+        self.run(["--version"])
+        pages = Path(f"/proc/{self._server.pid}/statm").read_text().split()[0]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     def run(
         self,
         arguments: Sequence[str],
@@ -139,9 +145,3 @@ def calls(log: Path) -> list[tuple[str, str]]:
     """Kind and path of the calls that were logged."""
     lines = log.read_text(errors="surrogateescape").splitlines()
     return [(kind, path) for _, kind, path in (line.split("\t", 2) for line in lines)]
-
-
-def spread(count: int, most: int) -> Iterable[int]:
-    """At most so many of 1 ... count, evenly."""
-    step = max(count / most, 1)
-    return sorted({min(round(1 + i * step), count) for i in range(min(count, most))})

@@ -62,9 +62,12 @@ def save_given(folder: Path) -> Given:
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(models.WORDS, 8)) for _ in range(12)]
     save_records(folder / "texts.jsonl", *({"id": f"t{i}", "text": t} for i, t in enumerate(texts)))
-    save_records(folder / "more.jsonl", *({"id": f"m{i}", "text": t[::-1]} for i, t in enumerate(texts)))
     save_records(
-        folder / "prompts.jsonl", *({"id": f"p{i}", "prompt": t[:20]} for i, t in enumerate(texts[:6]))
+        folder / "more.jsonl", *({"id": f"m{i}", "text": t[::-1]} for i, t in enumerate(texts))
+    )
+    save_records(
+        folder / "prompts.jsonl",
+        *({"id": f"p{i}", "prompt": t[:20]} for i, t in enumerate(texts[:6])),
     )
     save_records(
         folder / "chats.jsonl",
@@ -189,8 +192,17 @@ def _report(folder: Path) -> Any:
 
 
 def _training(folder: Path) -> Any:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    timed = ("resumed_at", "targets_per_s", "tokens_per_s", "data_wait_share", "peak_memory_mb", "wall_s")
+    lines = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    timed = (
+        "resumed_at",
+        "targets_per_s",
+        "tokens_per_s",
+        "data_wait_share",
+        "peak_memory_mb",
+        "wall_s",
+    )
     known = [
         {k: v for k, v in line.items() if k not in timed and not isinstance(v, dict)}
         for line in lines
@@ -218,7 +230,13 @@ def _dump(config: str, *more: str) -> Callable[[Given, Path], list[str | Path]]:
 
 
 def _train(config: str) -> Callable[[Given, Path], list[str | Path]]:
-    return lambda given, folder: ["train", "--config", given.folder / config, "--output", folder / "run"]
+    return lambda given, folder: [
+        "train",
+        "--config",
+        given.folder / config,
+        "--output",
+        folder / "run",
+    ]
 
 
 OLD = FIXTURES / "version-3" / "cache"
@@ -238,7 +256,8 @@ SCENARIOS = (
         found=cache_in("cache"),
     ),
     Scenario(
-        name="migrate", arguments=lambda given, folder: ["migrate", OLD, folder / "out"],
+        name="migrate",
+        arguments=lambda given, folder: ["migrate", OLD, folder / "out"],
         found=cache_in("out"),
         made="is not empty",
     ),
@@ -249,7 +268,8 @@ SCENARIOS = (
         made="exists already",
     ),
     Scenario(
-        name="export", arguments=lambda given, folder: ["export", given.cache, folder / "out"],
+        name="export",
+        arguments=lambda given, folder: ["export", given.cache, folder / "out"],
         found=_tables,
         made="exists already",
     ),
@@ -299,7 +319,8 @@ SCENARIOS = (
         made="exists already",
     ),
     Scenario(
-        name="dedupe", arguments=lambda given, folder: ["dedupe", given.cache, folder / "out"],
+        name="dedupe",
+        arguments=lambda given, folder: ["dedupe", given.cache, folder / "out"],
         found=cache_in("out"),
         made="exists already",
     ),
@@ -327,7 +348,8 @@ SCENARIOS = (
     Scenario(name="train", arguments=_train("train.yaml"), found=_training),
     Scenario(name="train-more", arguments=_train("train-more.yaml"), found=_training),
     Scenario(
-        name="examples", arguments=lambda given, folder: ["examples", folder / "examples"],
+        name="examples",
+        arguments=lambda given, folder: ["examples", folder / "examples"],
         found=_bytes,
     ),
 )

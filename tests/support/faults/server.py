@@ -47,7 +47,9 @@ def serve(library: ctypes.CDLL) -> None:
             if not pid:
                 _child(library, asked, Path(folder))
             code = _end_of(pid, asked["seconds"])
-            texts = {n: (Path(folder) / n).read_text(errors="replace") for n in ("stdout", "stderr")}
+            texts = {
+                n: (Path(folder) / n).read_text(errors="replace") for n in ("stdout", "stderr")
+            }
         print(json.dumps({"code": code, **texts}), flush=True)
 
 
