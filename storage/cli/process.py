@@ -12,7 +12,6 @@ from typing import Any, TextIO, cast
 
 from decant.storage.cli.machine import is_a_library_s, refusal
 from decant.storage.cli.terminal import escaped_lines
-from decant.storage.files.durable import naming
 
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -71,16 +70,28 @@ class _EscapedOutput:
         self._output = output
 
     def write(self, text: str) -> int:
-        with naming(OUTPUT):
+        with _naming_output():
             self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
         return len(text)
 
     def flush(self) -> None:
-        with naming(OUTPUT):
+        with _naming_output():
             self._output.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), OUTPUT) from error
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
