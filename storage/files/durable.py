@@ -114,6 +114,21 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def filling(temporary: Path) -> Iterator[None]:
+    """Begin a directory anew; it goes, with what is in it, if an exception passes.
+
+    For who holds the place: the name is the same each time, and what was left there is removed.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """A file beside `target` to fill; it becomes `target` unless an exception passes.
 

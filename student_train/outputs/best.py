@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from decant.storage.files.durable import publish
+from decant.storage.files.durable import filling, publish
 from decant.student_train.config.evaluation import HIGHER_IS_BETTER, ROUGE
 from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.outputs.written import writing
@@ -94,11 +94,10 @@ class Best:
 
     def _save(self, weights: dict[str, Any], record: dict[str, Any]) -> None:
         temporary = self.folder.with_name(f".{BEST}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        torch.save(weights, temporary / WEIGHTS)
-        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        publish(temporary, self.folder)
+        with filling(temporary):
+            torch.save(weights, temporary / WEIGHTS)
+            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            publish(temporary, self.folder)
 
     def remove(self) -> None:
         """Drop the files, once the student is saved."""

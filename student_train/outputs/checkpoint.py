@@ -1,5 +1,6 @@
 """Checkpoints of a run: complete or absent, exact to the sample, refused for another config."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -9,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from decant.storage.files.durable import publish
+from decant.storage.files.durable import filling, publish
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.outputs.resuming import refuse_other_batches, refuse_other_config
 from decant.student_train.outputs.written import Damaged, reading, writing
@@ -104,10 +105,17 @@ class Checkpoints:
 
     def _save(self, step: int, stream_state: dict[str, Any], target: Path) -> None:
         temporary = target.with_name(f".{target.name}.tmp")
-        if self.accelerator.is_main_process:
+        is_first = self.accelerator.is_main_process
+        if is_first:
             for leftover in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
+        with filling(temporary) if is_first else contextlib.nullcontext():
+            self._fill(step, stream_state, temporary)
+            if is_first:
+                publish(temporary, target)
+
+    def _fill(self, step: int, stream_state: dict[str, Any], temporary: Path) -> None:
+        """Write what is in a checkpoint; all processes call it, once the folder is there."""
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
@@ -120,4 +128,3 @@ class Checkpoints:
                 "stream": stream_state,
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1))
-            publish(temporary, target)

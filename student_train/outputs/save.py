@@ -5,7 +5,6 @@ was trained.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from decant.storage.files.durable import publish, publish_bytes
+from decant.storage.files.durable import filling, publish, publish_bytes
 from decant.student_train.config.student import QatConfig
 from decant.student_train.model.adapters import adapter_file_name, merged, save_adapter
 from decant.student_train.model.fake_quantise import save_quantised
@@ -60,9 +59,7 @@ def save_student(
         }
         student = accelerator.unwrap_model(model).student
         temporary = output / f".{STUDENT}.tmp"
-        with writing(target, STAYS):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+        with writing(target, STAYS), filling(temporary):
             if adapter is None:
                 _refuse_other_names(weights, student)
                 student.save_pretrained(temporary, state_dict=dict(weights))  # which it empties
@@ -78,9 +75,7 @@ def save_student(
             _complete(temporary, target, tokenizer, card)
         if qat:
             temporary, quantised = output / f".{QUANTISED}.tmp", output / QUANTISED
-            with writing(quantised, STAYS):
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
+            with writing(quantised, STAYS), filling(temporary):
                 trusted = {"trust_remote_code": trust_remote_code}
                 save_quantised(target, temporary, qat, student, weights, **trusted)
                 _complete(temporary, quantised, tokenizer, card)
