@@ -115,7 +115,7 @@ def save_given(folder: Path) -> Given:
         "optimizer": {"lr": 0.01, "warmup_steps": 1},
         "log_every_steps": 1,
     }
-    (folder / "train.yaml").write_text(json.dumps(base))
+    (folder / "train.yaml").write_text(json.dumps({**base, "plots": False}))
     everything = {
         **base,
         "save_every_steps": 1,

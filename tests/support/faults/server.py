@@ -33,6 +33,9 @@ PRELOAD = (
     "decant.teacher_dump.planning.predict",
     "decant.teacher_dump.engines.transformers.engine",
     "decant.teacher_dump.engines.transformers.generate",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torchao.quantization",
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
 )
