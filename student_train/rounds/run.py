@@ -49,7 +49,7 @@ def run_rounds(config: RoundsConfig, start: Start = start_process) -> list[Round
     PhaseFailed if a command fails.
     """
     output = Path(config.output)
-    training = check(config)
+    common = rounds_record(config, check(config))
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a directory: choose another")
     if (output / STUDENT).exists() and not (output / STUDENT).is_symlink():
@@ -60,11 +60,11 @@ def run_rounds(config: RoundsConfig, start: Start = start_process) -> list[Round
     with Store(output).lock():
         done = records.finished_rounds(output)
         if done:
-            refuse_other_config(done[-1].config, rounds_record(config, training), config.output)
+            refuse_other_config(done[-1].config, common, config.output)
         if len(done) >= config.rounds:
             log.info("%s has its %d rounds already", output, len(done))
         for number in range(len(done) + 1, config.rounds + 1):
-            done.append(_round(config, number, done, start))
+            done.append(_round(config, number, done, common, start))
             log.info("%s", round_line(done[-1], config.rounds))
             _show(config, output, done)
         _show(config, output, done)
@@ -106,8 +106,10 @@ def _parsed(block: dict[str, Any], output: Path) -> TrainConfig:
     return config
 
 
-def _round(config: RoundsConfig, number: int, done: list[Round], start: Start) -> Round:
-    """One round from its first sample to its student."""
+def _round(
+    config: RoundsConfig, number: int, done: list[Round], common: dict[str, Any], start: Start
+) -> Round:
+    """One round from its first sample to its student; `common` is what all rounds share."""
     output = Path(config.output)
     places = Places(output, number)
     of = f"round {number} of {config.rounds}"
@@ -144,7 +146,7 @@ def _round(config: RoundsConfig, number: int, done: list[Round], start: Start) -
     sampler = manifest.source.get("sampler") or {"path": first}
     record = Round(
         number=number,
-        config=rounds_record(config, check(config)),
+        config=common,
         sampler=sampler if blocks.samples_by_student(config, number) else {"path": "the teacher"},
         teacher=manifest.teacher.fingerprint,
         cache_id=manifest.cache_id,

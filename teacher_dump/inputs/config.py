@@ -31,6 +31,9 @@ class GenerateConfig:
     seed: int = 0
     """Of the sampling; a response depends on it, the prompt's number and its own."""
 
+    by: str = ""
+    """TEMPORARY."""
+
     part_prompts: int = 256
     """Prompts whose responses are kept, or lost by an interruption, together: one file."""
 
