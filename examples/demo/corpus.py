@@ -89,9 +89,7 @@ def main() -> None:
     parser.add_argument("--heldout-bytes", type=int, default=200_000, help="validation: as many")
     args = parser.parse_args()
     for split in args.splits:
-        limit, draw = (
-            (args.train_bytes, args.draw) if split == "train" else (args.heldout_bytes, 0)
-        )
+        limit, draw = (args.train_bytes, args.draw) if split == "train" else (args.heldout_bytes, 0)
         path = args.out / f"{split}.jsonl.zst"
         try:
             written = write(split, path, limit, draw)

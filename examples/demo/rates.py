@@ -56,7 +56,9 @@ def main() -> None:
 def report(lines: list[dict]) -> str:
     """Mean validation loss of each student at each rate, and the rate where it is lowest."""
     rates = sorted({line["rate"] for line in lines}, key=float)
-    shown = [f"{'validation loss (nats)':<24}" + "".join(f"{rate:>10}" for rate in rates) + "  best"]
+    shown = [
+        f"{'validation loss (nats)':<24}" + "".join(f"{rate:>10}" for rate in rates) + "  best"
+    ]
     for name in LOSSES:
         means = []
         for rate in rates:

@@ -9,6 +9,7 @@ Shape letters: N targets, V vocabulary, W windows, L tokens of a window, B answe
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,16 @@ def generated(student: PreTrainedModel, teacher: PreTrainedModel, heldout: Heldo
     of_prompt = heldout.file_of_prompt.numpy()
     of_sample = np.tile(of_prompt, SAMPLES)
     found = {name: np.zeros(heldout.num_files) for name in ("prompts", "rouge_l", "distinct_2")}
-    for owner, ours, theirs in zip(of_prompt, greedy.tolist(), heldout.greedy.tolist(), strict=True):
+    for owner, ours, theirs in zip(
+        of_prompt, greedy.tolist(), heldout.greedy.tolist(), strict=True
+    ):
         found["prompts"][owner] += 1
         found["rouge_l"][owner] += common(ours, theirs) / ANSWER
     for owner in np.unique(of_prompt):
         pairs = [
             pair
             for answer in samples[torch.from_numpy(of_sample == owner)].tolist()
-            for pair in zip(answer, answer[1:], strict=False)
+            for pair in pairwise(answer)
         ]
         found["distinct_2"][owner] = len(set(pairs)) / len(pairs) * found["prompts"][owner]
     repeated = heldout.prompts.repeat(SAMPLES, 1)

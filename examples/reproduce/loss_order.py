@@ -111,7 +111,8 @@ def student_path(student: str, work: Path) -> Path:
     if not is_whole(cache):
         write("train", work / "warm.jsonl.zst", WARM_BYTES, DRAW_OF_WARMUP)
         command("-m", "decant", "dump", "--config", "examples/demo/dump.yaml", "--output", cache,
-                "--source.path", work / "warm.jsonl.zst", "--truncation.method", "label")  # fmt: skip
+                "--source.path", work / "warm.jsonl.zst",
+                "--truncation.method", "label")  # fmt: skip
     command("-m", "decant", "train", "--config", "examples/demo/train.yaml", "--cache", cache,
             "--output", output, "--loss.kd_weight", 0, "--loss.ce_weight", 1,
             "--optimizer.lr", WARM_RATE, "--steps", WARM_STEPS)  # fmt: skip
@@ -230,9 +231,7 @@ def fill(log: Log, args: argparse.Namespace) -> bool:
                     if time.monotonic() > until:
                         return False
                     rate = GRID[0] if args.fast else bench.rate(student, epochs, kind)
-                    bench.line(
-                        Run(student=student, epochs=epochs, kind=kind, rate=rate, seed=seed)
-                    )
+                    bench.line(Run(student=student, epochs=epochs, kind=kind, rate=rate, seed=seed))
     return True
 
 

@@ -74,12 +74,10 @@ def figure(line: dict[str, Any], name: str, files_DF: Array) -> Array:
 
 
 def values(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Value]]:
-    """kind -> figure -> value, of the runs of one setting; all on the seeds that every kind has."""
+    """Kind -> figure -> value, of the runs of one setting; all on the seeds that every kind has."""
     runs = {(line["kind"], line["seed"]): line for line in lines}
     kinds = [kind for kind in KINDS if any(k == kind for k, _ in runs)]
-    seeds = [
-        seed for seed in sorted({s for _, s in runs}) if all((k, seed) in runs for k in kinds)
-    ]
+    seeds = [seed for seed in sorted({s for _, s in runs}) if all((k, seed) in runs for k in kinds)]
     if not seeds:
         return {}
     random = np.random.default_rng(0)
@@ -164,7 +162,8 @@ def plot(shown: dict[str, dict[str, dict[str, Value]]], args: argparse.Namespace
                 low, high = gap.interval
                 y = row + 0.7 * (place / max(1, len(others) - 1) - 0.5)
                 panel.plot([low, high], [y, y], "-", color=COLORS[kind], linewidth=1)
-                panel.plot(gap.mean, y, ".", color=COLORS[kind], label=kind.upper() if not row else None)  # fmt: skip
+                label = None if row else kind.upper()
+                panel.plot(gap.mean, y, ".", color=COLORS[kind], label=label)
         panel.axvline(0, color=COLORS["fkl"], linewidth=1)
         better = "more" if name in LARGER_IS_BETTER else "less"
         panel.set_title(f"{title} ({better} is better)", fontsize=9)

@@ -170,7 +170,7 @@ def main() -> None:
         result = fit(kind, rank, init, steps, optimizer)
         if optimizer == "SGD":
             fits[init, rank, kind] = result
-        cells = ["{:.3f}, {:.3f}".format(*result.at(min(i, steps))) for i in (20, 100, 400)]
+        cells = ["{:.3f}, {:.3f}".format(*result.at(min(i, steps - 1))) for i in (20, 100, 399)]
         rows.append([optimizer, rank, init, LABELS[kind], *cells])
     header = ["optimizer", "rank", "student", "loss"]
     header += [f"L2 of probs, weights, step {i}" for i in (20, 100, 400)]
@@ -182,7 +182,7 @@ def main() -> None:
 
 def blog(args: argparse.Namespace) -> None:
     """FKL and RKL learn the blog's teacher."""
-    steps = 200 if args.fast else BLOG_STEPS
+    steps = 20 if args.fast else BLOG_STEPS
     found = {kind: blog_fits(kind, steps) for kind in ("fkl", "rkl")}
     fits = {(rank, lr, kind): fit for kind in found for (rank, lr), fit in found[kind].items()}
     rows = []
