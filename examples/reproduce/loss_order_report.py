@@ -7,6 +7,7 @@ Shape letters: D draws of the bootstrap, S seeds, F files.
 """
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,16 @@ NAMES = {
     "likelihood_risk": "likelihood risk",
     "coverage_risk": "coverage risk",
 }
+OWN = {
+    "fkl": ("kl_forward",),
+    "rkl": ("kl_reverse",),
+    "akl": ("kl_forward", "kl_reverse"),
+    "jsd": ("acceptance",),
+    "tvd": ("acceptance",),
+    "ce": ("ce",),
+}
+"""What a loss's rate is chosen by: what it minimises; of AKL the sum of what it weighs, of JSD the
+overlap, which it bounds."""
 LARGER_IS_BETTER = ("acceptance", "agreement", "rouge_l", "distinct_2")
 OF_ANSWERS = ("rouge_l", "distinct_2", "likelihood_risk", "coverage_risk")
 DRAWS = 2000
@@ -39,6 +50,23 @@ COLORS = {
     **{"jsd": "tab:purple", "tvd": "tab:orange", "ce": "gray"},
 }
 Array = NDArray[np.float64]
+
+
+def badness(line: dict[str, Any]) -> float:
+    """What a loss's rate is to make small, of a run on validation files."""
+    sums = [sum(line[name]) / sum(line["targets"]) for name in OWN[line["kind"]]]
+    value = -sum(sums) if OWN[line["kind"]] == ("acceptance",) else sum(sums)
+    return value if math.isfinite(value) else math.inf
+
+
+def best_rates(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, int, str], float]:
+    """(student, epochs, kind) -> the best of the rates tried on validation files."""
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for line in lines:
+        key = (line["student"], line["epochs"], line["kind"])
+        if line["seed"] < 0 and (key not in best or badness(line) < badness(best[key])):
+            best[key] = line
+    return {key: line["rate"] for key, line in best.items()}
 
 
 @dataclass(frozen=True)
@@ -98,9 +126,10 @@ def values(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Value]]:
 
 def report(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     """The tables; writes the plot."""
-    settings = defaultdict(list)
+    settings, best = defaultdict(list), best_rates(lines)
     for line in lines:
-        if line["seed"] >= 0:
+        rate = best.get((line["student"], line["epochs"], line["kind"]), line["rate"])
+        if line["seed"] >= 0 and line["rate"] == rate:
             settings[line["epochs"], line["student"]].append(line)
     rows: list[list[object]] = []
     differences: list[list[object]] = []

@@ -341,7 +341,7 @@ def test_a_rate_is_searched_beyond_the_edge_of_its_grid(tmp_path: Path):
     for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
         run = loss_order.Run(student="narrow", epochs=1, kind="fkl", rate=rate, seed=-1)
         away = abs(math.log(rate / best))
-        log.add({**vars_of(run), "ce": [away], "targets": [1]})
+        log.add({**vars_of(run), "kl_forward": [away], "targets": [1]})
     bench = object.__new__(loss_order.Bench)
     bench.work, bench.log = tmp_path, log
     assert bench.rate("narrow", 1, "fkl") == best
