@@ -5,11 +5,11 @@
     python -m examples.reproduce.akl_mu --teachers SmolLM2 --seeds 1
 
 arXiv 2404.02657 takes mu = 0.5 and leaves open what others do. Here mu is 0.3 to 0.7, beside
-forward and reverse KL, on code (the standard library), English (its docstrings) and chat (the
-answers of SmolLM2-135M-Instruct). The demo's teacher has a student of two of its five layers,
-SmolLM2 the student that `make demo-real` leaves. Both see some batches of a text, another choice
-and order for each seed, and are measured on held-out targets of the same kind. Every finished run
-is a line of `runs.jsonl`, which a rerun skips.
+forward and reverse KL and cross-entropy, on code (the standard library), English (its docstrings)
+and chat (the answers of SmolLM2-135M-Instruct). The demo's teacher has a student of two of its five
+layers, SmolLM2 the student that `make demo-real` leaves. Both see some batches of a text, another
+choice and order for each seed, and are measured on held-out targets of the same kind. Every
+finished run is a line of `runs.jsonl`, which a rerun skips.
 """
 
 import argparse
@@ -36,11 +36,17 @@ from examples.reproduce.common import arguments, save, table
 from examples.reproduce.study import command, is_whole, make_student
 
 TEXTS = ("code", "English", "chat")
-MUS = (0.5, 0.3, 0.4, 0.6, 0.7)
+MUS = (0.3, 0.4, 0.5, 0.6, 0.7)
 SETTINGS = {
-    **{f"AKL, mu {mu}": LossConfig(kind="akl", options={"mu": mu}) for mu in MUS},
+    "AKL, mu 0.5": LossConfig(kind="akl"),
     "FKL": LossConfig(kind="fkl"),
     "RKL": LossConfig(kind="rkl"),
+    "CE": LossConfig(kd_weight=0.0, ce_weight=1.0),
+    **{
+        f"AKL, mu {mu}": LossConfig(kind="akl", options={"mu": mu})
+        for mu in sorted(MUS, key=lambda mu: -abs(mu - 0.5))
+        if mu != 0.5
+    },
 }
 USUAL = "AKL, mu 0.5"
 NAMES = {
@@ -196,7 +202,7 @@ def plot(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
                 gaps = [run[name] - usual[seed][name] for seed, run in runs.items()]
                 points[mu] = statistics.mean(gaps) if gaps else math.nan
             style = "-" if teacher == "demo" else "--"
-            values = [points[mu] for mu in sorted(MUS)]
+            values = [points[mu] for mu in MUS]
             color = dict(zip(TEXTS, ("tab:blue", "tab:orange", "tab:green"), strict=True))[text]
             panel.plot(
                 sorted(MUS), values, style, marker=".", color=color, label=f"{teacher}, {text}"

@@ -198,5 +198,6 @@ def plot(shown: dict[str, dict[str, dict[str, Value]]], args: argparse.Namespace
         panel.set_title(f"{title} ({better} is better)", fontsize=9)
         panel.set_yticks(range(len(shown)), list(shown), fontsize=8)
     grid[0, 0].invert_yaxis()
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="upper center", ncol=6)
-    save(figure, args, top=0.95)
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", ncol=6, title="minus FKL, with 95% intervals")
+    save(figure, args, top=0.93)
