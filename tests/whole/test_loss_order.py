@@ -118,4 +118,4 @@ def test_akls_mu_reports_from_its_log(
     akl_mu.main()
     printed = capsys.readouterr().out
     assert "| AKL, mu 0.5 | 2     | 3.500 " in printed
-    assert "| AKL, mu 0.3 | 2     | +0.010 ± 0.000" in printed
+    assert "| AKL, mu 0.3 | 2     | +0.040 ± 0.000" in printed
