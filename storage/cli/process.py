@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO, cast
 
 from decant.storage.cli.terminal import escaped_lines
 
@@ -35,9 +35,12 @@ def run(main: Callable[[list[str]], int]) -> None:
     # Of torchao, which transformers loads with every model: kernels of other devices.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, _EscapedOutput(sys.stdout))
     with _exit_codes(debug):
         code = main(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is still handled
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is still handled
         sys.exit(code)
 
 
@@ -46,6 +49,20 @@ class _Escaping(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped_lines(super().format(record))
+
+
+class _EscapedOutput:
+    """An output on which nothing is obeyed by a terminal, whoever prints what of a cache."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, text: str) -> int:
+        self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from decant.schemas import FormatError
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
+from decant.storage.files.links import leads_out
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
 
@@ -63,10 +64,15 @@ class Store:
 
     @contextlib.contextmanager
     def _reaching(self, name: str) -> Iterator[None]:
-        """Turn what an object store's own library raises into an OSError that names the file."""
+        """Turn what an object store's own library raises into an OSError that names the file.
+
+        Links that lead to themselves are a FormatError.
+        """
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ELOOP:
+                raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
             if self.is_local:
                 raise
             kinds = (FileNotFoundError, FileExistsError, PermissionError)
@@ -133,18 +139,27 @@ class Store:
     def regular(self, name: str) -> str:
         """The path of a local file to open: no device, no pipe, and nothing outside the folder.
 
-        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
+        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone, and from
+        a snapshot of the hub's client to its blobs.
         """
         path, parts = self.path(name), name.split("/")
         places = (self.path("/".join(parts[:i])) for i in range(1, len(parts) + 1))
         if ".." in parts or any(os.path.islink(place) for place in places):
-            path, root = os.path.realpath(path), os.path.realpath(self._root or "/")
-            if os.path.commonpath([path, root]) != root:
+            if place := leads_out(path, self._root):
                 raise FormatError(
-                    f"{self.path(name)} is a link to {path}, outside of {root}: copy the file "
-                    "here, or open the folder it is in"
+                    f"{self.path(name)} is a link to {place}, outside of {self._root}: copy the "
+                    "file here, or open the folder it is in"
                 )
-        if not stat.S_ISREG(os.stat(path).st_mode):
+            path = os.path.realpath(path)
+        try:
+            mode = os.stat(path).st_mode
+        except NotADirectoryError as error:  # a file has the name of a folder of it
+            raise FileNotFoundError(error.errno, error.strerror, path) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
+        if not stat.S_ISREG(mode):
             raise FormatError(f"{self.path(name)} is no regular file")
         return path
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ class Metrics:
                 if values.pop("step") == step:
                     return values
         return {}
+
+
+def by_cache(sums: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    """The means of a step over the targets of each cache that had any, as `kd/name`, `ce/name`.
+
+    `sums` are, for one cache after the other: targets, and divergence and cross-entropy over them.
+    """
+    found: dict[str, float] = {}
+    for i, name in enumerate(names[: len(sums) // 3]):
+        targets, kd, ce = sums[3 * i : 3 * i + 3]
+        if targets:
+            found |= {f"kd/{name}": kd / targets, f"ce/{name}": ce / targets}
+    return found
 
 
 def peak_memory_bytes() -> int:

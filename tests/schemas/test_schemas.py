@@ -64,7 +64,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def names_of(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    """Those that every file has."""
+    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
 
 
 def load(cls: type, data: Any) -> Any:
