@@ -1,4 +1,4 @@
-"""The process that forks commands: a line of JSON on stdin asks for one, a line on stdout has it."""
+"""The process that forks commands: a JSON line on stdin asks for one, a line on stdout has it."""
 
 import contextlib
 import ctypes

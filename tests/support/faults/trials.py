@@ -78,7 +78,11 @@ class Bench:
 
     def _left(self, result: Result, fault: Fault) -> list[str]:
         """What a command leaves that ended by itself: it has had the time to clear up."""
-        if result.code < 0 or "unlink" in fault.kinds or (fault.lasting and "rename" in fault.kinds):
+        if (
+            result.code < 0
+            or "unlink" in fault.kinds
+            or (fault.lasting and "rename" in fault.kinds)
+        ):
             return []
         hidden = sorted(name for name in names_in(self.folder) if is_temporary(name))
         beside = sorted(names_in(self.temporary))
