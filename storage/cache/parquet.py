@@ -76,12 +76,17 @@ UNREADABLE = (
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn whatever Arrow raises on bytes that are no Parquet into a FormatError on `what`."""
+    """Turn whatever Arrow raises on bytes that are no Parquet into a FormatError on `what`.
+
+    An OSError with a number is the machine's word, not on the bytes, and passes.
+    """
     try:
         yield
     except FormatError:
         raise
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise FormatError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
 
 

@@ -19,7 +19,14 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from decant.schemas import FormatError
-from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
+from decant.storage.files.durable import (
+    TEMPORARY_SUFFIX,
+    discard,
+    move,
+    naming,
+    sync,
+    temporary_for,
+)
 from decant.storage.files.links import leads_out
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
@@ -69,7 +76,11 @@ class Store:
         Links that lead to themselves are a FormatError.
         """
         try:
-            yield
+            if self.is_local:
+                with naming(self.path(name)):
+                    yield
+            else:
+                yield
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ELOOP:
                 raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
@@ -124,7 +135,8 @@ class Store:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`; fewer if the file ends before. Raises FileNotFoundError."""
         if self.is_local:
-            with open(self.regular(name), "rb", buffering=0) as file:
+            path = self.regular(name)
+            with naming(path), open(path, "rb", buffering=0) as file:
                 there = max(os.fstat(file.fileno()).st_size - offset, 0)
                 return os.pread(file.fileno(), min(length, there), offset) if there else b""
         return self._fetch(name, offset, offset + length)
@@ -212,17 +224,12 @@ class Store:
             handle, staging = tempfile.mkstemp(TEMPORARY_SUFFIX, "decant-")
             os.close(handle)
             temporary = Path(staging)
+        where = self.path(name) if self.is_local else f"{temporary}, to be {self.path(name)}"
         try:
-            yield temporary
-            if self.is_local:
-                sync(temporary)
-        except OSError as error:  # Arrow names no file, for one on a full disk
-            if error.errno is None or error.filename:
-                raise
-            message = f"{os.strerror(error.errno)} while writing"
-            where = self.path(name) if self.is_local else f"{temporary}, to be {self.path(name)}"
-            raise OSError(error.errno, message, where) from error
-        else:
+            with naming(where, temporary):
+                yield temporary
+                if self.is_local:
+                    sync(temporary)
             if self.is_local:
                 if new and target.exists():
                     raise FileExistsError(f"{target} exists already")
@@ -231,7 +238,7 @@ class Store:
                 with self._reaching(name):
                     self._upload(temporary, self.path(name), new)
         finally:
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
 
     def _upload(self, file: Path, where: str, new: bool) -> None:
         if new:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,7 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
 def _keep(store: Store, key: dict[str, Any], report: Report) -> None:
     if store.is_local:
         with contextlib.suppress(OSError):  # read-only, or full: nothing depends on it
+            store.remove_temporaries(str(PurePath(paths.KEPT_REPORT).parent))  # of killed ones
             publish_json(store, paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
 
 
