@@ -200,13 +200,13 @@ def plot(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
             for mu in MUS:
                 runs = by_setting.get(f"AKL, mu {mu}", {})
                 gaps = [run[name] - usual[seed][name] for seed, run in runs.items()]
-                points[mu] = statistics.mean(gaps) if gaps else math.nan
+                if gaps:
+                    points[mu] = statistics.mean(gaps)
             style = "-" if teacher == "demo" else "--"
-            values = [points[mu] for mu in MUS]
             color = dict(zip(TEXTS, ("tab:blue", "tab:orange", "tab:green"), strict=True))[text]
-            panel.plot(
-                sorted(MUS), values, style, marker=".", color=color, label=f"{teacher}, {text}"
-            )
+            label = f"{teacher}, {text}"
+            panel.plot(list(points), list(points.values()), style, marker=".", color=color,
+                       label=label)  # fmt: skip
             panel.set_title(f"{title}, minus that at mu 0.5", fontsize=8)
             panel.set_xlabel("mu")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncol=6, fontsize=8)
