@@ -2,9 +2,11 @@
 
     python benchmarks/bench_codec.py                    a generated cache: k=64, V=4096, compact
     python benchmarks/bench_codec.py --cache DIR        the same on a cache of yours
+    python benchmarks/bench_codec.py --errors           the errors alone
 
 Rates are per second of CPU time, the best of some runs; `write` includes compression, hashes and
-fsync, `read` every checksum. Errors are KL(scored || decoded) at k=64 on generated distributions.
+fsync, `read` every checksum. Errors at k=64 on generated distributions: KL(scored || decoded), that
+of the worst log prob of a target, and what the decoded mass at T=2 is off 1.
 """
 
 import argparse
@@ -41,8 +43,22 @@ def main() -> None:
     parser.add_argument("--cache", help="measure on this cache instead of a generated one")
     parser.add_argument("--sequences", type=int, default=200, help="of 256 tokens, to generate")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--errors", action="store_true", help="no rates")
     args = parser.parse_args()
     pa.set_cpu_count(1)
+    if not args.errors:
+        print_rates(args)
+    errors = [*measure_errors()]
+    heads = ("KL: mean", "max", "log prob: mean", "max", "mass at T=2: mean")
+    print(f"\n{'k=64':<40}{'precision':<10}" + "".join(f"{head:>18}" for head in heads))
+    for data, precision, *found in errors:
+        print(f"{data:<40}{precision:<10}" + "".join(f"{value:>18.1e}" for value in found))
+    columns = ("mean", "max", "logprob_mean", "logprob_max", "mass_t2_mean")
+    save("codec_errors.csv", ("data", "precision", *columns), errors)
+
+
+def print_rates(args: argparse.Namespace) -> None:
+    """Measure and print the rates."""
     with tempfile.TemporaryDirectory() as folder:
         if args.cache is None:
             write(f"{folder}/cache", generate(args.sequences))
@@ -51,11 +67,6 @@ def main() -> None:
     for step, rate in rates:
         print(f"{step:<18}{rate / 1e3:>12,.0f}")
     save("codec_rates.csv", ("step", "targets_per_cpu_second"), rates)
-    errors = [*measure_errors()]
-    print(f"\n{'KL(scored || decoded), k=64':<40}{'precision':<10}{'mean':>9}{'max':>9}")
-    for data, precision, mean, largest in errors:
-        print(f"{data:<40}{precision:<10}{mean:>9.1e}{largest:>9.1e}")
-    save("codec_errors.csv", ("data", "precision", "mean", "max"), errors)
 
 
 def measure_rates(cache: str, folder: str, repeats: int) -> Iterator[tuple[str, float]]:
@@ -96,11 +107,15 @@ def check_all(groups: list[list[ScoredSequence]], layout: Layout) -> None:
             check_sequence(sequence, layout)
 
 
-def measure_errors() -> Iterator[tuple[str, str, float, float]]:
-    """Mean and largest decoding error of 2,000 targets of each kind of data and precision."""
+def measure_errors() -> Iterator[tuple[str | float, ...]]:
+    """Errors of 2,000 targets of each kind of data and precision.
+
+    The mean and the largest of the decoding error and of the worst log prob of each target, and the
+    mean of what the kept and the other mass at T=2 add up to beside 1.
+    """
     for data, blocks in distributions(np.random.default_rng(0)):
         for precision in ("f16", "compact"):
-            errors = []
+            kl, worst, mass = [], [], []
             for dense in blocks:
                 ordered = -np.sort(-dense, axis=1)
                 logprobs = ordered[:, :SLOTS].astype(np.float32)
@@ -110,9 +125,18 @@ def measure_errors() -> Iterator[tuple[str, str, float, float]]:
                 )
                 tail = logprobs_code.tail_to_store(logprobs, log_tail)
                 decoded = logprobs_code.decode_logprobs(stored, None, tail, precision)
-                errors.append(logprobs_code.decoding_error(logprobs, decoded))
-            error = np.concatenate(errors)
-            yield data, precision, float(error.mean()), float(error.max())
+                errors = logprobs_code.decoding_errors(logprobs, decoded)
+                kl.append(errors[0])
+                worst.append(errors[1])
+                log_z = log_sum_exp(ordered / 2)[:, None]
+                kept = np.exp(decoded.astype(np.float64) / 2 - log_z).sum(axis=1)
+                rest = np.exp(ordered[:, SLOTS:] / 2 - log_z).sum(axis=1)
+                mass.append(np.abs(kept + rest - 1))
+            found = [np.concatenate(values) for values in (kl, worst, mass)]
+            (kl_mean, logprob_mean, mass_mean), (kl_max, logprob_max, _) = (
+                [float(of(values)) for values in found] for of in (np.mean, np.max)
+            )
+            yield data, precision, kl_mean, kl_max, logprob_mean, logprob_max, mass_mean
 
 
 def distributions(
@@ -124,6 +148,8 @@ def distributions(
         name = f"Gaussian logits x {spread}, V={vocab_size:,}"
         yield name, [block - log_sum_exp(block)[:, None] for block in blocks]
     yield "Zipf, exponent 0.8 to 3, V=5,000", [zipf(generator, 100, 5000) for _ in range(20)]
+    blocks = [generator.normal(scale=30, size=(100, 1000)) for _ in range(20)]
+    yield "Gaussian logits x 30, V=1,000", [b - log_sum_exp(b)[:, None] for b in blocks]
 
 
 def zipf(generator: np.random.Generator, n: int, vocab_size: int) -> NDArray[np.float64]:

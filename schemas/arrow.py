@@ -12,6 +12,8 @@ from decant.schemas.distributions import FIELDS, ONE, TEMPERATURES
 
 PRECISIONS = {"f32": 4, "f16": 2, "compact": 1}
 """Bytes per kept log prob before compression."""
+SAMPLER_COLUMN = "sampler_logprob"
+"""The column of `ScoredSequence.sampler_logprobs`."""
 NO_LOGPROBS = "none"
 """The precision of draws that are stored without log probs."""
 
@@ -67,6 +69,8 @@ class Layout:
     """How ids are stored: one of ID_FORMS."""
     has_messages: bool = False
     """Whether conversations are kept."""
+    has_sampler: bool = False
+    """Whether the sampler's log prob of each target is kept."""
     code: CompactCode = CompactCode()
     """The curve of `compact`; without effect on the other precisions."""
     rounded: bool = False
@@ -164,4 +168,6 @@ def shard_schema(layout: Layout) -> pa.Schema:
             columns.append(("draws", pa.binary(2 * layout.slots)))
     columns += [(column, pa.float32()) for _, _, column in temperature_columns(layout)]
     columns += [(column, pa.float32()) for column in scalar_columns(layout)]
+    if layout.has_sampler:
+        columns.append((SAMPLER_COLUMN, pa.float32()))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])

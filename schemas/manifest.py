@@ -31,6 +31,8 @@ MAX_VOCAB = 2**24
 MAX_SLOTS = 2**18
 """Entries per target; a vocabulary can be kept whole up to here."""
 MAX_SHARDS = 2**20
+NOT_SAID = {"sampler_logprobs": False}
+"""What a manifest leaves out, so that readers which know nothing of it read all others."""
 MAX_LISTED = 1000
 """Rejected sequences that the manifest lists; the commit records hold all of them."""
 
@@ -102,6 +104,8 @@ class Manifest:
     """All commit records in shard order, once the cache is final."""
     rejected: tuple[Rejected, ...]
     """The first MAX_LISTED rejected sequences of all shards; `totals.rejected` counts all."""
+    sampler_logprobs: bool = False
+    """Whether each target has its sampler's log prob; a file says it only where it is so."""
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -116,6 +120,8 @@ class Manifest:
             )
         if self.messages and self.format_version < 4:
             raise ValueError("messages are kept from version 4 of the format on")
+        if self.sampler_logprobs and self.format_version < 4:
+            raise ValueError("sampler_logprobs are kept from version 4 of the format on")
         if self.ids not in ID_FORMS:
             raise ValueError(f"ids {self.ids!r} is not one of {ID_FORMS}")
         if self.ids == "ranked" and self.format_version < 4:
@@ -165,6 +171,7 @@ class Manifest:
         source: dict[str, Any],
         sequences: dict[str, Any],
         messages: bool = False,
+        sampler_logprobs: bool = False,
     ) -> "Manifest":
         """A manifest without plan, counts and id, which `CacheWriter.create` fills in.
 
@@ -194,6 +201,7 @@ class Manifest:
             totals=None,
             records=None,
             rejected=(),
+            sampler_logprobs=sampler_logprobs,
         )
 
     def identity_hash(self) -> str:
@@ -206,6 +214,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The fields as this manifest's format version writes them."""
         fields = to_json(self)
+        if not self.sampler_logprobs:
+            del fields["sampler_logprobs"]
         if self.format_version < 4:
             del fields["messages"]
         if self.format_version < 3:
@@ -254,6 +264,7 @@ class Manifest:
             fields=self.truncation.stored(with_logprobs=self.precision != NO_LOGPROBS),
             ids=self.ids,
             has_messages=self.messages,
+            has_sampler=self.sampler_logprobs,
             code=self.compact or CompactCode(),
             rounded=self.format_version >= 4 and self.precision != "f32",
         )
@@ -271,7 +282,12 @@ class Manifest:
         code = to_json(VERSION_1_CODE) if compact else None
         data = with_later(data, {"compact": code, "ids": "lo16"}, version, 2, where)
         data = with_later(data, {"rejected": []}, version, 3, where)
-        data = with_later(data, {"messages": False}, version, 4, where)
+        data = with_later(data, {"messages": False, **NOT_SAID}, version, 4, where)
+        if data.get("sampler_logprobs") is False and version >= 4:
+            raise FormatError(
+                f"{where}: sampler_logprobs is false, which is said by leaving it out"
+            )
+        data = {**NOT_SAID, **data}
         if isinstance(data.get("totals"), dict):
             totals = with_later(data["totals"], {"rejected": 0}, version, 3, f"{where}: totals")
             data = {**data, "totals": totals}

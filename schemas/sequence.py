@@ -33,6 +33,9 @@ class ScoredSequence(Distributions[NDArray[Any]]):
     messages: str | None = None
     """The conversation that the tokens are of, as `Conversation.to_text` writes it; None where it
     is unknown or there is none. A sequence that was cut may hold a part of it alone."""
+    sampler_logprobs: NDArray[np.float32] | None = None
+    """[n] nats: log prob that the model which sampled the targets gave to each, over the whole
+    shared vocabulary, without temperature and before top-p; None where it is not kept."""
 
     @property
     def conversation(self) -> Conversation | None:

@@ -96,6 +96,10 @@ class Rejected:
             )
 
 
+OPTIONAL = ("logprob_error_mean", "logprob_error_max")
+"""Fields of a commit record that are there from version 4 on where they are known."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord:
     """Says that a shard is complete; written after it."""
@@ -118,6 +122,11 @@ class CommitRecord:
     kl_error_mean: float
     """Measured decoding error: mean over targets of KL(scored || decoded), nats."""
     kl_error_max: float
+    logprob_error_mean: float | None
+    """Measured too: mean over targets of the largest error of a kept entry's log prob, nats, log
+    probs below -87 counting as that. None where it was not measured, and in older caches."""
+    logprob_error_max: float | None
+    """The largest of all."""
     seconds: float
     """Wall time from the first sequence to the commit."""
     worker: str
@@ -148,12 +157,19 @@ class CommitRecord:
         if version < 3:
             assert not self.rejected
             del fields["rejected"]
+        for name in OPTIONAL:
+            if fields[name] is None:
+                del fields[name]
         return fields
 
     @staticmethod
     def parse(data: Any, where: str, version: int) -> "CommitRecord":
         """Strict load of what this format version wrote."""
         fields = with_later(data, {"rejected": []}, version, 3, where)
+        if version < 4:
+            fields = with_later(fields, dict.fromkeys(OPTIONAL), version, 4, where)
+        elif isinstance(fields, dict):
+            fields = {**dict.fromkeys(OPTIONAL), **fields}
         return from_json(CommitRecord, fields, where)
 
 

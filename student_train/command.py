@@ -97,6 +97,8 @@ def _verdict(arguments: EvaluateArguments) -> str:
     from decant.storage.cli.terminal import json_text
 
     transformers_logging.disable_progress_bar()
+    if arguments.samples:
+        return _risks(arguments)
     refuse_missing(arguments.cache)
     if arguments.model:
         return _models(arguments)
@@ -162,6 +164,52 @@ def _models(arguments: EvaluateArguments) -> str:
     return json_text(to_json(report)) if arguments.json else models_text(report)
 
 
+def _risks(arguments: EvaluateArguments) -> str:
+    """Risks of a student from caches over samples, as text, or as JSON."""
+    from decant.schemas import to_json
+    from decant.storage.cache.command import refuse_missing
+    from decant.storage.cli.terminal import escaped_lines, json_text, progress_bar
+    from decant.student_train.evaluation.risks import Risks, measure_samples, risks_text
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate --samples runs in one process: call it without a launcher")
+    refuse_missing(arguments.samples)
+    if arguments.cache:
+        refuse_missing(arguments.cache)
+    with progress_bar("samples", "row groups") as progress:
+        samples = measure_samples(
+            arguments.samples,
+            references=arguments.references,
+            cache=arguments.cache,
+            seed=arguments.seed,
+            progress=progress,
+        )
+    found = Risks(samples=samples)
+    if arguments.model:
+        from decant.student_train.versus import Part, measure_models
+
+        with progress_bar("evaluate", "sequences") as progress:
+            report = measure_models(
+                arguments.model,
+                arguments.cache,
+                arguments,
+                part=Part(limit=arguments.limit, sample=arguments.sample, seed=arguments.seed),
+                batch_size=arguments.batch_size,
+                worst=0,
+                progress=progress,
+            )
+        (its,) = report.models
+        found = Risks(
+            samples=samples,
+            model=its.model,
+            cache=report.cache,
+            coverage_risk=its.means["cross_entropy"],
+            coverage_risk_interval=its.intervals["cross_entropy"],
+            targets=report.targets,
+        )
+    return json_text(to_json(found)) if arguments.json else escaped_lines(risks_text(found))
+
+
 EVALUATE = Command(
     text="""
   decant evaluate --student runs/first --cache caches/heldout
@@ -172,6 +220,9 @@ EVALUATE = Command(
       --heldout-fraction 0.01
   decant evaluate --student path/or/hub-id --cache caches/heldout --json
   accelerate launch -m decant evaluate --student runs/first --cache caches/a
+  decant evaluate --samples caches/by-student
+  decant evaluate --samples caches/by-student --model runs/first/student \\
+      --cache caches/by-teacher --references data/test.jsonl
 
 No teacher is loaded: what it said is in the cache. Printed are the student's
 cross-entropy and perplexity on the actual tokens, its divergence from the
@@ -185,6 +236,11 @@ model is from the teacher: KL both ways, with bounds where ids are not kept,
 perplexity, top-1 agreement, acceptance, calibration, intervals over sequences,
 and the worst targets in context. Given twice, the paired differences of the
 two are added.
+
+--samples takes a cache over what a student samples (source.generate.by of a
+dump): the teacher's negative log likelihood of the samples (likelihood risk),
+distinct-n, and ROUGE against references. With --model and a cache over what
+the teacher samples, the model's of those (coverage risk).
 """,
     arguments=EvaluateArguments,
     run=run_evaluate,

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from decant.student_train.config.loss import LossTerms, of_source
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.heaviest import heaviest_heldout, heaviest_step
@@ -25,7 +26,7 @@ from decant.student_train.prepare import (
     prepare,
     refuse_disagreement,
 )
-from decant.student_train.prepare_data import overrides
+from decant.student_train.prepare_data import names_of
 from decant.student_train.runtime.distributed import (
     backward,
     microbatch,
@@ -105,6 +106,7 @@ def _data_rows(config: TrainConfig, accelerator: Accelerator, run: Run) -> list[
     rows = [
         ("data", ", ".join(reader.url for reader in stream.readers)),
         ("", f"{stream.num_sequences:,} sequences an epoch"),
+        *_loss_rows(config, run),
         ("processes", f"{accelerator.num_processes} ({accelerator.distributed_type.value})"),
         (
             "steps",
@@ -125,6 +127,18 @@ def _data_rows(config: TrainConfig, accelerator: Accelerator, run: Run) -> list[
     if isinstance(run.evaluation.generation, Generation):
         rows.append(("prompts", f"{len(run.evaluation.generation.records):,}"))
     return rows
+
+
+def _loss_rows(config: TrainConfig, run: Run) -> list[tuple[str, str]]:
+    """The loss of each cache of a mixture, where they differ."""
+    terms = config.terms(run.first_step, run.steps)
+    if isinstance(terms, LossTerms):
+        return []
+    names = names_of([share.cache for share in config.mixture])
+    return [
+        ("loss" if i == 0 else "", f"{name}: {one.text()}")
+        for i, (name, one) in enumerate(zip(names, terms, strict=True))
+    ]
 
 
 def _first_step(
@@ -156,14 +170,17 @@ def _heaviest(config: TrainConfig, accelerator: Accelerator, run: Run) -> None:
     """
     step = heaviest_step(run.stream, config.gradient_accumulation, config.packing, run.steps)
     streams = run.evaluation.streams.values()
-    heldout = [batch for stream in streams if (batch := heaviest_heldout(stream))]
+    heldout = [
+        (batch, of_source(run.evaluation.terms, source))
+        for source, stream in enumerate(streams)
+        if (batch := heaviest_heldout(stream))
+    ]
     for _ in range(ROUNDS):
         _step(config, accelerator, run, step[: 2 if config.gradient_accumulation > 1 else 1])
         run.model.eval()
-        for batch in heldout:
+        for batch, terms in heldout:
             with torch.no_grad():
-                batch = batch.to(accelerator.device)
-                accelerator.unwrap_model(run.model).measure(batch, config.loss.at(0, 1))
+                accelerator.unwrap_model(run.model).measure(batch.to(accelerator.device), terms)
 
 
 def _step(
@@ -173,7 +190,7 @@ def _step(
     run.model.train()
     kept = config.selection.kept_of(batch.num_targets for batch in microbatches)
     num_targets = sum_over_processes(accelerator, kept)
-    terms = config.loss.at(run.first_step, run.steps, overrides(config))
+    terms = config.terms(run.first_step, run.steps)
     for i, batch in enumerate(microbatches):
         with microbatch(accelerator, run.model, is_last=i == len(microbatches) - 1):
             backward(accelerator, run.model(batch.to(accelerator.device), num_targets, terms).loss)

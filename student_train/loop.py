@@ -17,11 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
+from decant.student_train.config.loss import shown
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.steps import StepData, steps_of
+from decant.student_train.losses.divergences import OUTSIDE, outside_means
 from decant.student_train.outputs.best import Best
 from decant.student_train.outputs.hub import check_hub, push
-from decant.student_train.outputs.metrics import Metrics, Recent, peak_memory_bytes
+from decant.student_train.outputs.metrics import Metrics, Recent, by_cache, peak_memory_bytes
 from decant.student_train.outputs.model_card import model_card
 from decant.student_train.outputs.plots import PLOT, draw
 from decant.student_train.outputs.progress import Progress
@@ -35,7 +37,7 @@ from decant.student_train.prepare import (
     prepare,
     refuse_disagreement,
 )
-from decant.student_train.prepare_data import overrides
+from decant.student_train.prepare_data import names_of
 from decant.student_train.runtime.distributed import (
     backward,
     microbatch,
@@ -170,6 +172,7 @@ def _loop(
     model, optimizer = run.model, run.optimizer
     step, epoch, recent = run.first_step, run.stream.epoch, Recent()
     data: StepData | None = None
+    caches = names_of([share.cache for share in config.mixture])
     consumed = run.stream.consumed
     sequences_per_step = run.stream.sequences_per_step * config.gradient_accumulation
 
@@ -205,7 +208,7 @@ def _loop(
             lr = learning_rate(config.optimizer, step, run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            terms = config.loss.at(step, run.steps, overrides(config))
+            terms = config.terms(step, run.steps)
 
             parts = []
             for i, batch in enumerate(data.microbatches):
@@ -213,8 +216,10 @@ def _loop(
                 with microbatch(accelerator, model, is_last=is_last):
                     out = model(batch.to(accelerator.device), num_targets, terms)
                     backward(accelerator, out.loss)
-                parts.append(torch.stack([part.detach() for part in out.parts()]))
-            loss, kd, ce, *router = accelerator.reduce(sum(parts), reduction="sum").tolist()
+                parts.append(out.as_one())
+            loss, kd, ce, *rest = accelerator.reduce(sum(parts), reduction="sum").tolist()
+            outside, rest = rest[: len(OUTSIDE)], rest[len(OUTSIDE) :]
+            router, of_caches = rest[: len(rest) % 3], rest[len(rest) % 3 :]
             if not math.isfinite(loss):
                 raise _not_finite(f"loss is {loss} (kd {kd}, ce {ce})", step, data, parts)
 
@@ -236,7 +241,10 @@ def _loop(
             if step % config.log_every_steps == 0 or step == run.steps:
                 values = {"step": step, "epoch": round(epoch, 4), "loss": loss, "kd": kd, "ce": ce}
                 values |= {"router": router[0]} if router else {}
-                values |= {"lr": lr, "grad_norm": grad_norm, **terms.shown(config.loss.scheduled)}
+                values |= by_cache(of_caches, caches)
+                values |= outside_means(outside)
+                numbers = shown(terms, config.scheduled, caches)
+                values |= {"lr": lr, "grad_norm": grad_norm, **numbers}
                 metrics.write({**values, **recent.summary()})
                 progress.logged(step, values, recent)
                 recent = Recent()

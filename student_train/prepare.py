@@ -17,8 +17,11 @@ from decant.schemas import Manifest
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.generations import generations_of
+from decant.student_train.data.served import refuse_unserved, warn_of_prefixes
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
+from decant.student_train.evaluation.chat_prompts import chat_prompts
 from decant.student_train.evaluation.evaluate import Evaluation
 from decant.student_train.model.adapters import attach, checkpoint_adapter_only, load_options
 from decant.student_train.model.alignment import Alignment, label_bytes
@@ -45,7 +48,6 @@ from decant.student_train.outputs.resuming import (
 from decant.student_train.outputs.save import STUDENT, SUMMARY
 from decant.student_train.prepare_data import (
     heldout_streams,
-    overrides,
     refuse_unknown_entropy,
     training_stream,
 )
@@ -119,10 +121,12 @@ def refuse_disagreement(config: TrainConfig, accelerator: Accelerator) -> None:
     urls = [share.cache for share in config.mixture] or [config.cache] * (not config.follow)
     if config.eval.cache:
         urls.append(config.eval.cache)
+    readers = [CacheReader(url) for url in urls]
     refuse_differing(
         {
             **{name: value for name, value in options.items() if not name.endswith(PATHS)},
-            "the caches' ids": [CacheReader(url).manifest.cache_id for url in urls],
+            "the caches' ids": [reader.manifest.cache_id for reader in readers],
+            "the caches' generations": generations_of(readers),
             "summary.json in output": (output / SUMMARY).exists(),
             "checkpoints in output": [p.name for p in sorted(output.glob(f"{CHECKPOINTS}/step-*"))],
         }
@@ -195,6 +199,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     stream = training_stream(config, accelerator, as_events)
     reader = stream.reader
     refuse_unknown_entropy(config, stream.readers)
+    for i, (loss, of_cache) in enumerate(zip(config.losses, stream.readers, strict=True)):
+        refuse_unserved(loss, of_cache, aligned=stream.is_aligned(i))
+    for share, of_cache in zip(config.mixture, stream.readers, strict=False):
+        warn_of_prefixes(share.prefixes, of_cache)
     if config.selection.by and stream.has_events:
         raise ValueError(
             f"selection.by {config.selection.by}: the targets are chunks of tokens, or labels "
@@ -222,8 +230,14 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         if shards_weights(accelerator):
             raise ValueError("eval.generation needs the whole student on every device")
         add_bos = bool(reader.manifest.sequences.get("add_bos"))
+        chat = chat_prompts(
+            config.eval.generation,
+            tokenizer,
+            reader.manifest,
+            is_aligned=bool(alignment and alignment.any),
+        )
         generation = Generation(
-            config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed
+            config.eval.generation, tokenizer, add_bos=add_bos, seed=config.seed, chat=chat
         )
     metric, _, one = config.eval.keep_best.partition("/")
     if one and (len(heldout) < 2 or one not in heldout):
@@ -300,7 +314,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
         evaluation=Evaluation(
             streams=heldout,
             generation=generation,
-            terms=config.loss.at(steps - 1, steps, overrides(config)),
+            # What is evaluated on beside the caches is measured by what they have in common.
+            terms=config.loss.at(steps - 1, steps)
+            if config.eval.cache
+            else config.terms(steps - 1, steps),
         ),
         model=model,
         optimizer=optimizer,

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from decant.storage import CacheReader
-from decant.student_train.config.loss import Weight
+from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.config.selection import BY_TEACHER
 from decant.student_train.data.follow import FollowStream
@@ -24,7 +24,7 @@ def training_stream(
     """
     share: dict[str, Any] = {
         "batch_size": config.batch_size,
-        "temperature": config.loss.temperatures,
+        "temperature": config.losses[0].temperatures,
         "seed": config.seed,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
@@ -36,7 +36,10 @@ def training_stream(
     share["heldout_fraction"] = config.eval.heldout_fraction
     if config.mixture:
         caches = [entry.cache for entry in config.mixture]
-        return MixtureStream(caches, [entry.weight for entry in config.mixture], **share)
+        share["by_cache"] = len({loss for loss in map(str, config.losses)}) > 1
+        temperatures = [loss.temperatures for loss in config.losses]
+        weights = [entry.weight for entry in config.mixture]
+        return MixtureStream(caches, weights, temperatures=temperatures, **share)
     return CacheStream(config.cache, **share)
 
 
@@ -71,31 +74,28 @@ def heldout_streams(
                 f"{heldout.manifest.cache_id}): give another, or hold out a part of it with "
                 "eval.heldout_fraction"
             )
+        losses: tuple[LossConfig, ...] = (config.loss,)
     elif config.eval.heldout_fraction:
         urls = [share.cache for share in config.mixture] or [config.cache]
+        losses = config.losses
     else:
-        urls = []
+        urls, losses = [], ()
     return {
         name: CacheStream(
             url,
             batch_size=config.eval.batch_size,
-            temperature=config.loss.temperatures,
+            temperature=loss.temperatures,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             part="heldout" if config.eval.heldout_fraction else "all",
             heldout_fraction=config.eval.heldout_fraction,
             **alignment,
         )
-        for name, url in zip(_names(urls), urls, strict=True)
+        for name, url, loss in zip(names_of(urls), urls, losses, strict=True)
     }
 
 
-def overrides(config: TrainConfig) -> Sequence[tuple[Weight | None, Weight | None]]:
-    """The kd and CE weight that each cache sets for itself, for `LossConfig.at`."""
-    return [(share.kd_weight, share.ce_weight) for share in config.mixture] or [(None, None)]
-
-
-def _names(urls: Sequence[str]) -> list[str]:
+def names_of(urls: Sequence[str]) -> list[str]:
     """Last parts of the paths, numbered where they are not distinct."""
     names = [PurePosixPath(url.rstrip("/")).name for url in urls]
     if len(set(names)) == len(names):

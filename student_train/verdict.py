@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.student import StudentConfig
+from decant.student_train.data.served import refuse_unserved
 from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.model.alignment import Alignment, label_bytes
@@ -66,6 +67,11 @@ def evaluate_student(
         **(alignment.stream_options if alignment else {}),
     )
     aligned = (alignment.tokenizer, stream.vocab_size) if alignment and alignment.any else None
+    if loss.preset:
+        raise ValueError(
+            f"loss.preset {loss.preset} is of the training on a mixture: measure with a kind"
+        )
+    refuse_unserved(loss, stream.reader, aligned=stream.is_aligned(0))
     model, tokenizer = load_student(student, stream.reader, seed=0, aligned=aligned)
     vocab_size = stream.vocab_size
     if not aligned:

@@ -53,6 +53,8 @@ class Teacher:
     """What would let them give more; "" if no limit was found."""
     sample_entries: int = 0
     """Entries per target beyond which more than is asked for only brings refusals; 0 = none."""
+    sampler: "Teacher | None" = None
+    """The model that samples responses, where it is another one."""
 
 
 def describe_teacher(config: TeacherConfig) -> Teacher:
@@ -243,7 +245,10 @@ def _tokenizer(config: TeacherConfig, path: Path) -> Any:
 
 
 def hash_weights(teacher: Teacher, progress: Callable[[str], None] = lambda _: None) -> Teacher:
-    """The teacher with its fingerprint, which reads every byte of its weights."""
+    """The teacher, and its sampler, with fingerprints, which reads every byte of the weights."""
+    if teacher.sampler is not None:
+        sampler = hash_weights(teacher.sampler, progress)
+        teacher = dataclasses.replace(teacher, sampler=sampler)
     if teacher.info.fingerprint:  # a service says it
         return teacher
     progress(f"hashing the weights in {teacher.model_path}")

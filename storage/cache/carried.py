@@ -15,6 +15,9 @@ class Carried:
 
     kl_error_mean: float
     kl_error_max: float
+    logprob_error_mean: float | None
+    logprob_error_max: float | None
+    """None where it is not known of one of the shards."""
     seconds: float
     """Of the scoring."""
     worker: str
@@ -25,6 +28,8 @@ def refuse_changed(given: Sequence[ScoredSequence], stored: Rows) -> None:
     """Raise FormatError, naming sample and field, unless each value is stored bit for bit."""
     for ours, theirs in zip(given, stored, strict=True):
         fields = {"input_ids": ours.input_ids, "is_target": ours.is_target, **ours.known()}
+        if ours.sampler_logprobs is not None:
+            fields["sampler_logprobs"] = ours.sampler_logprobs
         for name, values in fields.items():
             found = getattr(theirs, name)
             if np.asarray(found).tobytes() != np.ascontiguousarray(values).tobytes():

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from decant.schemas import Conversation, FormatError, Layout, RowGroup, ScoredSequence
+from decant.schemas.arrow import SAMPLER_COLUMN
 from decant.schemas.distributions import FIELDS
 from decant.storage.cache.logprobs import ROUNDING, empty, logprob_bound
 from decant.storage.cache.rows import Rows, StoredRows
@@ -44,6 +45,7 @@ def check_sequence(sequence: ScoredSequence, layout: Layout, *, precision: str =
             found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else value
             raise FormatError(f"{where}: {name} must be {np.dtype(dtype)} {shape}, found {found}")
     check_messages(sequence, layout)
+    check_sampler(sequence, layout)
     if len(sequence.input_ids) < 2:
         raise FormatError(f"{where}: {len(sequence.input_ids)} tokens; a target needs one before")
     if sequence.is_target[0]:
@@ -64,6 +66,22 @@ def check_messages(sequence: ScoredSequence, layout: Layout) -> None:
         )
     if sequence.messages is not None:
         Conversation.of_text(sequence.messages, f"sample {sequence.sample_id}")
+
+
+def check_sampler(sequence: ScoredSequence, layout: Layout) -> None:
+    """Raise FormatError, naming the sample, unless it has the sampler's log probs as the layout."""
+    found, where = sequence.sampler_logprobs, f"sample {sequence.sample_id}: sampler_logprobs"
+    if not layout.has_sampler:
+        if found is not None:
+            raise FormatError(
+                f"{where} given, but this cache keeps none: start it with `sampler_logprobs` true "
+                "in its manifest, or give None"
+            )
+        return
+    n = sequence.num_targets
+    if not isinstance(found, np.ndarray) or found.shape != (n,) or found.dtype != np.float32:
+        said = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else found
+        raise FormatError(f"{where} must be float32 ({n},), found {said}")
 
 
 def check_stored(
@@ -99,6 +117,10 @@ def check_stored(
             f"{where}: num_kept {stored.num_kept.max()} of at most {layout.slots} entries"
         )
     at = stored.target_rows
+    if stored.sampler_logprobs is not None:
+        values = stored.sampler_logprobs[at]
+        bad = ~np.isfinite(values) | (values > EPSILON)
+        _refuse(bad, values, f"{where}: {SAMPLER_COLUMN} of a target")
     for name, values in stored.scalars.items():
         bad = ~np.isfinite(values[at])
         if name != "entropy":
@@ -202,6 +224,9 @@ def distribution_problems(
         _check_ids(refuse, token_ids, layout)
     refuse(~np.isfinite(label_logprob), "label_logprob is not finite", label_logprob)
     refuse(label_logprob > EPSILON, "label_logprob above 0", label_logprob)
+    if (sampler := values.sampler_logprobs) is not None:
+        refuse(~np.isfinite(sampler), "sampler_logprobs is not finite", sampler)
+        refuse(sampler > EPSILON, "sampler_logprobs above 0", sampler)
     if values.draws is not None:
         _check_draws(refuse, values.draws, token_ids, layout)
     if values.entropy is not None and not layout.has_logprobs:

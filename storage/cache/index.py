@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from decant.schemas import CommitRecord, FormatError, Rejected, Totals, from_json, to_json
+from decant.schemas.shards import OPTIONAL
 from decant.schemas.strict import LARGEST
 from decant.storage.cache.parquet import check_unpacked, reading
 
@@ -48,9 +49,11 @@ SCHEMA = pa.schema(
             ("worker", pa.string()),
         ]
     ]
+    + [pa.field(name, pa.float64()) for name in OPTIONAL]
 )
 """One row per shard: the fields of `CommitRecord` but for the cache id, which is the manifest's."""
-VERSION_2_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("rejected"))
+WITHOUT_OPTIONAL = pa.schema([field for field in SCHEMA if field.name not in OPTIONAL])
+VERSION_2_SCHEMA = WITHOUT_OPTIONAL.remove(WITHOUT_OPTIONAL.get_field_index("rejected"))
 RANGES = ("row_groups.data", "footer")
 MAX_INDEX = 1 << 31
 """Bytes that the records of all shards may unpack to."""
@@ -136,14 +139,14 @@ class ShardIndex(Sequence[CommitRecord]):
 
         Raises FormatError if it is not of this form.
         """
-        schema = _schema(version)
+        schemas = _schemas(version)
         with reading(where):
             file = pq.ParquetFile(pa.BufferReader(data))
             if file.metadata.num_rows != shards:
                 raise FormatError(f"{where}: {file.metadata.num_rows} rows for {shards} shards")
             found = file.schema_arrow
-            if not found.equals(schema):
-                raise FormatError(f"{where}: expected columns\n{schema}\nfound\n{found}")
+            if not any(found.equals(schema) for schema in schemas):
+                raise FormatError(f"{where}: expected columns\n{schemas[0]}\nfound\n{found}")
             check_unpacked(file.metadata, MAX_INDEX, where)
             table = file.read()
             table.validate(full=True)
@@ -152,13 +155,17 @@ class ShardIndex(Sequence[CommitRecord]):
             field = SCHEMA.field("rejected")
             none = pa.array([[]] * len(table), field.type)
             table = table.add_column(SCHEMA.get_field_index("rejected"), field, none)
+        for name in OPTIONAL:
+            if name not in table.column_names:
+                none = pa.nulls(len(table), pa.float64())
+                table = table.append_column(SCHEMA.field(name), none)
         return cls(table, cache_id, where)
 
     @staticmethod
     def write(path: Path, records: Iterable[CommitRecord], version: int) -> int:
         """Write records, in ascending shard order, to a file; return how many there were."""
         count = 0
-        schema = _schema(version)
+        schema = _schemas(version)[0]
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in _batches(iter(records)):
                 writer.write_batch(batch.select(schema.names))
@@ -255,13 +262,14 @@ def _check_columns(table: pa.Table, where: str) -> None:
     for path in RANGES:
         lists |= {f"{path}.{f.name}": _field(lists[path], f.name) for f in lists[path].type}
     for path, column in lists.items():
-        if column.null_count:
+        if column.null_count and path not in OPTIONAL:
             raise FormatError(f"{where}: {path} holds a null")
         if pa.types.is_integer(column.type) and len(column):
             values = column.to_numpy()
             if values.min() < 0 or values.max() > LARGEST:
                 raise FormatError(f"{where}: {path} holds {values.min()} to {values.max()}")
-        if pa.types.is_floating(column.type) and not np.isfinite(column.to_numpy()).all():
+        known = column.drop_null() if pa.types.is_floating(column.type) else column.slice(0, 0)
+        if len(known) and not np.isfinite(known.to_numpy()).all():
             raise FormatError(f"{where}: {path} holds a number that is not finite")
     per_shard = lists["row_groups"].value_lengths().to_numpy()
     ends = [lists[f"{p}.offset"].to_numpy() + lists[f"{p}.length"].to_numpy() for p in RANGES]
@@ -286,8 +294,11 @@ def _field(values: pa.StructArray, name: str) -> pa.Array:
     return pc.struct_field(values, name)
 
 
-def _schema(version: int) -> pa.Schema:
-    return SCHEMA if version >= 3 else VERSION_2_SCHEMA
+def _schemas(version: int) -> list[pa.Schema]:
+    """What records of a format version have: the one that is written first."""
+    if version < 3:
+        return [VERSION_2_SCHEMA]
+    return [SCHEMA, WITHOUT_OPTIONAL] if version >= 4 else [WITHOUT_OPTIONAL]
 
 
 def _batches(records: Iterator[CommitRecord]) -> Iterator[pa.RecordBatch]:

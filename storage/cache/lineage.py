@@ -12,6 +12,8 @@ from decant.schemas import FormatError, Manifest
 from decant.schemas.strict import canonical
 
 LINEAGE = "lineage"
+SAMPLER = "sampler"
+"""Field of `source`: who sampled the targets, where that was not the teacher."""
 EXTENSIONS = "extensions"
 """Field of `source`: what the cache was extended by, a step for each time."""
 MEANING = ("normalised_over", "unknown_label")
@@ -28,7 +30,7 @@ def source_of(
     """`source` of the manifest of a cache that an operation makes of others, (url, manifest) each.
 
     With `meaning` their values go along, and what an import says of these, which must be the same
-    in all of them.
+    in all of them. The sampler stays where all have the same.
     """
     manifests = [manifest for _, manifest in origins]
     lineage = {
@@ -49,9 +51,12 @@ def source_of(
     }
     paths = [str(manifest.source.get("path", "")) for manifest in manifests]
     said = manifests[0].source if meaning else {}
+    samplers = [manifest.source.get(SAMPLER) for manifest in manifests]
+    same_sampler = all(sampler == samplers[0] for sampler in samplers)
     return {
         "path": ", ".join(dict.fromkeys(path for path in paths if path)),
         **{name: said[name] for name in MEANING if name in said},
+        **({SAMPLER: samplers[0]} if samplers[0] and same_sampler else {}),
         "fingerprint": xxhash.xxh3_128(canonical(lineage)).hexdigest(),
         LINEAGE: lineage,
     }
@@ -86,6 +91,24 @@ def lineage_text(source: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def sampler_text(source: Mapping[str, Any]) -> str:
+    """In one line, who sampled the targets, and how; "" where it is not another than the teacher.
+
+    Of caches merged of several samplers it names each.
+    """
+    sampler, lineage = source.get(SAMPLER), source.get(LINEAGE)
+    if isinstance(sampler, dict):
+        step = f", step {sampler['step']}" if "step" in sampler else ""
+        return (
+            f"{sampler.get('path')}{step}, T={sampler.get('temperature')}, "
+            f"top-p {sampler.get('top_p')}"
+        )
+    origins = lineage.get("from") if isinstance(lineage, dict) else None
+    known = [o for o in (origins if isinstance(origins, list) else []) if isinstance(o, dict)]
+    found = [sampler_text(o["source"]) for o in known if isinstance(o.get("source"), dict)]
+    return "; ".join(dict.fromkeys(filter(None, found)))
+
+
 def check_said(manifest: Manifest, where: str) -> None:
     """Raise FormatError unless what is used of `source` and `sequences` has the types it must."""
     source, sequences = manifest.source, manifest.sequences
@@ -96,10 +119,18 @@ def check_said(manifest: Manifest, where: str) -> None:
         _expect(f"{where}: sequences.counts.{name}", count, int)
     for name in ("max_length", "target_share"):
         _expect(f"{where}: sequences.{name}", sequences.get(name, 0), int | float)
+    sampler = source.get(SAMPLER)
+    _expect(f"{where}: source.{SAMPLER}", sampler, dict | None)
+    if sampler is not None:
+        of_sampler: dict[str, Any] = {"path": str, "fingerprint": str, "temperature": float}
+        for name, kind in (of_sampler | {"top_p": float}).items():
+            _expect(f"{where}: source.{SAMPLER}.{name}", sampler.get(name), kind)
+        _expect(f"{where}: source.{SAMPLER}.step", sampler.get("step", 0), int)
     lineage = source.get(LINEAGE)
     _expect(f"{where}: source.{LINEAGE}", lineage, dict | None)
     if lineage is not None:
-        for name, kind in (("operation", str), ("options", dict), ("from", list)):
+        of_lineage: dict[str, Any] = {"operation": str, "options": dict, "from": list}
+        for name, kind in of_lineage.items():
             _expect(f"{where}: source.{LINEAGE}.{name}", lineage.get(name), kind)
         for i, origin in enumerate(lineage["from"]):
             _expect(f"{where}: source.{LINEAGE}.from[{i}]", origin, dict)

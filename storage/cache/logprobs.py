@@ -26,6 +26,10 @@ ROUNDING = 2.0 ** -(ROUNDED_BITS + 1)
 """What `rounded` can move a number by, in nats."""
 
 
+LOG_FLOOR = np.float32(-87)
+"""Log probs below it count as this in a loss: near the smallest float32."""
+
+
 BLOCK_ROWS = 2048
 """Targets decoded at a time: what is in between stays in the processor's cache."""
 
@@ -241,14 +245,52 @@ def logprob_bound(
 def decoding_error(
     logprobs: NDArray[np.float32], decoded: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """[n] generalised KL(scored || decoded) in nats over the kept entries; unused slots -inf.
+    """[n] the first of `decoding_errors`: the generalised KL."""
+    return decoding_errors(logprobs, decoded)[0]
 
-    sum p (log p - log p') - p + p', which is zero only at p' = p whatever the mass of p'.
+
+class Measured:
+    """The sum and the largest of values that are measured in turn."""
+
+    def __init__(self) -> None:
+        """Of none."""
+        self._sum = self.largest = 0.0
+
+    def add(self, values: NDArray) -> None:
+        """Take more."""
+        self._sum += float(values.sum(dtype=np.float64))
+        self.largest = max(self.largest, float(values.max(initial=0)))
+
+    def mean(self, count: int) -> float:
+        """Of so many of them, those that were not measured being 0."""
+        return self._sum / max(count, 1)
+
+
+def decoding_errors(
+    logprobs: NDArray[np.float32], decoded: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """[n] and [n]: what decoding changes of each target, over the kept entries; unused slots -inf.
+
+    The generalised KL(scored || decoded) in nats, sum p (log p - log p') - p + p', which is zero
+    only at p' = p whatever the mass of p'; it weighs by the teacher, to whom an entry of nearly
+    nothing is nothing. And the largest |log p - log p'|, log probs below LOG_FLOOR counting as
+    that: as the losses take them. The reverse KL of any student moves by at most this, for
+    sum q log(q / p') - sum q log(q / p) = sum q (log p - log p').
     """
-    p = np.exp(logprobs, dtype=np.float64)
-    kept, decoded_kept = p.sum(axis=1), np.exp(decoded, dtype=np.float64).sum(axis=1)
-    p *= np.subtract(logprobs, decoded, where=np.isfinite(logprobs), out=np.zeros_like(logprobs))
-    return p.sum(axis=1) - kept + decoded_kept
+    n = len(logprobs)
+    kl, largest = np.empty(n, np.float64), np.empty(n, np.float32)
+    for start in range(0, n, BLOCK_ROWS):  # what is in between stays in the processor's cache
+        block = slice(start, start + BLOCK_ROWS)
+        log_p = np.maximum(logprobs[block], LOG_FLOOR)
+        gap = np.maximum(decoded[block], LOG_FLOOR)
+        gap -= log_p
+        p = np.exp(log_p)
+        largest[block] = np.maximum(gap.max(axis=1, initial=0), -gap.min(axis=1, initial=0))
+        terms = np.expm1(gap)  # p (e^gap - 1 - gap) loses no digits where p' is nearly p
+        terms -= gap
+        terms *= p
+        kl[block] = terms.sum(axis=1, dtype=np.float64)
+    return np.maximum(kl, 0), largest
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> NDArray:

@@ -29,5 +29,6 @@ def without_targets(
         is_target=np.zeros(len(input_ids), np.bool_),
         positions=np.zeros(0, np.int32),
         messages=messages,
+        sampler_logprobs=np.zeros(0, np.float32) if layout.has_sampler else None,
         **nothing,
     )

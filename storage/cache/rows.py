@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from decant.schemas import Distributions, Layout, ScoredSequence, shard_schema
-from decant.schemas.arrow import scalar_columns, temperature_columns
+from decant.schemas.arrow import SAMPLER_COLUMN, scalar_columns, temperature_columns
 from decant.schemas.distributions import FIELDS, TEMPERATURES, joined
 from decant.storage.cache.logprobs import (
     STORED_LOGPROB,
@@ -72,6 +72,8 @@ class StoredRows:
     None where there is no column, as of log Z at T=1."""
     scalars: dict[str, NDArray[np.float32]]
     """Each stored field that has one number per target: [R]."""
+    sampler_logprobs: NDArray[np.float32] | None = None
+    """[R] as `ScoredSequence.sampler_logprobs`; None where none are kept."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -97,6 +99,8 @@ class Rows(Distributions[NDArray[Any]]):
     """[R]."""
     positions: NDArray[np.int32]
     """[n] position of each target in its sequence."""
+    sampler_logprobs: NDArray[np.float32] | None = None
+    """[n] as `ScoredSequence.sampler_logprobs`; None where none are kept."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -122,6 +126,9 @@ class Rows(Distributions[NDArray[Any]]):
             is_target=self.is_target[rows],
             positions=self.positions[targets],
             messages=(self.messages[index] or None) if self.messages else None,
+            sampler_logprobs=None
+            if self.sampler_logprobs is None
+            else self.sampler_logprobs[targets],
             **{name: values[targets] for name, values in known.items()},
         )
 
@@ -197,6 +204,9 @@ def encode(
         columns[column] = scatter(shown(known[name][:, i]))
     for name in scalar_columns(layout):
         columns[name] = scatter(shown(known[name]))
+    if layout.has_sampler:
+        given = [s.sampler_logprobs for s in sequences if s.sampler_logprobs is not None]
+        columns[SAMPLER_COLUMN] = scatter(shown(np.concatenate(given)))
     schema = shard_schema(layout)
     return pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
 
@@ -301,6 +311,7 @@ def stored_rows(table: pa.Table, layout: Layout, numbering: Numbering | None = N
         draws=draws,
         by_temperature=by_temperature,
         scalars={name: _column(table, name) for name in scalar_columns(layout)},
+        sampler_logprobs=_column(table, SAMPLER_COLUMN) if layout.has_sampler else None,
     )
 
 
@@ -354,6 +365,9 @@ def decode_rows(stored: StoredRows, layout: Layout) -> Rows:
         input_ids=stored.token_id,
         is_target=stored.is_target,
         positions=stored.position[targets],
+        sampler_logprobs=(
+            None if stored.sampler_logprobs is None else stored.sampler_logprobs[targets]
+        ),
         **known,
     )
 

@@ -95,6 +95,8 @@ def refuse_unlike(caches: Sequence[CacheReader]) -> None:
             if ours[name] != theirs[name] and not (name == TOKENIZER and _same_ids(first, other))
         ]
         if differing:
+            if "sampler_logprobs" in " ".join(differing):
+                differing.append("`mixture` of a training takes both as they are")
             raise Unlike(
                 f"{first.url} and {other.url} cannot be one cache: " + "; ".join(differing)
             )
@@ -123,6 +125,7 @@ def _likeness(manifest: Manifest) -> dict[str, Any]:
         **{f"truncation.{k}": v for k, v in dataclasses.asdict(manifest.truncation).items()},
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
+        "sampler_logprobs": manifest.sampler_logprobs,
         "compact": to_json(manifest.compact) if manifest.compact else None,
         **{f"source.{name}": manifest.source.get(name) for name in MEANING},
     }

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from decant.schemas import Layout
-from decant.schemas.arrow import scalar_columns, temperature_columns
+from decant.schemas.arrow import SAMPLER_COLUMN, scalar_columns, temperature_columns
 from decant.schemas.distributions import FIELDS, SLOTS
 from decant.storage.cache.rows import Rows
 
@@ -71,6 +71,8 @@ def _distributions(rows: Rows, layout: Layout) -> Iterator[tuple[str, pa.Array]]
         yield column, pa.array(getattr(rows, name)[:, i])
     for name in scalar_columns(layout):
         yield name, pa.array(getattr(rows, name))
+    if rows.sampler_logprobs is not None:
+        yield SAMPLER_COLUMN, pa.array(rows.sampler_logprobs)
 
 
 def _lists(starts: NDArray, values: pa.Array) -> pa.Array:

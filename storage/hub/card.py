@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from decant.schemas import Manifest
+from decant.storage.cache.lineage import sampler_text
 from decant.storage.inspect.report import Report, Spread
 
 CARD = "README.md"
@@ -100,6 +101,7 @@ def escaped(text: str) -> str:
 def _rows(manifest: Manifest, report: Report) -> list[tuple[str, str]]:
     teacher = manifest.teacher
     temperatures = ", ".join(f"{t:g}" for t in manifest.temperatures)
+    sampled = sampler_text(manifest.source)
     rows = [
         ("teacher", escaped(f"{teacher.name} ({teacher.architecture}, {teacher.dtype})")),
         ("teacher fingerprint", escaped(teacher.fingerprint)),
@@ -107,6 +109,7 @@ def _rows(manifest: Manifest, report: Report) -> list[tuple[str, str]]:
         ("tokenizer fingerprint", escaped(manifest.tokenizer.fingerprint) or "none"),
         ("vocabulary", f"{manifest.shared_vocab_size:,} ids"),
         ("data", escaped(str(manifest.source.get("path", "unknown")))),
+        *([("sampled by", escaped(sampled))] if sampled else []),
         ("kept", f"{escaped(manifest.truncation.text())}, {escaped(manifest.precision)}"),
         ("temperatures", temperatures),
         ("sequences", f"{report.sequences:,}"),

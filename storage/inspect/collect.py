@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from decant.storage.cache.index import RowGroupRef, ShardIndex
 from decant.storage.cache.reader import CacheReader
 from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.files.store import Store
+from decant.storage.inspect.curve import bytes_at, curve_of, finite
 from decant.storage.inspect.examples import read_tokenizer, with_texts
-from decant.storage.inspect.report import DumpSpeed, Report, Sample, WorkerSpeed
+from decant.storage.inspect.report import AtK, DumpSpeed, Report, Sample, WorkerSpeed
 from decant.storage.inspect.statistics import Statistics
-from decant.storage.inspect.truncation_cost import TOLERANCE
 
-VERSION = 2
+VERSION = 3
 """Of the figures: one more whenever a value or key changes, so that kept ones are not used."""
 MAX_RATES, MAX_WORKERS, MAX_REJECTED = 60, 32, 20
 
@@ -100,12 +101,16 @@ def _report(
     tokenizer = read_tokenizer(reader) if statistics.worst else None
     worst = with_texts(statistics.worst, tokenizer) if tokenizer else statistics.worst
     duplicates, duplicates_exact = statistics.hashes.duplicates()
-    curve = statistics.truncation_curve()
+    means = statistics.truncation_means()
+    curve: tuple[AtK, ...] = ()
+    if means is not None:
+        curve = curve_of(means, bytes_at(reader, order, totals.bytes / totals.targets))
     records, targets, seen = reader.index.table, totals.targets, statistics.targets
     has_logprobs = manifest.layout.has_logprobs
     dense = 2 * manifest.shared_vocab_size * targets
     teacher_ce = _ratio(statistics.label_nats, seen)
     kl_error = _column(reader.index, "kl_error_mean") @ _column(reader.index, "targets")
+    logprob_error = _logprob_error(reader.index) if has_logprobs else (None, None)
     return Report(
         url=url,
         complete=manifest.is_final,
@@ -152,21 +157,33 @@ def _report(
         calibration_error=statistics.calibration_error(),
         reliability=statistics.reliability_bins(),
         truncation_curve=curve,
-        recommended_k=next((at.k for at in curve if at.fkl <= TOLERANCE), None),
-        beyond_k=_ratio(statistics.curve.beyond, seen) if curve else None,
+        recommended_k=None,
+        beyond_k=None if means is None else means.beyond,
+        beyond_k_error=None if means is None else finite(means.beyond_error),
         akl_head_size=statistics.akl_head.result(),
-        akl_inexact=_ratio(statistics.akl_inexact, seen if has_logprobs else 0),
+        akl_inexact=_ratio(int(statistics.below_mu[0]), seen if has_logprobs else 0),
         kl_error_mean=_ratio(float(kl_error), targets if has_logprobs else 0),
         kl_error_max=(
             float(_column(reader.index, "kl_error_max").max())
             if len(records) and has_logprobs
             else None
         ),
+        logprob_error_mean=logprob_error[0],
+        logprob_error_max=logprob_error[1],
         dump_seconds=totals.seconds,
         targets_per_second=_ratio(targets, totals.seconds),
         workers=len(records.column("worker").unique()),
         dump_speed=_dump_speed(reader.index),
     )
+
+
+def _logprob_error(index: ShardIndex) -> tuple[float | None, float | None]:
+    """Mean over targets and largest, of the commit records; None unless all of them have it."""
+    means, largest = (_column(index, f"logprob_error_{name}") for name in ("mean", "max"))
+    targets = _column(index, "targets")
+    if not len(index) or np.isnan(means).any() or np.isnan(largest).any():
+        return None, None
+    return _ratio(float(means @ targets), float(targets.sum())), float(largest.max())
 
 
 def _parts(
@@ -253,6 +270,10 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
     shapes += [at.teacher_entropy_histogram for at in kept.temperatures]
     if kept.sequence_length_histogram is not None:
         shapes.append(kept.sequence_length_histogram)
+    of_entries = (
+        *(kept.top1_agreement, kept.label_kept, kept.calibration_error, kept.akl_inexact),
+        *(kept.kl_error_mean, kept.kl_error_max),
+    )
     sizes, rates = kept.column_bytes.values(), kept.dump_speed.shard_rates
     return (
         counts == expected
@@ -266,14 +287,19 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
         and bool(rates) == bool(totals.shards)
         and len(kept.temperatures) in (0, len(manifest.temperatures))
         and None not in (kept.bytes_per_target, kept.times_smaller, kept.teacher_ce)
+        and (None not in of_entries or not manifest.layout.has_logprobs)
+        and (kept.label_kept is not None or not manifest.layout.slots)
+        and (kept.beyond_k is not None or not kept.truncation_curve)
         and len(kept.truncation_curve) <= manifest.layout.slots
-        and kept.recommended_k in (None, *(at.k for at in kept.truncation_curve))
+        and [at.k for at in kept.truncation_curve] == list(range(1, len(kept.truncation_curve) + 1))
+        and kept.recommended_k is None
     )
 
 
 def _keep(store: Store, key: dict[str, Any], report: Report) -> None:
     if store.is_local:
         with contextlib.suppress(OSError):  # read-only, or full: nothing depends on it
+            store.remove_temporaries(str(PurePath(paths.KEPT_REPORT).parent))  # of killed ones
             publish_json(store, paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
 
 

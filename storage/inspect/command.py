@@ -1,5 +1,7 @@
 """`inspect`, `head` and `diff`: what they take and what they print."""
 
+import dataclasses
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +10,7 @@ from decant.storage.cache.command import CacheArguments, refuse_missing
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Shown, Word
+from decant.storage.inspect.budget import Budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +23,20 @@ class InspectArguments(CacheArguments):
     """Look at this share of the row groups, or at this many, chosen at random."""
     seed: int = 0
     """Of the choice."""
+    max_bytes: Annotated[str, Shown("BYTES")] = ""
+    """Say which k fits this: bytes per target, or with a unit (20GB) of the whole cache."""
+    max_nats: Annotated[float | None, Shown("NATS")] = None
+    """Say which k costs at most this much forward KL per target."""
 
     def __post_init__(self) -> None:
         self.sample_size()
+        self.budget()
         if self.seed and not self.sample:
             raise ValueError("--seed has no effect without --sample")
+
+    def budget(self) -> Budget:
+        """What a target may take and lose; false where nothing is said."""
+        return Budget(max_bytes=self.max_bytes, max_nats=self.max_nats)
 
     def sample_size(self) -> float | None:
         """The share, or the number, of row groups to look at; None for all."""
@@ -74,9 +86,11 @@ class DiffArguments:
 def run_inspect(arguments: InspectArguments) -> int:
     """Inspect a cache and print the report; returns the exit code."""
     from decant.schemas import to_json
-    from decant.storage.cli.terminal import json_text, progress_bar
-    from decant.storage.files.store import Store
+    from decant.storage.cli.terminal import WIDTH, json_text, progress_bar
+    from decant.storage.files.durable import staged_file
     from decant.storage.inspect.collect import inspect
+    from decant.storage.inspect.curve import chosen_k
+    from decant.storage.inspect.curve_text import NO_CURVE
     from decant.storage.inspect.text import report_text
 
     refuse_missing(arguments.url)
@@ -88,12 +102,22 @@ def run_inspect(arguments: InspectArguments) -> int:
             seed=arguments.seed,
             keep=True,
         )
+    said, budget = [], arguments.budget()
+    if budget:
+        choice = chosen_k(report, budget)
+        text = f"Budget: {NO_CURVE if choice is None else choice.text}"
+        said = textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+        report = dataclasses.replace(report, recommended_k=choice.k if choice else None)
     if arguments.html:
         from decant.storage.inspect.html import report_html
 
         file = Path(arguments.html)
-        Store(file.parent).publish(file.name, report_html(report).encode())
-    print(json_text(to_json(report)) if arguments.json else report_text(report))
+        with staged_file(file) as temporary:
+            temporary.write_text(report_html(report), encoding="utf-8")
+    if arguments.json:
+        print(json_text(to_json(report)))
+    else:
+        print("\n".join([report_text(report), *said]))
     return process.DONE
 
 
@@ -141,6 +165,8 @@ INSPECT = Command(
   decant inspect caches/demo --json > demo.json
   decant inspect caches/large --sample 0.05       a twentieth of it: estimates
   decant inspect caches/large --sample 20         20 row groups
+  decant inspect caches/demo --max-nats 0.5       which k costs at most that?
+  decant inspect caches/demo --max-bytes 60       which k fits 60 bytes a target?
 
 Reads the cache once. While a dump is still running it reports the shards
 committed so far and says so. The figures of a complete cache in a directory are

@@ -49,7 +49,8 @@ def diff_text(found: Difference) -> str:
     if found.top1_agreement is None:
         return "\n".join([*lines, "  no KL: one of them stores no log probs of kept entries"])
     lines += [
-        "  * nats; the ids that both keep, and all others as one bucket: at most the full KL",
+        "  * nats; sum of p log(p/q) - p + q over the ids that both keep and one bucket for all",
+        "    others: at most the KL over the vocabulary",
         "",
         "Where they differ most",
         f"  {'KL a,b':>7} {'KL b,a':>7} {'seq.':>7} {'pos.':>5}  {'context':<22} {'token':<10} "

@@ -4,8 +4,11 @@ import html
 from collections.abc import Iterable, Sequence
 
 from decant.storage.cli.terminal import escaped, megabytes
+from decant.storage.inspect import curve_text
 from decant.storage.inspect import text as report_text
+from decant.storage.inspect.curve import shown_ks
 from decant.storage.inspect.examples import Target, context_shown, shown
+from decant.storage.inspect.precision import logprob_error_warning
 from decant.storage.inspect.report import RANKS, Report
 from decant.storage.inspect.svg import bar_chart, line_chart, share_bar
 
@@ -168,6 +171,17 @@ def _teacher(report: Report) -> str:
         ("decoding error, mean, nats", f"{report.kl_error_mean:.2g}"),
         ("decoding error, max, nats", f"{report.kl_error_max:.2g}"),
     ]
+    if report.logprob_error_max is not None:
+        rows += [
+            ("worst log prob of a target, mean error", f"{report.logprob_error_mean:.2g}"),
+            ("worst log prob of a target, max error", f"{report.logprob_error_max:.2g}"),
+        ]
+    title += "".join(
+        f'<p class="warn">Warning: {escape(warning)}.</p>'
+        for warning in logprob_error_warning(
+            report.precision, report.logprob_error_mean, report.logprob_error_max
+        )
+    )
     found = [
         (at.confidence, at.accuracy, at.targets)
         for at in report.reliability
@@ -189,37 +203,26 @@ def _teacher(report: Report) -> str:
 
 def _truncation(report: Report) -> str:
     curve = report.truncation_curve
-    text = f"<h2>Fewer entries</h2><p>{escape(report_text.recommendation(report))}</p>"
-    if curve:
-        marked = report_text.shown_ks(len(curve))
-        rows = [
-            (f"{at.k}", f"{at.retained_mass:.4f}", f"{at.fkl:.4f}", f"{at.rkl:.4f}")
-            for at in curve
-            if at.k in marked or at.k == report.recommended_k
-        ]
-        plot = line_chart(
-            [
-                ("forward KL", [(at.k, at.fkl) for at in curve]),
-                ("reverse KL", [(at.k, at.rkl) for at in curve]),
-            ],
-            log_x=True,
-        )
+    text = "<h2>Fewer entries</h2>"
+    if not curve:
+        text += f"<p>{escape(curve_text.NO_CURVE)}</p>"
+    else:
+        marked = shown_ks(len(curve))
+        rows = [curve_text.curve_cells(at) for at in curve if at.k in marked]
+        plot = line_chart([("forward KL", [(at.k, at.fkl) for at in curve])], log_x=True)
         mass = line_chart(
             [("mass", [(at.k, at.retained_mass) for at in curve])], y_top=1.0, log_x=True
         )
+        heads = ("k", "retained mass", "±", "forward KL", "±", "bytes per target")
         text += (
-            '<p class="soft">What a smaller k would cost, in nats per target, to a student that '
-            "knows only the first k entries and the mass of the rest.</p>"
+            f'<p class="soft">{escape("; ".join(curve_text.curve_note(report)))}.</p>'
             '<div class="plots">'
-            + _table(("k", "retained mass", "forward KL", "reverse KL"), rows)
-            + _figure(plot, "Cost in nats against k: forward KL (blue), reverse KL (orange)")
+            + _table(heads, rows)
+            + _figure(plot, "Cost in nats of forward KL against k")
             + _figure(mass, "Retained mass against k")
-            + "</div>"
+            + f'</div><p class="soft">{escape(" ".join(curve_text.unknown_lines(report)))}.</p>'
         )
-    return text + (
-        f"<p>AKL's head (half the mass) reaches beyond the kept entries in "
-        f"{report.akl_inexact:.2%} of targets.</p>"
-    )
+    return text + "".join(f"<p>{escape(line)}.</p>" for line in curve_text.akl_lines(report))
 
 
 def _worst(report: Report) -> str:

@@ -42,14 +42,21 @@ class AtTemperature:
     """1 - exp(log tail) of each target; None where draws alone are stored."""
     retained_mass_histogram: Histogram
     teacher_entropy: Spread
-    """Nats, over the kept entries and the tail as one bucket: at most the full entropy. Where draws
-    alone are stored, the full one."""
+    """Nats, over the kept entries and the tail as one bucket: a lower bound of the full entropy,
+    and a loose one where much lies in the tail. Where draws alone are stored, the full one."""
     teacher_entropy_histogram: Histogram
+    teacher_entropy_least: Spread
+    """Nats: the full entropy is at least this, as no id of the tail has more than the last kept."""
+    teacher_entropy_least_histogram: Histogram
+    teacher_entropy_most: Spread
+    """Nats: and at most this, with the tail spread evenly over the ids that are not kept."""
+    akl_inexact: float | None
+    """Share of targets whose kept mass at this temperature is below AKL's mu = 0.5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReliabilityBin:
-    """The targets whose top-1 probability lies in one of 15 equal parts of [0, 1]."""
+    """The targets whose top-1 probability lies in one of 15 equal parts (a, b] of [0, 1]."""
 
     targets: int
     confidence: float | None
@@ -64,10 +71,18 @@ class AtK:
 
     k: int
     retained_mass: float
+    retained_mass_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     fkl: float
-    """What the forward KL loses, nats: see `storage.truncation_cost`."""
+    """What the forward KL loses against the entries that are stored, nats: see
+    `storage.inspect.truncation_cost`."""
+    fkl_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     rkl: float
-    """What the reverse KL loses, nats."""
+    """A lower bound of KL(what k entries tell || teacher), nats; no cost of the reverse KL, which
+    depends on the student's mass outside the k ids."""
+    bytes_per_target: float | None
+    """Of a cache of k entries, measured on some of the targets; None where it was not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +192,11 @@ class Report:
     truncation_curve: tuple[AtK, ...]
     """For k = 1 to K; empty with draws, whose entries are no top k."""
     recommended_k: int | None
-    """The smallest k of the curve whose `fkl` is at most `truncation_cost.TOLERANCE` nats."""
+    """The k below K that a budget of bytes or nats asks for; None without a budget or such a k."""
     beyond_k: float | None
     """At most this much more, in nats, would the forward KL gain from keeping all V ids."""
+    beyond_k_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     akl_head_size: Spread | None
     """Kept entries in AKL's head at mu = 0.5, T=1, by the authors' rule."""
     akl_inexact: float | None
@@ -187,6 +204,10 @@ class Report:
     kl_error_mean: float | None
     """KL(scored || decoded) as measured while writing, nats; mean over targets."""
     kl_error_max: float | None
+    logprob_error_mean: float | None
+    """Mean over targets of the largest error of a kept entry's log prob, nats, as measured while
+    writing: what the reverse KL of any student moves by, at most. None in older caches."""
+    logprob_error_max: float | None
     dump_seconds: float
     """Wall time summed over shards."""
     targets_per_second: float | None

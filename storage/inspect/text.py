@@ -1,14 +1,16 @@
 """The report of `inspect` for a terminal: at most 100 columns wide, with small histograms."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from decant.schemas import Rejected
-from decant.storage.cache.lineage import lineage_text
+from decant.storage.cache.lineage import lineage_text, sampler_text
 from decant.storage.cli.terminal import WIDTH, clip, fit, megabytes, width
+from decant.storage.inspect.curve_text import fewer_entries
 from decant.storage.inspect.examples import Target, context_shown, entries_shown, shown
+from decant.storage.inspect.precision import logprob_error_warning
 from decant.storage.inspect.report import RANKS, Histogram, Report, Spread
-from decant.storage.inspect.truncation_cost import TOLERANCE
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -34,7 +36,7 @@ def report_text(report: Report) -> str:
             f"{report.sample.of_row_groups:,} row groups (seed {report.sample.seed});",
             "counts and sizes above, decoding error and dump are exact",
         ]
-    sections = [_size, _spreads, _shapes, _teacher, _cut, _worst, _speed]
+    sections = [_size, _spreads, _shapes, _teacher, fewer_entries, _worst, _speed]
     if not report.has_logprobs:
         sections = [_size, _spreads, _shapes, _without_logprobs, _speed]
     return "\n".join([*lines, *(line for section in sections for line in ("", *section(report)))])
@@ -77,11 +79,12 @@ def overview(report: Report) -> list[tuple[str, str]]:
             f"stored as {report.precision}" if report.has_logprobs else "stored without log probs"
         )
         kept = f"{kept} of {report.shared_vocab_size:,}, {stored}"
-    made = lineage_text(report.source)
+    made, sampled = lineage_text(report.source), sampler_text(report.source)
     return [
         ("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
         ("tokenizer", report.tokenizer_fingerprint or "none (ready ids)"),
         ("source", str(report.source.get("path", "") or "not recorded")),
+        *([("sampled by", sampled)] if sampled else []),
         *([("made by", made)] if made else []),
         ("records", records_line(report)),
         ("kept", kept),
@@ -132,11 +135,11 @@ def _size(report: Report) -> list[str]:
 
 def _spreads(report: Report) -> list[str]:
     names = ("min", *RANKS, "max")
-    lines = [f"  {'':<24}{'mean':>8}" + "".join(f"{name:>7}" for name in names)]
+    lines = [f"  {'':<26}{'mean':>8}" + "".join(f"{name:>7}" for name in names)]
     for name, spread, digits in spreads(report):
         values = [getattr(spread, rank) for rank in names]
         mean = f"{spread.mean:.{max(digits, 1)}f}"
-        lines.append(f"  {name:<24}{mean:>8}" + "".join(f"{v:>7.{digits}f}" for v in values))
+        lines.append(f"  {name:<26}{mean:>8}" + "".join(f"{v:>7.{digits}f}" for v in values))
     return [*lines, f"  * {entropy_note(report)}"] if report.temperatures else lines
 
 
@@ -144,7 +147,9 @@ def entropy_note(report: Report) -> str:
     """What the figures of entropy are."""
     if not report.has_logprobs:
         return "nats; of the whole distribution"
-    return "nats; kept entries and the tail as one bucket: a lower bound of the full entropy"
+    return (
+        "nats over the vocabulary; the tail as uneven as the last entry allows, and spread evenly"
+    )
 
 
 def spreads(report: Report) -> list[tuple[str, Spread, int]]:
@@ -155,7 +160,11 @@ def spreads(report: Report) -> list[tuple[str, Spread, int]]:
     ]
     for at in report.temperatures:
         found.append((f"retained mass T={at.temperature:.4g}", at.retained_mass, 3))
-        found.append((f"teacher entropy* T={at.temperature:.4g}", at.teacher_entropy, 2))
+        if not report.has_logprobs:
+            found.append((f"teacher entropy* T={at.temperature:.4g}", at.teacher_entropy, 2))
+            continue
+        found.append((f"entropy* at least T={at.temperature:.4g}", at.teacher_entropy_least, 2))
+        found.append((f"entropy* at most T={at.temperature:.4g}", at.teacher_entropy_most, 2))
     found.append(("top-1 probability", report.top1_probability, 3))
     found.append(("AKL head, entries", report.akl_head_size, 0))
     return [(name, spread, digits) for name, spread, digits in found if spread is not None]
@@ -165,7 +174,7 @@ def _shapes(report: Report) -> list[str]:
     lines = []
     for name, histogram in histograms(report):
         low, high = histogram.edges[0], histogram.edges[-1]
-        lines.append(f"  {name:<24}{low:>8.4g} {sparkline(histogram.counts)} {high:.4g}")
+        lines.append(f"  {name:<26}{low:>8.4g} {sparkline(histogram.counts)} {high:.4g}")
     return ["Shapes (bars: share of the fullest bin)", *lines]
 
 
@@ -176,7 +185,8 @@ def histograms(report: Report) -> list[tuple[str, Histogram]]:
         found.append(("tokens per sequence", report.sequence_length_histogram))
     for at in report.temperatures:
         found.append((f"retained mass T={at.temperature:.4g}", at.retained_mass_histogram))
-        found.append((f"teacher entropy* T={at.temperature:.4g}", at.teacher_entropy_histogram))
+        name = "entropy* at least" if report.has_logprobs else "teacher entropy*"
+        found.append((f"{name} T={at.temperature:.4g}", at.teacher_entropy_least_histogram))
     if report.reliability:
         bins = len(report.reliability)
         found.append(
@@ -238,46 +248,25 @@ def _teacher(report: Report) -> list[str]:
         axis[round(50 * at.accuracy)] = "o"
         figures = f"  {at.confidence:>10.3f}{at.accuracy:>10.3f}{at.targets:>12,}  "
         lines.append(figures + "".join(axis).rstrip())
-    error = (
+    return [*lines, *_decoding_error(report)]
+
+
+def _decoding_error(report: Report) -> list[str]:
+    lines = [
         f"Decoding error, KL(scored || decoded): mean {report.kl_error_mean:.2g}, "
         f"max {report.kl_error_max:.2g} nats"
-    )
-    return [*lines, error]
-
-
-def _cut(report: Report) -> list[str]:
-    lines = ["Fewer entries", f"  {recommendation(report)}"]
-    curve = [at for at in report.truncation_curve if at.k in shown_ks(len(report.truncation_curve))]
-    if curve:
-        lines.append("  what a smaller k would cost, nats per target, to a student that knows only")
-        lines.append("  the first k entries and the mass of the rest")
-        lines.append(f"  {'k':>6}{'retained mass':>16}{'forward KL':>14}{'reverse KL':>14}")
-        lines += [
-            f"  {at.k:>6}{at.retained_mass:>16.4f}{at.fkl:>14.4f}{at.rkl:>14.4f}" for at in curve
-        ]
+    ]
+    if report.logprob_error_max is None:
+        return [*lines, "  of single log probs: not measured when this cache was written"]
     lines.append(
-        f"  AKL's head reaches beyond the kept entries in {report.akl_inexact:.2%} of targets"
+        f"  of the worst log prob of a target: mean {report.logprob_error_mean:.2g}, max "
+        f"{report.logprob_error_max:.2g} nats: a reverse KL moves by that at most"
     )
+    for warning in logprob_error_warning(
+        report.precision, report.logprob_error_mean, report.logprob_error_max
+    ):
+        lines += textwrap.wrap(f"WARNING: {warning}", WIDTH, subsequent_indent="  ")
     return lines
-
-
-def recommendation(report: Report) -> str:
-    """What the truncation curve says, in one line."""
-    curve = {at.k: at for at in report.truncation_curve}
-    k = report.recommended_k
-    if not curve or k is None:
-        return "no estimate for drawn entries, which are no top k."
-    beyond = f"more than {max(curve)} would gain at most {report.beyond_k:.3g}."
-    if k == max(curve):
-        return f"keep k={k}: any smaller costs more than {TOLERANCE:g} nats; {beyond}"
-    return f"k={k} would cost {curve[k].fkl:.4f} nats of forward KL; {beyond}"
-
-
-def shown_ks(slots: int) -> list[int]:
-    """Powers of two, the halves between them from 16 on, and K."""
-    powers = [2**i for i in range(17)]
-    halves = [3 * 2**i for i in range(3, 16)]
-    return sorted({k for k in (*powers, *halves) if k < slots} | {slots})
 
 
 def _worst(report: Report) -> list[str]:

@@ -44,6 +44,9 @@ class AlignedRows:
     size: NDArray[np.int64]
     """[C] how many tokens it has."""
     events: Events
+    sampler_logprobs: NDArray[np.float32] | None = None
+    """[C] what the sampler gave the token of each chunk; of a cache of the student's own tokenizer
+    alone."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -12,7 +12,12 @@ class GenerationConfig:
     """Prompts to answer at every evaluation, with references to compare the answers with."""
 
     path: str = ""
-    """JSON lines with `prompt` and `response`; none = nothing is generated."""
+    """JSON lines with `prompt` and `response`, or `messages`; none = nothing is generated."""
+    prompts: str = "auto"
+    """How prompts of text are put to the student: text, as they are; chat, as what a user says in
+    the chat template; auto: chat if the cache holds conversations."""
+    chat_template: str = ""
+    """File of the chat template that the cache was dumped with, if that was not the tokenizer's."""
     num_samples: int = 0
     """How many of the prompts, from the first on; 0 = all."""
     max_new_tokens: int = 128
@@ -28,7 +33,11 @@ class GenerationConfig:
     """Prompts at once, per process."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "path")
+        expand_home(self, "path", "chat_template")
+        if self.prompts not in ("auto", "chat", "text"):
+            raise ValueError(f"eval.generation.prompts {self.prompts!r} is not auto, chat or text")
+        if self.prompts == "text" and self.chat_template:
+            raise ValueError("eval.generation.chat_template has no effect with prompts: text")
         if self.num_samples < 0 or self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError(
                 "eval.generation needs num_samples >= 0, max_new_tokens >= 1 and batch_size >= 1"
@@ -40,7 +49,8 @@ class GenerationConfig:
                 "eval.generation: temperature and top_p have no effect without do_sample"
             )
         others = (self.num_samples, self.max_new_tokens, self.do_sample, self.batch_size)
-        if not self.path and others != (0, 128, False, 8):
+        asked = (self.prompts, self.chat_template)
+        if not self.path and (others != (0, 128, False, 8) or asked != ("auto", "")):
             raise ValueError("eval.generation: the other keys have no effect without path")
 
 

@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decant.student_train.config.schedule import Schedule, parse_option, value_at, values_of
-from decant.student_train.losses.kinds import DIVERGENCES, check
+from decant.student_train.losses.kinds import KINDS, check
 
 Weight = float | Schedule
+
+
+PRESETS = ("kl", "rkl", "js", "tvd", "contrastive")
+"""Losses of a mixture whose kinds go by whose prefixes a cache holds: `config/presets.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,23 +19,64 @@ class LossTerms:
     """The loss of one step: numbers where `LossConfig` may have schedules."""
 
     kind: str
-    kd_weight: tuple[float, ...]
-    """One weight for all targets, or one per cache of a mixture."""
-    ce_weight: tuple[float, ...]
+    kd_weight: float
+    ce_weight: float
     temperature: float
     tail: str
     scale_by_t2: bool
     options: dict[str, Any]
 
-    def shown(self, names: Sequence[str]) -> dict[str, float]:
-        """Some of the numbers, for a line of metrics; one weight for caches that differ is not."""
-        values = {
-            "kd_weight": self.kd_weight[0] if len(self.kd_weight) == 1 else None,
-            "ce_weight": self.ce_weight[0] if len(self.ce_weight) == 1 else None,
+    def text(self) -> str:
+        """For people."""
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        return (
+            f"{self.kd_weight:g} {self.kind} (T={self.temperature:g}, {self.tail}{options})"
+            f" + {self.ce_weight:g} cross-entropy"
+        )
+
+    def divergence(self) -> dict[str, Any]:
+        """What `sparse_divergence` is asked for."""
+        return {
+            "kind": self.kind,
             "temperature": self.temperature,
+            "tail": self.tail,
+            "scale_by_t2": self.scale_by_t2,
             **self.options,
         }
-        return {name: values[name] for name in names if values[name] is not None}
+
+
+Terms = LossTerms | tuple[LossTerms, ...]
+"""Those of all targets, or of each cache of a mixture."""
+
+
+def of_source(terms: Terms, source: int) -> LossTerms:
+    """The terms of one cache."""
+    if isinstance(terms, LossTerms):
+        return terms
+    return terms[source] if len(terms) > 1 else terms[0]
+
+
+def shown(terms: Terms, names: Sequence[str], caches: Sequence[str] = ()) -> dict[str, float]:
+    """Some of the numbers, for a line of metrics; `name/cache` where caches differ in one."""
+    each = (terms,) if isinstance(terms, LossTerms) else terms
+    values: list[dict[str, Any]] = [
+        {
+            "kd_weight": one.kd_weight,
+            "ce_weight": one.ce_weight,
+            "temperature": one.temperature,
+            **one.options,
+        }
+        for one in each
+    ]
+    found: dict[str, float] = {}
+    for name in names:
+        those: list[Any] = [value.get(name) for value in values]
+        if all(value == those[0] for value in those):
+            found[name] = those[0]
+        else:
+            told = zip(caches, those, strict=True)
+            found |= {f"{name}/{cache}": value for cache, value in told if value is not None}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -40,7 +85,13 @@ class LossConfig:
 
     kind: str = "fkl"
     """Divergence: fkl, rkl, akl, jeffreys, jsd, tvd, skew_fkl, skew_rkl, alpha_beta or tail_kl; for
-    draft models acceptance or acceptance_hybrid; for the order of ids alone hinge or logistic."""
+    draft models acceptance or acceptance_hybrid; for the order of ids alone hinge or logistic; on
+    the student's own samples opd, which needs the log prob of the sampled token alone."""
+    preset: str = ""
+    """In place of a kind, for a mixture whose entries say whose `prefixes` they hold: f-DISTILL's
+    kl, rkl, js or tvd, or DistiLLM-2's contrastive pair."""
+    clip: float | None = None
+    """opd: how far the ratio of student to sampler may go from 1, as in PPO; 0 = no ratio."""
     kd_weight: Weight = 1.0
     """Weight of the divergence to the teacher; a number or a schedule, for example
     {values: [1.0, 0.5], at: [0, 1]}."""
@@ -64,8 +115,15 @@ class LossConfig:
     of a number is a schedule."""
 
     def __post_init__(self) -> None:
-        if self.kind not in DIVERGENCES:
-            raise ValueError(f"loss.kind {self.kind!r} is not one of {tuple(DIVERGENCES)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"loss.kind {self.kind!r} is not one of {tuple(KINDS)}")
+        if self.preset:
+            self._check_preset()
+        if self.clip is not None:
+            if "clip" not in KINDS[self.kind]:
+                raise ValueError(f"loss.clip is of kind opd, and has no effect with {self.kind}")
+            if "clip" in self.options:
+                raise ValueError("give loss.clip or loss.options.clip, not both")
         kd, ce = values_of(self.kd_weight), values_of(self.ce_weight)
         if min(kd) < 0 or min(ce) < 0 or max(kd) + max(ce) == 0:
             raise ValueError(
@@ -79,7 +137,8 @@ class LossConfig:
                 "a temperature between two stored ones cannot be computed: give the schedule of "
                 f"loss.temperature shape step, found {self.temperature.shape}"
             )
-        parsed = {name: parse_option(v, f"loss.options.{name}") for name, v in self.options.items()}
+        options = self.of_kind
+        parsed = {name: parse_option(v, f"loss.options.{name}") for name, v in options.items()}
         if self.kind == "alpha_beta":
             for name, value in parsed.items():
                 if isinstance(value, Schedule) and value.shape != "step":
@@ -95,6 +154,22 @@ class LossConfig:
             for at_knot in _knots(parsed):
                 check(self.kind, temperature, self.tail, at_knot)
 
+    def _check_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"loss.preset {self.preset!r} is not one of {PRESETS}")
+        if self.kind != "fkl":
+            raise ValueError(
+                f"loss.preset {self.preset} sets the kind of each cache, and loss.kind {self.kind} "
+                "another: give one of the two"
+            )
+
+    @property
+    def of_kind(self) -> dict[str, Any]:
+        """The options of the kind; those of a preset are for its caches."""
+        if self.preset:
+            return {}
+        return self.options if self.clip is None else {**self.options, "clip": self.clip}
+
     @property
     def temperatures(self) -> tuple[float, ...]:
         """All temperatures of the run, in order of use."""
@@ -106,26 +181,16 @@ class LossConfig:
         fields = ("kd_weight", "ce_weight", "temperature")
         return (
             *(name for name in fields if isinstance(getattr(self, name), Schedule)),
-            *(name for name, value in self.options.items() if isinstance(value, dict)),
+            *(name for name, value in self.of_kind.items() if isinstance(value, dict)),
         )
 
-    def at(
-        self,
-        step: int,
-        steps: int,
-        overrides: Sequence[tuple[Weight | None, Weight | None]] = ((None, None),),
-    ) -> LossTerms:
-        """The numbers of a step (0-based) of a run of `steps`.
-
-        `overrides` has the kd and CE weight that each cache of a mixture sets for itself, or None.
-        """
-        kd = [self.kd_weight if kd is None else kd for kd, _ in overrides]
-        ce = [self.ce_weight if ce is None else ce for _, ce in overrides]
-        options = {name: parse_option(value, name) for name, value in self.options.items()}
+    def at(self, step: int, steps: int) -> LossTerms:
+        """The numbers of a step (0-based) of a run of `steps`."""
+        options = {name: parse_option(value, name) for name, value in self.of_kind.items()}
         return LossTerms(
             kind=self.kind,
-            kd_weight=_shared(tuple(value_at(weight, step, steps) for weight in kd)),
-            ce_weight=_shared(tuple(value_at(weight, step, steps) for weight in ce)),
+            kd_weight=value_at(self.kd_weight, step, steps),
+            ce_weight=value_at(self.ce_weight, step, steps),
             temperature=value_at(self.temperature, step, steps),
             tail=self.tail,
             scale_by_t2=self.scale_by_t2,
@@ -134,11 +199,6 @@ class LossConfig:
                 for name, value in options.items()
             },
         )
-
-
-def _shared(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """One weight if all are equal."""
-    return weights[:1] if len(set(weights)) == 1 else weights
 
 
 def _knots(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from decant.student_train.config.alignment import AlignConfig, check_mismatch
 from decant.student_train.config.evaluation import EvalConfig
-from decant.student_train.config.loss import LossConfig
+from decant.student_train.config.loss import LossConfig, Terms
 from decant.student_train.config.mixture import CacheShare
 from decant.student_train.config.paths import expand_home
+from decant.student_train.config.presets import losses_of
 from decant.student_train.config.schedule import values_of
 from decant.student_train.config.selection import SelectionConfig
 from decant.student_train.config.student import AdapterConfig, StudentConfig
@@ -168,13 +169,14 @@ class TrainConfig:
         if self.steps:
             self.refuse_long_warmup(self.steps)
         for share in self.mixture:
-            kd = self.loss.kd_weight if share.kd_weight is None else share.kd_weight
-            ce = self.loss.ce_weight if share.ce_weight is None else share.ce_weight
+            own = share.own
+            kd, ce = (own.get(n, getattr(self.loss, n)) for n in ("kd_weight", "ce_weight"))
             if max(*values_of(kd), *values_of(ce)) == 0:
                 raise ValueError(
                     f"mixture: kd_weight and ce_weight of {share.cache} are both 0: nothing would "
                     "be learned from it; leave it out, or give it a weight"
                 )
+        assert len(self.losses) == max(1, len(self.mixture))
         for name in ("batch_size", "gradient_accumulation", "log_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -184,6 +186,21 @@ class TrainConfig:
             raise ValueError(f"mixed_precision {self.mixed_precision!r} is not one of {PRECISIONS}")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing {self.packing!r} is not one of {PACKINGS}")
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        """The loss of each cache of the mixture, or of the one cache."""
+        return losses_of(self.loss, self.mixture)
+
+    @property
+    def scheduled(self) -> tuple[str, ...]:
+        """Which numbers of the loss of any cache change over the run."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.scheduled))
+
+    def terms(self, step: int, steps: int) -> Terms:
+        """The numbers of the loss at a step (0-based): one for all, or one per cache."""
+        found = tuple(loss.at(step, steps) for loss in self.losses)
+        return found[0] if all(terms == found[0] for terms in found) else found
 
     def refuse_long_warmup(self, steps: int) -> None:
         """Raise ValueError if the warmup does not end within a run of so many steps."""

@@ -40,13 +40,20 @@ class ModelOptions:
 class EvaluateArguments(ModelOptions):
     """Which student or models, on which targets, and what is measured."""
 
-    cache: Annotated[str, Shown("DIR")]
-    """The cache with the targets: a directory or an fsspec URL."""
+    cache: Annotated[str, Shown("DIR")] = ""
+    """The cache with the targets: a directory or an fsspec URL. With --samples, one over what the
+    teacher samples."""
     student: Annotated[str, Shown("PATH")] = ""
     """A student: a directory, a hub id, or the output folder of a training."""
     model: Annotated[tuple[str, ...], Shown("PATH")] = ()
     """Any model of the cache's tokenizer: a directory, a hub id, a .gguf file or a PEFT adapter.
     Given twice, the two are compared."""
+    samples: Annotated[str, Shown("DIR")] = ""
+    """A cache over what a student samples: the teacher's risk of them, how they vary, ROUGE; with
+    --model and --cache, the model's risk of what the teacher samples."""
+    references: Annotated[str, Shown("FILE")] = ""
+    """--samples: JSON lines of id and response to compare the samples with; by default the targets
+    of --cache under the same ids."""
     heldout_fraction: float = 0.0
     """--student: take only the part that a training with this eval.heldout_fraction never saw;
     0 = all."""
@@ -85,12 +92,19 @@ class EvaluateArguments(ModelOptions):
         check_mismatch(self.tokenizer_mismatch)
         if self.messages and self.tokenizer_mismatch == "refuse":
             raise ValueError("--messages has no effect without --tokenizer-mismatch align")
-        if bool(self.student) == bool(self.model):
+        self._check_samples()
+        if not self.samples and not self.cache:
+            raise ValueError("give --cache, the cache with the targets")
+        if bool(self.student) == bool(self.model) and not self.samples:
             raise ValueError("give --student, or --model once or twice")
         if len(self.model) > 2:
             raise ValueError(f"--model was given {len(self.model)} times: two can be compared")
         defaults = {f.name: f.default for f in fields(self)} | {"options": {}}
-        idle, given = (STUDENT_ALONE, "--model") if self.model else (MODEL_ALONE, "--student")
+        idle: tuple[str, ...] = STUDENT_ALONE if self.model else MODEL_ALONE
+        given = "--model" if self.model else "--student"
+        if self.samples:
+            alone = tuple(name for name in MODEL_ALONE if name != "seed") if not self.model else ()
+            idle, given = (*STUDENT_ALONE, *alone, "html", "worst"), "--samples"
         for name in idle:
             if getattr(self, name) != defaults[name]:
                 is_aligned = name in ("tokenizer_mismatch", "messages")
@@ -105,3 +119,17 @@ class EvaluateArguments(ModelOptions):
             raise ValueError(f"--batch-size {self.batch_size} must be at least 1")
         if self.model and self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype!r} is not auto, float32, bfloat16 or float16")
+
+    def _check_samples(self) -> None:
+        """Raise ValueError for what does not go with samples, and what goes with nothing else."""
+        if not self.samples:
+            if self.references:
+                raise ValueError("--references has no effect without --samples")
+            return
+        if self.student or len(self.model) > 1:
+            raise ValueError("--samples goes with --model once, or without a model")
+        if self.model and not self.cache:
+            raise ValueError(
+                "--samples with --model needs --cache: a cache over what the teacher samples, of "
+                "which the model's coverage risk is"
+            )

@@ -155,6 +155,9 @@ class Batch:
     label_logprob: Tensor
     """[N] float32: the teacher's log prob of the actual token at T=1; of all tokens of a chunk at
     its last, 0 before it."""
+    sampler_logprobs: Tensor | None = None
+    """[N] float32 nats: the log prob of the actual token by the model that sampled it, at T=1; NaN
+    for targets of a cache of a mixture that keeps none. None where no cache does."""
     sample_ids: list[str]
     """B strings: the source's own ids of the sequences."""
     num_tokens: int
@@ -235,6 +238,33 @@ class Batch:
         assert isinstance(targets, SparseTargets)
         return dataclasses.replace(targets, log_z=log_z, log_tail=log_tail, checked_for=checked_for)
 
+    @property
+    def sampled_targets(self) -> SparseTargets:
+        """The actual tokens with the log probs that teacher and sampler gave them: for kind opd.
+
+        Raises ValueError where several tokens of the student stand for one of the teacher's.
+        """
+        if self.events is not None and len(self.events.sizes) != len(self.labels):
+            raise ValueError(
+                "targets that are chunks of several tokens are no samples of the student's: opd "
+                "needs a cache of the student's own tokenizer"
+            )
+        targets = SparseTargets.of_labels(
+            self.labels, self.label_logprob.clamp(max=0), self.sampler_logprobs
+        )
+        return dataclasses.replace(targets, checked_for=(self.vocab_size, 1.0))
+
+    def runs(self) -> list[tuple[int, slice]]:
+        """Which cache the targets are of, by runs of targets of one; (0, all) of one cache."""
+        if self.source is None:
+            return [(0, slice(0, self.num_targets))]
+        values, counts = torch.unique_consecutive(self.source, return_counts=True)
+        found, start = [], 0
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            found.append((value, slice(start, start + count)))
+            start += count
+        return found
+
     def of_targets(self, rows: Tensor) -> "Batch":
         """The same sequences with some of the targets alone: those at `rows` [n], int64."""
         if self.stored is None:
@@ -249,7 +279,7 @@ class Batch:
         )
         per_target = {
             name: value.index_select(0, rows)
-            for name in ("predictors", "labels", "label_logprob", "source")
+            for name in ("predictors", "labels", "label_logprob", "sampler_logprobs", "source")
             if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, stored=stored, **per_target)

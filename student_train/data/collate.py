@@ -68,6 +68,18 @@ def collate(
         each = range(len(columns))
         return tuple(tensor(joined(lambda rows, i=i: rows.topk_logprob[i])) for i in each)
 
+    def sampler_logprobs() -> Tensor | None:
+        """[N], NaN for the sequences of caches that keep none."""
+        parts = [span.rows.sampler_logprobs for span in spans]
+        if all(part is None for part in parts):
+            return None
+        nothing = (np.full(len(span.positions), np.nan, np.float32) for span in spans)
+        taken = [
+            none if part is None else part[span.targets]
+            for part, none, span in zip(parts, nothing, spans, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(taken))
+
     num_kept = joined(lambda rows: rows.num_kept)
     stored = StoredTargets(
         topk_lo=tensor(joined(lambda rows: rows.topk_lo)),
@@ -93,6 +105,7 @@ def collate(
         labels=torch.from_numpy(ids).flatten()[torch.from_numpy(predictors + 1)],
         stored=stored,
         label_logprob=tensor(joined(lambda rows: rows.scalars["label_logprob"])),
+        sampler_logprobs=sampler_logprobs(),
         sample_ids=[span.sample_id for span in spans],
         num_tokens=sum(span.length for span in spans),
         vocab_size=layout.vocab_size,

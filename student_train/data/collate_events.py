@@ -43,6 +43,14 @@ def collate_events(
             ]
         return torch.from_numpy(np.concatenate(parts))
 
+    samplers = [span.rows.sampler_logprobs for span in spans]
+    sampler_logprobs = None
+    if any(column is not None for column in samplers):  # whose chunks are of one token each
+        parts = [
+            np.full(len(span.places), np.nan, np.float32) if column is None else column[span.chunks]
+            for span, column in zip(spans, samplers, strict=True)
+        ]
+        sampler_logprobs = torch.from_numpy(np.concatenate(parts))
     label_logprob = torch.zeros(len(labels))
     label_logprob[torch.from_numpy(np.cumsum(sizes) - 1)] = joined("observed", 0.0)
     return Batch(
@@ -60,6 +68,7 @@ def collate_events(
             checked_for=(vocab_size, 1.0),
         ),
         label_logprob=label_logprob,
+        sampler_logprobs=sampler_logprobs,
         sample_ids=[rows.sample_ids[index] for rows, index in sequences],
         num_tokens=sum(span.length for span in spans),
         vocab_size=vocab_size,
@@ -111,4 +120,5 @@ def own_events(stored: StoredRows, layout: Layout) -> AlignedRows:
             kept_mass=kept_mass,
             found_mass=kept_mass,
         ),
+        sampler_logprobs=rows.sampler_logprobs,
     )

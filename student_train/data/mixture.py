@@ -21,6 +21,7 @@ from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs, of_planes
 from decant.storage.cache.same_tokenizer import same_ids
 from decant.student_train.alignment.aligner import AlignedRows
+from decant.student_train.data.generations import GENERATIONS, generations_of
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import SequenceStream, order_of
 from decant.student_train.data.stream_config import StreamConfig, temperature_indices
@@ -74,14 +75,25 @@ class MixtureStream(SequenceStream):
     """
 
     def __init__(
-        self, urls: Sequence[str | os.PathLike[str]], weights: Sequence[float], **options: Any
+        self,
+        urls: Sequence[str | os.PathLike[str]],
+        weights: Sequence[float],
+        *,
+        temperatures: Sequence[Sequence[float]] | None = None,
+        **options: Any,
     ) -> None:
         """Open the caches; `options` are the fields of `StreamConfig`, `lanes` are of each cache.
+
+        `temperatures` are those that each cache's targets are wanted at, in place of `temperature`
+        for all: at the others theirs are NaN.
 
         Raises ValueError if the caches differ in tokenizer or vocabulary (and there is no
         `alignment`), if one lacks a
         temperature, or if drawn targets were to be mixed with others.
         """
+        if temperatures is not None:
+            every = dict.fromkeys(t for those in temperatures for t in those)
+            options["temperature"] = tuple(every)
         super().__init__(StreamConfig(**options))
         self.readers = [CacheReader(url) for url in urls]
         self._align()
@@ -92,7 +104,12 @@ class MixtureStream(SequenceStream):
             self._check_forms()
         wanted = self.config.temperatures
         self._temperatures = [1.0] + [t for t in wanted if t != 1]
-        self._indices = [temperature_indices(r, self._temperatures) for r in self.readers]
+        self._indices = [
+            _stored_at(reader, self._temperatures, [1.0, *own])
+            for reader, own in zip(
+                self.readers, temperatures or [wanted] * len(self.readers), strict=True
+            )
+        ]
         self._layout = _common_layout([r.manifest.layout for r in self.readers], self._temperatures)
         self._temperature_indices = tuple(self._temperatures.index(t) for t in wanted)
         self._pattern = interleaving(weights)
@@ -114,6 +131,7 @@ class MixtureStream(SequenceStream):
             "seed": self.orders[0].seed,
             "num_sequences": [order.num_sequences for order in self.orders],
             "lanes": self.orders[0].lanes,
+            GENERATIONS: generations_of(self.readers),
             "consumed": self.consumed,
         }
 
@@ -189,8 +207,19 @@ def _common_layout(layouts: Sequence[Layout], temperatures: Sequence[float]) -> 
     )
 
 
+def _stored_at(
+    reader: CacheReader, common: Sequence[float], own: Sequence[float]
+) -> tuple[int | None, ...]:
+    """Where a cache stores each of the common temperatures, None where it is not wanted of it.
+
+    Raises ValueError naming what it has if one of its own is not stored.
+    """
+    found = dict(zip(own, temperature_indices(reader, own), strict=True))
+    return tuple(found.get(value) for value in common)
+
+
 def _as_layout(
-    rows: StoredRows, layout: Layout, common: Layout, temperatures: tuple[int, ...]
+    rows: StoredRows, layout: Layout, common: Layout, temperatures: tuple[int | None, ...]
 ) -> StoredRows:
     """The same sequences in the common layout; `temperatures` are those of it, as stored."""
     more = ((0, 0), (0, common.slots - layout.slots))
@@ -210,6 +239,7 @@ def _as_layout(
         assert tail is not None
         stored = of_planes(rows.topk_logprob, layout.slots, layout.precision == "compact")
         logprobs = decode_logprobs(stored, unused, tail, layout.precision, layout.code)
+    unknown = np.full(len(rows.token_id), np.nan, np.float32)
     high = rows.topk_hi
     if high is None and common.wide:
         high = np.zeros_like(rows.topk_lo)
@@ -222,7 +252,7 @@ def _as_layout(
         num_kept=num_kept,
         draws=None if rows.draws is None else widened(rows.draws),
         by_temperature={
-            name: [columns[i] for i in temperatures]
+            name: [unknown if i is None else columns[i] for i in temperatures]
             for name, columns in rows.by_temperature.items()
         },
     )

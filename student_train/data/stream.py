@@ -25,6 +25,7 @@ from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.data.epoch import OnePass
+from decant.student_train.data.generations import GENERATIONS, generations_of, note_rewritten
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 from decant.student_train.data.stream_config import StreamConfig, ToEvents, temperature_indices
@@ -64,6 +65,7 @@ class SequenceStream(IterableDataset[Batch]):
     _num_lanes: int
     _num_sources: int = 1
     _to_events: list[ToEvents] | None = None
+    _aligned: tuple[bool, ...] = ()
 
     def __init__(self, config: StreamConfig) -> None:
         """Nothing is read yet."""
@@ -93,12 +95,17 @@ class SequenceStream(IterableDataset[Batch]):
         """Whether targets are events."""
         return self._to_events is not None
 
+    def is_aligned(self, source: int) -> bool:
+        """Whether a cache's tokens are others than the student's."""
+        return any(self._aligned) and self._aligned[source]
+
     def _align(self) -> None:
         """Find out whether targets are events: of a student of another tokenizer, or of labels.
 
         Raises ValueError for temperatures that events do not have.
         """
         made = [self.config.alignment and self.config.alignment(r) for r in self.readers]
+        self._aligned = tuple(bool(one) for one in made)
         if not any(made) and all(reader.manifest.layout.slots for reader in self.readers):
             return
         for reader in self.readers:
@@ -157,6 +164,7 @@ class SequenceStream(IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises ValueError if it is of another cache, order or part."""
         ours = self.state_dict()
+        note_rewritten(self.readers, state.get(GENERATIONS), ours.pop(GENERATIONS, None))
         for name in [name for name in ours if name != "consumed"]:
             if state.get(name) != ours[name]:
                 raise ValueError(
@@ -244,6 +252,8 @@ class SequenceStream(IterableDataset[Batch]):
 
     def collate(self, sequences: list[Found], packing: str = "none") -> Batch:
         """Join sequences into one batch."""
+        if self.config.by_cache:
+            sequences = sorted(sequences, key=lambda found: found.source)
         sources = [found.source for found in sequences] if self._num_sources > 1 else None
         rows: Any = [(found.rows, found.member) for found in sequences]
         if self._to_events:
@@ -325,6 +335,7 @@ class CacheStream(SequenceStream):
             "seed": self.order.seed,
             "num_sequences": self.num_sequences,
             "lanes": self.order.lanes,
+            GENERATIONS: generations_of(self.readers),
             "consumed": self.consumed,
         }
 

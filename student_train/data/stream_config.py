@@ -29,6 +29,9 @@ class StreamConfig:
     whatever the seed."""
     heldout_fraction: float = 0.0
     """Share of the sequences in the part heldout."""
+    by_cache: bool = False
+    """Of a mixture: whether the sequences of a batch stand together by cache, for losses that
+    differ from one to the other, or as they come in the order."""
     lanes: int = 16
     """How many row groups of a cache are read from in turn. A rank holds at most about
     2 * lanes / world_size of them, undecoded (3 MB each at k=64)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from decant.student_train.config.loss import LossTerms
+from decant.student_train.config.loss import Terms, of_source
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.data.stream import CacheStream
 from decant.student_train.evaluation.answers import Generation
@@ -23,8 +23,9 @@ class Evaluation:
     """Held-out targets by name."""
     generation: Generation | None
     """Prompts to answer."""
-    terms: LossTerms
-    """Numbers of the loss to compute divergences with: those of the last step, all along."""
+    terms: Terms
+    """Numbers of the loss to compute divergences with: those of the last step, all along; of each
+    of the streams, where these are of the caches of a mixture that differ in them."""
 
     def __bool__(self) -> bool:
         return bool(self.streams) or self.generation is not None
@@ -47,7 +48,7 @@ def evaluate(
     model: torch.nn.Module,
     streams: Mapping[str, CacheStream],
     accelerator: Accelerator,
-    terms: LossTerms,
+    terms: Terms,
 ) -> dict[str, float]:
     """The means of `HeldoutSums` over all targets of the streams' parts, the same on every process.
 
@@ -62,7 +63,7 @@ def evaluate(
     for source, (name, stream) in enumerate(streams.items()):
         sums = HeldoutSums.zero(accelerator.device)
         for batch, counts in heldout_batches(stream):
-            its = distiller.measure(batch.to(accelerator.device), _of_source(terms, source))
+            its = distiller.measure(batch.to(accelerator.device), of_source(terms, source))
             if counts:
                 sums += its
         sums = sums.map(lambda flat: accelerator.reduce(flat, reduction="sum").cpu())
@@ -71,14 +72,3 @@ def evaluate(
             found |= {f"{key}/{name}": value for key, value in sums.metrics().items()}
     model.train(was_training)
     return total.metrics() | found
-
-
-def _of_source(terms: LossTerms, source: int) -> LossTerms:
-    """The terms with the weights of one cache alone."""
-
-    def weight(weights: tuple[float, ...]) -> tuple[float, ...]:
-        return weights if len(weights) == 1 else weights[source : source + 1]
-
-    return dataclasses.replace(
-        terms, kd_weight=weight(terms.kd_weight), ce_weight=weight(terms.ce_weight)
-    )

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from decant.storage.inspect.report import Spread
 from decant.storage.inspect.sketches import Quantity
+from decant.storage.inspect.statistics import RELIABILITY_BINS as NUM_BINS
+from decant.storage.inspect.statistics import reliability_bin
 
-NUM_BINS = 15
-"""Equal-width bins of confidence in [0, 1] for the calibration error."""
 RESAMPLES = 1000
 """Of the bootstrap over sequences."""
 AT_ONCE = 50
@@ -112,7 +112,7 @@ def binned(confidence: NDArray[np.float64], correct: NDArray[np.float64]) -> NDA
     """[NUM_BINS, 3]; bin b holds the confidences in (b, b+1] / NUM_BINS; NaN is left out."""
     known = ~np.isnan(confidence)
     confidence, correct = confidence[known], correct[known]
-    index = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    index = reliability_bin(confidence)
     columns = (np.ones_like(confidence), correct, confidence)
     return np.stack([np.bincount(index, c, NUM_BINS) for c in columns], axis=1)
 

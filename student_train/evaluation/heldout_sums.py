@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from decant.student_train.config.loss import LossTerms
+from decant.student_train.config.loss import Terms
 from decant.student_train.data.batch import Batch
+from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
+from decant.student_train.losses.divergences import OUTSIDE, Divergence, outside_means
 from decant.student_train.losses.events import row_slices
 from decant.student_train.losses.targets import MASKED_LOGIT
 
@@ -48,6 +50,8 @@ class HeldoutSums:
     """[] Σ min(p, q) over the kept ids."""
     overlap_rest: Tensor
     """[] min of both sides' mass outside the kept ids: no less than Σ min(p, q) over them."""
+    outside: Tensor
+    """[5] what lies outside the kept ids, at the loss's temperature: `divergences.OUTSIDE`."""
     bytes: Tensor
     """[] bytes of the actual tokens; 0 where they are not known."""
     bins: Tensor
@@ -59,7 +63,8 @@ class HeldoutSums:
         names = HeldoutSums.__dataclass_fields__
         zeros = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=device)
-        return HeldoutSums(**{**zeros, "bins": bins})
+        outside = torch.zeros(len(OUTSIDE), dtype=torch.float64, device=device)
+        return HeldoutSums(**{**zeros, "bins": bins, "outside": outside})
 
     def __add__(self, other: "HeldoutSums") -> "HeldoutSums":
         names = HeldoutSums.__dataclass_fields__
@@ -101,6 +106,8 @@ class HeldoutSums:
             lower = float(self.overlap_kept / self.with_probs)
             upper = lower + float(self.overlap_rest / self.with_probs)
             found |= {"acceptance_lower": lower, "acceptance_upper": upper}
+        for name, value in outside_means(self.outside.tolist()).items():
+            found[f"heldout_{name}"] = value
         if self.with_top1:
             found["top1_agreement"] = float(self.agreeing / self.with_top1)
         return found
@@ -115,7 +122,7 @@ def rows_at_once(vocab_size: int) -> int:
 def sums_of_chunks(
     logits_of: Callable[[slice], Tensor],
     batch: Batch,
-    terms: LossTerms,
+    terms: Terms,
     vocab_size: int,
     chunk_rows: int | None = None,
     label_bytes: Tensor | None = None,
@@ -127,26 +134,20 @@ def sums_of_chunks(
     """
     total = HeldoutSums.zero(batch.labels.device)
     size = chunk_rows or rows_at_once(vocab_size)
-    at_1, at_t = batch.targets_at(1.0), batch.targets_at(terms.temperature)
-    for rows in row_slices(at_1, size):
+    at_1, weights_N = batch.targets_at(1.0), weights_of(batch, terms)
+    chunks = [
+        (part, rows, slice(part.rows.start + rows.start, part.rows.start + rows.stop))
+        for part in parts_of(batch, terms)
+        for rows in row_slices(part.targets, size)
+    ]
+    for part, inside, rows in chunks:
         logits_RV = logits_of(rows)[:, :vocab_size].float()
-        weights = [
-            table[0]
-            if len(table) == 1
-            else torch.tensor(table, device=logits_RV.device)[_sources(batch)[rows]]
-            for table in (terms.kd_weight, terms.ce_weight)
-        ]
+        weights = [w[rows] if isinstance(w, Tensor) else w for w in weights_N]
+        targets, options = part.targets[inside], part.terms.divergence()
         kd_R = sparse_divergence(
-            logits_RV,
-            at_t[rows],
-            kind=terms.kind,
-            temperature=terms.temperature,
-            tail=terms.tail,
-            scale_by_t2=terms.scale_by_t2,
-            labels=batch.labels[rows],
-            vocab_size=vocab_size,
-            **terms.options,
+            logits_RV, targets, labels=batch.labels[rows], vocab_size=vocab_size, **options
         )
+        outside = Divergence.of(**options).outside_of_logits(logits_RV, targets)
         ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
         confidence_R, chosen_R = logits_RV.softmax(1).max(1)
         correct_R = chosen_R == batch.labels[rows]
@@ -173,15 +174,11 @@ def sums_of_chunks(
             with_probs=_sum(torch.full_like(ce_R, float(has_probs))),
             overlap_kept=_sum(kept_R),
             overlap_rest=_sum(rest_R),
+            outside=outside.double(),
             bytes=_sum(0 * ce_R if label_bytes is None else label_bytes[batch.labels[rows]]),
             bins=_binned(confidence_R, correct_R),
         )
     return total
-
-
-def _sources(batch: Batch) -> Tensor:
-    assert batch.source is not None
-    return batch.source
 
 
 def _sum(values_R: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ model's q and its mass q* outside S, in nats at T=1:
     KL(q || p) >= sum_S q log(q/p) + q* log(q*/r)       no upper bound where r > 0: p may be 0 there
     sum min(p, q) lies between its sum over S and that plus min(r, q*)
 
+What is decoded from f16 sums to 1 only within its rounding, so each sum of a log(a/b) goes with
+- a + b (the generalised KL, as in the decoding error): with m = sum_S p + r the forward KLs have
+1 - m more than is written, the reverse one m - 1.
+
 Shape letters: R targets, K slots, V vocabulary.
 """
 
@@ -60,12 +64,13 @@ def target_figures(
     log_tail_R = targets.log_tail.double()
     tail_R = log_tail_R.exp()
     gap_R = log_tail_R.clamp(min=LOG_FLOOR) - log_rest_R
-    inside_R = (p_RK * (log_p_RK - log_q_RK)).sum(1)
+    missing_R = 1 - p_RK.sum(1) - tail_R
+    inside_R = (p_RK * (log_p_RK - log_q_RK)).sum(1) + missing_R
     lower_R = inside_R + _weighted(tail_R, gap_R)
     lowest_R = _smallest(logits_RV, ids_RK) - lse_R
     cap_R = torch.minimum(_cap(log_p_RK, real_RK, targets.draws), log_tail_R)
     upper_R = inside_R + _weighted(tail_R, cap_R - lowest_R.double())
-    reverse_R = (q_RK * (log_q_RK - log_p_RK)).sum(1) + _weighted(q_rest_R, -gap_R)
+    reverse_R = (q_RK * (log_q_RK - log_p_RK)).sum(1) + _weighted(q_rest_R, -gap_R) - missing_R
     overlap_R = torch.minimum(p_RK, q_RK).sum(1)
     known_R = torch.ones_like(real_RK[:, 0])
     if targets.draws is not None:  # an exact head begins with the most probable one

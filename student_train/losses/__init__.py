@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from decant.student_train.losses.divergences import sparse_divergence
     from decant.student_train.losses.events import EventTargets
-    from decant.student_train.losses.fused import FusedLoss, fused_linear_divergence
+    from decant.student_train.losses.fused import (
+        FusedLoss,
+        LossPart,
+        fused_linear_divergence,
+        fused_linear_divergences,
+    )
     from decant.student_train.losses.kinds import DIVERGENCES, TAIL_MODES
     from decant.student_train.losses.targets import SparseTargets
 
@@ -18,8 +23,10 @@ __all__ = [
     "TAIL_MODES",
     "EventTargets",
     "FusedLoss",
+    "LossPart",
     "SparseTargets",
     "fused_linear_divergence",
+    "fused_linear_divergences",
     "sparse_divergence",
 ]
 
@@ -28,8 +35,10 @@ _MODULES = {
     "TAIL_MODES": "kinds",
     "EventTargets": "events",
     "FusedLoss": "fused",
+    "LossPart": "fused",
     "SparseTargets": "targets",
     "fused_linear_divergence": "fused",
+    "fused_linear_divergences": "fused",
     "sparse_divergence": "divergences",
 }
 """Where each name is made, under `decant.student_train.losses`."""

@@ -10,6 +10,7 @@ Shape letters: N targets, K slots per target, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,22 @@ import torch
 from torch import Tensor
 
 from decant.student_train.losses.events import EventTargets
-from decant.student_train.losses.kinds import check
+from decant.student_train.losses.kinds import SAMPLED, check
 from decant.student_train.losses.targets import LOG_FLOOR, MASKED_LOGIT, NO_TAIL, SparseTargets
-from decant.student_train.losses.terms import divergence_of_classes
+from decant.student_train.losses.terms import divergence_of_classes, on_policy
 
 AnyTargets = SparseTargets | EventTargets
+OUTSIDE = ("with_tail", "student_tail", "teacher_tail", "with_mu", "below_mu")
+"""Sums over targets at the loss's temperature: those whose kept ids have a tail, so not events nor
+drawn ones; the student's and the teacher's mass in it; those of a loss with a mu, and of these
+those whose kept mass is below it."""
+
+
+def outside_means(sums: Sequence[float]) -> dict[str, float]:
+    """The means over targets that OUTSIDE, reduced and in its order, gives; without what is not."""
+    count, student, teacher, with_mu, below = sums
+    found = {"student_tail": student / count, "teacher_tail": teacher / count} if count else {}
+    return found | ({"below_mu": below / with_mu} if with_mu else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +77,8 @@ class Divergence:
 
         For tail='label', what is returned has the tail's mass on the labels.
         """
+        if self.kind in SAMPLED:
+            return self._check_sampled(targets, vocab_size)
         if isinstance(targets, EventTargets):
             if self.tail != "bucket":
                 raise ValueError(
@@ -100,6 +114,20 @@ class Divergence:
             raise ValueError("tail='label' needs the labels, which get the tail's mass")
         return targets.with_tail_on(labels, vocab_size, self.temperature)
 
+    def _check_sampled(self, targets: AnyTargets, vocab_size: int) -> SparseTargets:
+        if not isinstance(targets, SparseTargets) or not targets.of_label_alone:
+            raise ValueError(
+                f"{self.kind} is of the sampled token alone: give SparseTargets.of_labels(labels, "
+                "logprobs), or a batch's `sampled_targets`"
+            )
+        if self.options["clip"] and targets.sampler_logprobs is None:
+            raise ValueError(
+                f"{self.kind} with clip {self.options['clip']:g} weighs by the ratio to the "
+                "sampler, whose log probs are not given: SparseTargets.of_labels(labels, logprobs, "
+                "sampler_logprobs), or clip 0"
+            )
+        return targets.validate(vocab_size, self.temperature)
+
     def of_reduced(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:
         """Return the loss [N] from student logits / T at the kept ids and the rest's logsumexp.
 
@@ -115,6 +143,10 @@ class Divergence:
         else:
             log_q_NC = torch.cat([x_NK, lse_tail_N[:, None]], dim=1).log_softmax(1)
         log_q_NK = torch.where(real_NK, log_q_NC[:, : x_NK.shape[1]], LOG_FLOOR)
+        if self.kind in SAMPLED:
+            assert targets.logprobs is not None
+            sampler_N = targets.sampler_logprobs if self.options["clip"] else None
+            return on_policy(targets.logprobs[:, 0], log_q_NK[:, 0], sampler_N, **self.options)
         if targets.draws is not None:
             weights_NK = targets.draw_weights(x_NK.dtype)
             if targets.logprobs is None:
@@ -141,12 +173,38 @@ class Divergence:
         """Return the loss [N] from all student logits / T, for tail='uniform'."""
         slots_NK = targets.filled_slots()
         log_p_NK = targets.log_p(self.temperature).to(x_NV.dtype).gather(1, slots_NK)
-        num_tail_N = x_NV.shape[1] - targets.is_real().sum(1)
-        log_each_N = targets.log_tail.to(x_NV.dtype) - num_tail_N.clamp(min=1).log()
+        num_tail_N = (x_NV.shape[1] - targets.is_real().sum(1)).clamp(min=1).to(x_NV.dtype)
+        log_each_N = targets.log_tail.to(x_NV.dtype) - num_tail_N.log()
         log_p_NV = log_each_N.clamp(min=LOG_FLOOR)[:, None].expand_as(x_NV)
         log_p_NV = log_p_NV.scatter(1, targets.filled_ids(), log_p_NK)
         log_q_NV = x_NV.log_softmax(1)
         return self.scale * divergence_of_classes(self.kind, log_p_NV, log_q_NV, self.options)
+
+    @torch.no_grad()
+    def outside(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:
+        """Return [5] sums over targets of what lies outside of the kept ids: see OUTSIDE.
+
+        From the student's logits / T as `of_reduced` takes them. All 0 for events and for drawn
+        targets.
+        """
+        if isinstance(targets, EventTargets) or targets.draws is not None or self.kind in SAMPLED:
+            return lse_tail_N.new_zeros(len(OUTSIDE))
+        x_NK = torch.where(targets.is_real(), x_NK, MASKED_LOGIT)
+        lse_N = torch.logaddexp(x_NK.logsumexp(1), lse_tail_N)
+        student_N = (lse_tail_N - lse_N).exp()
+        sums = lse_tail_N.new_zeros(len(OUTSIDE))
+        sums[0], sums[1], sums[2] = len(targets), student_N.sum(), targets.log_tail.exp().sum()
+        if "mu" in self.options:
+            sums[3] = len(targets)
+            sums[4] = targets.below(self.options["mu"], self.temperature).sum()
+        return sums
+
+    def outside_of_logits(self, logits_NV: Tensor, targets: AnyTargets) -> Tensor:
+        """Return `outside` from all student logits, cut to the vocabulary."""
+        x_NV = logits_NV.detach().to(compute_dtype(logits_NV)) / self.temperature
+        ids_NK = targets.filled_ids()
+        lse_tail_N = x_NV.scatter(1, ids_NK, MASKED_LOGIT).logsumexp(1)
+        return self.outside(x_NV.gather(1, ids_NK), lse_tail_N, targets)
 
 
 def sparse_divergence(

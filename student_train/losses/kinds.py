@@ -21,7 +21,15 @@ DIVERGENCES: dict[str, dict[str, float | str]] = {
     "hinge": {"margin": "teacher"},
     "logistic": {},
 }
-"""Every kind with its own options and their defaults."""
+"""Every divergence with its own options and their defaults."""
+
+
+SAMPLED: dict[str, dict[str, float | str]] = {"opd": {"clip": 0.0}}
+"""Kinds that look at the sampled token alone, with their options: estimates, no divergences."""
+
+
+KINDS = {**DIVERGENCES, **SAMPLED}
+"""All that a loss may be."""
 
 
 TAIL_MODES = ("bucket", "renormalize", "teacher_renormalize", "uniform", "label")
@@ -54,13 +62,19 @@ def check(kind: str, temperature: float, tail: str, options: dict[str, Any]) -> 
     Raises ValueError naming what would be valid: for an unknown kind, tail or option, and for a
     temperature or an option outside its range.
     """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {kind!r}; one of {', '.join(DIVERGENCES)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown divergence {kind!r}; one of {', '.join(KINDS)}")
     if tail not in TAIL_MODES:
         raise ValueError(f"unknown tail {tail!r}; one of {', '.join(TAIL_MODES)}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    defaults = DIVERGENCES[kind]
+    if kind in SAMPLED and temperature != 1:
+        raise ValueError(
+            f"{kind} compares log probs of tokens that were sampled at temperature 1, and a cache "
+            f"stores those of its labels at 1 alone: temperature {temperature:g} has no meaning, "
+            "leave it at 1"
+        )
+    defaults = KINDS[kind]
     unknown = sorted(set(options) - set(defaults))
     if unknown:
         valid = ", ".join([*defaults, "scale_by_t2"])
@@ -77,6 +91,10 @@ def _check_tail(kind: str, tail: str, options: dict[str, Any]) -> None:
         return
     if kind in RANKINGS:
         raise ValueError(f"{kind} compares kept ids alone: tail={tail!r} has no effect, leave it")
+    if kind in SAMPLED:
+        raise ValueError(
+            f"{kind} looks at the sampled token alone: tail={tail!r} has no effect, leave it"
+        )
     if (kind, tail) == ("tail_kl", "uniform"):
         raise ValueError("tail_kl ranks ids, and tail='uniform' makes those of the tail alike")
     if options.get("bound") == "upper":
@@ -111,6 +129,10 @@ def _check_ranges(kind: str, options: dict[str, Any]) -> None:
         if name == "head":
             if value < 1 or value != int(value):
                 raise ValueError(f"{kind}: head must be a whole number >= 1, got {value}")
+            continue
+        if name == "clip":
+            if not 0 <= value < 1:
+                raise ValueError(f"{kind}: clip must be in [0, 1), 0 being off, got {value}")
             continue
         if name == "mu" and not 0 < value < 1:
             raise ValueError(f"{kind}: mu must lie between 0 and 1, got {value}")

@@ -57,6 +57,10 @@ class SparseTargets:
     """[N, K] integer: how often each id was drawn, 0 for an exact head entry; None if unsampled."""
     entropy: Tensor | None = None
     """[N] float32 nats of the whole distribution at T=1; where there are no log probs."""
+    sampler_logprobs: Tensor | None = None
+    """[N] float32 nats: what the model that sampled the label gave it; of `of_labels` alone."""
+    of_label_alone: bool = False
+    """Whether the one kept id is the label, as `of_labels` makes them."""
     checked_for: tuple[int, float] | None = None
     """(student vocabulary, temperature) that `validate` has passed; kept by `to` and by slices."""
 
@@ -95,6 +99,24 @@ class SparseTargets:
             else log_tail[:, column],
             draws=None if distributions.draws is None else torch.as_tensor(distributions.draws),
             entropy=_float_tensor(distributions.entropy),
+        )
+
+    @classmethod
+    def of_labels(cls, labels: Any, logprobs: Any, sampler_logprobs: Any = None) -> SparseTargets:
+        """Targets of which the actual token alone is known, for kind `opd`, at T=1.
+
+        `labels` [N] are the tokens, `logprobs` [N] the teacher's log probs of them, and
+        `sampler_logprobs` [N] those of the model that sampled them, which `clip` needs.
+        """
+        log_p = _float_tensor(logprobs)
+        sampler = _float_tensor(sampler_logprobs)
+        return cls(
+            token_ids=torch.as_tensor(labels).to(torch.int64)[:, None],
+            logprobs=log_p[:, None],
+            log_z=torch.zeros_like(log_p),
+            log_tail=torch.log(-torch.expm1(log_p.clamp(max=0))),
+            sampler_logprobs=sampler,
+            of_label_alone=True,
         )
 
     def __len__(self) -> int:
@@ -158,6 +180,7 @@ class SparseTargets:
             "log_tail": (num_targets,),
             "draws": self.token_ids.shape,
             "entropy": (num_targets,),
+            "sampler_logprobs": (num_targets,),
         }
         if self.logprobs is None and (self.draws is None or self.entropy is None):
             raise ValueError("targets without log probs need draws and the teacher's entropy")
@@ -210,6 +233,7 @@ class SparseTargets:
                 fewest_draws < 0,
                 lambda row: f"draws must be >= 0, got {int(fewest_draws[row])}",
             ),
+            *(self._label_rules() if self.of_label_alone else []),
             *(self._draw_rules() if self.logprobs is None else self._logprob_rules(temperature)),
         ]
         if not bool(torch.stack([rows for rows, _ in rules]).any()):
@@ -218,6 +242,31 @@ class SparseTargets:
             if bool(rows.any()):
                 row = int(rows.nonzero()[0])
                 raise ValueError(f"target {row} of {len(self)}: {message(row)}")
+
+    def _label_rules(self) -> list[tuple[Tensor, Callable[[int], str]]]:
+        logprobs, sampler = self.logprobs, self.sampler_logprobs
+        assert logprobs is not None
+        rules: list[tuple[Tensor, Callable[[int], str]]] = [
+            (
+                ~logprobs[:, 0].isfinite(),
+                lambda row: (
+                    f"the teacher's log prob of the sampled token must be finite, got "
+                    f"{float(logprobs[row, 0])}: a distribution that was cut off says nothing of "
+                    "an id beyond the cut, take the exact log prob (a cache's label_logprob)"
+                ),
+            )
+        ]
+        if sampler is not None:
+            rules.append(
+                (
+                    ~(sampler.isfinite() & (sampler <= _LOGPROB_TOLERANCE)),
+                    lambda row: (
+                        f"the sampler's log prob of the sampled token must be finite and <= 0, got "
+                        f"{float(sampler[row])}"
+                    ),
+                )
+            )
+        return rules
 
     def _draw_rules(self) -> list[tuple[Tensor, Callable[[int], str]]]:
         draws, entropy = self.draws, self.entropy
@@ -310,9 +359,13 @@ class SparseTargets:
         """Return [N]: Σ p_T over the kept ids."""
         return torch.where(self.is_real(), self.log_p(temperature).exp(), 0.0).sum(1)
 
+    def below(self, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
+        """Return [N]: whether the kept mass is under `mu`, where the akl split is not exact."""
+        return self.kept_mass(temperature) < mu
+
     def num_below(self, mu: float = 0.5, temperature: float = 1.0) -> int:
-        """Count the targets whose kept mass is under `mu`: there the akl split is not exact."""
-        return int((self.kept_mass(temperature) < mu).sum())
+        """Count the targets whose kept mass is under `mu`; on a GPU it waits for the device."""
+        return int(self.below(mu, temperature).sum())
 
     def draw_weights(self, dtype: torch.dtype) -> Tensor:
         """Return [N, K]: weights w with E[Σ w f] = Σ_v p(v) f(v) for the sampled targets, T=1.

@@ -32,6 +32,19 @@ def divergence_of_classes(
     return _TERMS[kind](log_p, log_q, **options).sum(1)
 
 
+def on_policy(log_p: Tensor, log_q: Tensor, log_sampler: Tensor | None, *, clip: float) -> Tensor:
+    """Return [N]: the loss of sampled tokens, from both sides' log probs of them.
+
+    With the advantage A = log p - log q, a constant to the gradient: -A in value and -A ∇log q in
+    gradient, or with a clip -min(r A, clip(r, 1-clip, 1+clip) A), r = q / sampler, in both.
+    """
+    advantage = (log_p - log_q).detach()
+    if log_sampler is None:
+        return -advantage * (1 + log_q - log_q.detach())
+    ratio = (log_q - log_sampler).clamp(max=_EXP_MAX).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 def akl_weights(
     p: Tensor, q: Tensor, *, has_bucket: bool, head_rule: str = "official", mu: float = 0.5
 ) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from decant.student_train.config.loss import LossConfig, LossTerms
+from decant.student_train.config.loss import LossConfig, LossTerms, Terms
 from decant.student_train.config.selection import BY_STUDENT, BY_TEACHER, SelectionConfig
 from decant.student_train.data.batch import Batch
+from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.evaluation.heldout_sums import HeldoutSums, sums_of_chunks
-from decant.student_train.losses import fused_linear_divergence, sparse_divergence
+from decant.student_train.losses import fused_linear_divergences, sparse_divergence
+from decant.student_train.losses.divergences import OUTSIDE, Divergence
 from decant.student_train.losses.fused import FusedLoss
 from decant.student_train.losses.products import wide_linear
 from decant.student_train.model.head import UnusualHead, linear_head
@@ -83,7 +85,7 @@ class Distiller(nn.Module):
         self.student.tie_weights()
 
     def __call__(
-        self, batch: Batch, num_targets: float | None = None, terms: LossTerms | None = None
+        self, batch: Batch, num_targets: float | None = None, terms: Terms | None = None
     ) -> FusedLoss:
         """The loss of a batch, divided by `num_targets` (default: those of it that are selected).
 
@@ -99,7 +101,7 @@ class Distiller(nn.Module):
         top: nn.Module,
         batch: Batch,
         num_targets: float | None = None,
-        terms: LossTerms | None = None,
+        terms: Terms | None = None,
     ) -> FusedLoss:
         """What `__call__` gives, computed in the forward of a loop's own model around the student.
 
@@ -114,7 +116,7 @@ class Distiller(nn.Module):
         out: FusedLoss = call_as(top, forward, Sealed(batch), wrapped=wrapped)
         return out
 
-    def measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
+    def measure(self, batch: Batch, terms: Terms) -> HeldoutSums:
         """What the student is worth on a batch; logits are held for some targets at a time."""
         _, out = super().__call__(Sealed((batch, terms)), measure=True)
         return out.content
@@ -130,38 +132,46 @@ class Distiller(nn.Module):
         out = self._loss(content, terms, num_targets)
         return out.loss, Sealed(out)
 
-    def _loss(self, batch: Batch, terms: LossTerms, num_targets: float | None) -> FusedLoss:
+    def _loss(self, batch: Batch, terms: Terms, num_targets: float | None) -> FusedLoss:
         count = self.selection.kept(batch.num_targets)
         share = count / (num_targets or max(count, 1))
         if self.selection.by == BY_TEACHER:
             batch = batch.of_targets(highest(teacher_entropy(batch), count))
         inputs = _inputs(batch)
-        options: dict[str, Any] = {
-            "kind": terms.kind,
-            "temperature": terms.temperature,
-            "tail": terms.tail,
-            "scale_by_t2": terms.scale_by_t2,
-            "vocab_size": self.vocab_size,
-            **terms.options,
-        }
         if self.routers:
             inputs["output_router_logits"] = True
         if self.head is not None:
-            return self._fused(inputs, batch, terms, num_targets, options | self.head, share)
+            return self._fused(inputs, batch, terms, num_targets, self.head, share)
         outputs = self.student(**inputs)
         logits_NV = outputs.logits.flatten(0, 1).index_select(0, batch.predictors)
         if self.selection.by in BY_STUDENT:
             rows = self._rows_by_student(logits_NV.detach().__getitem__, batch, terms)
             batch, logits_NV = batch.of_targets(rows), logits_NV.index_select(0, rows)
         total = num_targets or max(batch.num_targets, 1)
-        kd_weight, ce_weight = _both_weights(terms, batch)
-        targets = batch.targets_at(terms.temperature)
-        kd_N = sparse_divergence(logits_NV, targets, labels=batch.labels, **options)
+        kd_weight, ce_weight = weights_of(batch, terms)
+        kd_N = torch.cat(
+            [
+                sparse_divergence(
+                    logits_NV[part.rows],
+                    part.targets,
+                    labels=batch.labels[part.rows],
+                    vocab_size=self.vocab_size,
+                    **part.terms.divergence(),
+                )
+                for part in parts_of(batch, terms)
+            ]
+            or [logits_NV.new_zeros(0)]
+        )
         logits_NV = logits_NV[:, : self.vocab_size].float()
         ce_N = nn.functional.cross_entropy(logits_NV, batch.labels, reduction="none")
         loss = (kd_weight * kd_N + ce_weight * ce_N).sum() / total
         kd, ce = (values_N.detach().sum() / total for values_N in (kd_N, ce_N))
-        out = FusedLoss(loss=loss, kd=kd, ce=ce)
+        outside = logits_NV.new_zeros(len(OUTSIDE))
+        for part in parts_of(batch, terms):
+            divergence = Divergence.of(**part.terms.divergence())
+            outside += divergence.outside_of_logits(logits_NV[part.rows], part.targets) / total
+        by_source = _by_source(batch, terms, kd_N, ce_N)
+        out = FusedLoss(loss=loss, kd=kd, ce=ce, outside=outside, by_source=by_source)
         return self._with_routers(out, outputs, batch.attention_mask, share)
 
     def _with_routers(
@@ -178,7 +188,7 @@ class Distiller(nn.Module):
         self,
         inputs: dict[str, Any],
         batch: Batch,
-        terms: LossTerms,
+        terms: Terms,
         num_targets: float | None,
         options: dict[str, Any],
         share: float,
@@ -189,16 +199,20 @@ class Distiller(nn.Module):
                 logits_of = self._logits_of(hidden_NH.detach(), head)
                 rows = self._rows_by_student(logits_of, batch, terms)
                 chosen, hidden_NH = batch.of_targets(rows), hidden_NH.index_select(0, rows)
-            kd_weight, ce_weight = _both_weights(terms, chosen)
-            return fused_linear_divergence(
+            kd_weight, ce_weight = weights_of(chosen, terms)
+            differ = not isinstance(terms, LossTerms)
+            return fused_linear_divergences(
                 hidden_NH,
                 head.weight,
-                chosen.targets_at(terms.temperature),
+                [part.loss for part in parts_of(chosen, terms)],
                 chosen.labels,
                 bias=head.bias,
                 kd_weight=kd_weight,
                 ce_weight=ce_weight,
                 num_targets=num_targets or None,  # 0: all of the step were rejected
+                vocab_size=self.vocab_size,
+                source=chosen.source if differ else None,
+                num_sources=0 if isinstance(terms, LossTerms) else len(terms),
                 **options,
             )
 
@@ -207,7 +221,7 @@ class Distiller(nn.Module):
 
         return self._at_head(inputs, batch, loss_of, with_routers)
 
-    def _measure(self, batch: Batch, terms: LossTerms) -> HeldoutSums:
+    def _measure(self, batch: Batch, terms: Terms) -> HeldoutSums:
         label_bytes = self.label_bytes
         if label_bytes is not None:
             label_bytes = label_bytes.to(batch.labels.device)
@@ -253,11 +267,10 @@ class Distiller(nn.Module):
         return not is_quantised or type(head.weight) is nn.Parameter
 
     def _rows_by_student(
-        self, logits_of: Callable[[slice], Tensor], batch: Batch, terms: LossTerms
+        self, logits_of: Callable[[slice], Tensor], batch: Batch, terms: Terms
     ) -> Tensor:
         """The targets that are selected by what the student says of all of them."""
-        weights, vocab_size = _both_weights(terms, batch), self.vocab_size
-        values_N = by_student(self.selection.by, logits_of, batch, terms, vocab_size, weights)
+        values_N = by_student(self.selection.by, logits_of, batch, terms, self.vocab_size)
         return highest(values_N, self.selection.kept(batch.num_targets))
 
     def _at_head(
@@ -294,15 +307,9 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def _both_weights(terms: LossTerms, batch: Batch) -> tuple[float | Tensor, float | Tensor]:
-    """Those of the divergence and of the cross-entropy."""
-    return _weights(terms.kd_weight, batch), _weights(terms.ce_weight, batch)
-
-
-def _weights(weights: tuple[float, ...], batch: Batch) -> float | Tensor:
-    """One weight for all targets, or [N] by the cache that each target is of."""
-    if len(weights) == 1:
-        return weights[0]
-    assert batch.source is not None
-    table = torch.tensor(weights, device=batch.source.device)
-    return table.index_select(0, batch.source)
+def _by_source(batch: Batch, terms: Terms, kd_N: Tensor, ce_N: Tensor) -> Tensor | None:
+    """As `FusedLoss.by_source`."""
+    if isinstance(terms, LossTerms) or batch.source is None:
+        return None
+    columns = torch.stack([torch.ones_like(kd_N), kd_N, ce_N], dim=1).detach()
+    return columns.new_zeros(len(terms), 3).index_add_(0, batch.source, columns)

@@ -132,7 +132,7 @@ def _check_tokenizer(
 
     Raises FormatError if they mean something else. A cache without a tokenizer cannot say.
     """
-    theirs = load_tokenizer(reader, trust_remote_code=options.trust_remote_code)
+    theirs = load_tokenizer(reader)
     if theirs is None:
         log.warning("%s has no tokenizer: that of %s is not compared", reader.url, path)
         return None

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from decant.student_train.config.loss import LossTerms
+from decant.student_train.config.loss import Terms
 from decant.student_train.data.batch import Batch
+from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.evaluation.heldout_sums import rows_at_once
 from decant.student_train.losses import SparseTargets, sparse_divergence
 
@@ -44,36 +45,33 @@ def by_student(
     by: str,
     logits_of: Callable[[slice], Tensor],
     batch: Batch,
-    terms: LossTerms,
+    terms: Terms,
     vocab_size: int,
-    weights: tuple[float | Tensor, float | Tensor],
 ) -> Tensor:
-    """[N] the student's entropy at T=1, or the loss of each target with its `weights` (kd, ce).
+    """[N] the student's entropy at T=1, or the loss of each target with its weights.
 
     `logits_of(rows)` gives logits [R, V] of some of the targets; what is beyond `vocab_size` is cut
     off. [N, V] is never held.
     """
     found = []
-    targets, size = batch.targets_at(terms.temperature), rows_at_once(vocab_size)
-    for start in range(0, batch.num_targets, size):
-        rows = slice(start, min(start + size, batch.num_targets))
-        logits_RV = logits_of(rows)[:, :vocab_size].float()
-        if by == "student_entropy":
-            log_q_RV = logits_RV.log_softmax(1)
-            found.append(-(log_q_RV.exp() * log_q_RV).sum(1))
-            continue
-        kd, ce = (w[rows] if isinstance(w, Tensor) else w for w in weights)
-        kd_R = sparse_divergence(
-            logits_RV,
-            targets[rows],
-            kind=terms.kind,
-            temperature=terms.temperature,
-            tail=terms.tail,
-            scale_by_t2=terms.scale_by_t2,
-            labels=batch.labels[rows],
-            vocab_size=vocab_size,
-            **terms.options,
-        )
-        ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
-        found.append(kd * kd_R + ce * ce_R)
+    weights, size = weights_of(batch, terms), rows_at_once(vocab_size)
+    for part in parts_of(batch, terms):
+        for start in range(0, len(part.targets), size):
+            inside = slice(start, min(start + size, len(part.targets)))
+            rows = slice(part.rows.start + inside.start, part.rows.start + inside.stop)
+            logits_RV = logits_of(rows)[:, :vocab_size].float()
+            if by == "student_entropy":
+                log_q_RV = logits_RV.log_softmax(1)
+                found.append(-(log_q_RV.exp() * log_q_RV).sum(1))
+                continue
+            kd, ce = (w[rows] if isinstance(w, Tensor) else w for w in weights)
+            kd_R = sparse_divergence(
+                logits_RV,
+                part.targets[inside],
+                labels=batch.labels[rows],
+                vocab_size=vocab_size,
+                **part.terms.divergence(),
+            )
+            ce_R = nn.functional.cross_entropy(logits_RV, batch.labels[rows], reduction="none")
+            found.append(kd * kd_R + ce * ce_R)
     return torch.cat(found) if found else batch.label_logprob

@@ -22,6 +22,8 @@ ROWS = (
     ("acceptance_lower", "acceptance, at least", "{:.2%}"),
     ("acceptance_upper", "acceptance, at most", "{:.2%}"),
     ("ece", "calibration error", "{:.4f}"),
+    ("heldout_student_tail", "mass outside the kept ids", "{:.4f}"),
+    ("heldout_below_mu", "kept mass below akl's mu", "{:.2%}"),
     *((name, f"ROUGE-{name.removeprefix('rouge')}", "{:.4f}") for name in ROUGE),
 )
 
@@ -46,10 +48,11 @@ def closing_text(summary: Mapping[str, Any], output: Path) -> str:
 
 def _table(summary: Mapping[str, Any]) -> list[str]:
     before = summary.get("before") or {}
-    teacher = {}
+    teacher: dict[str, Any] = {}
     if "teacher_ce" in summary:
         ce = summary["teacher_ce"]
         teacher = {"heldout_ce": ce, "heldout_perplexity": math.exp(min(ce, 700.0))}
+        teacher["heldout_student_tail"] = summary.get("heldout_teacher_tail")
     rows = [
         (label, *(_shown(found.get(name), form) for found in (before, summary, teacher)))
         for name, label, form in ROWS

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from decant.storage.files.durable import publish_bytes
+from decant.storage.files.durable import naming, publish_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -68,7 +69,7 @@ class Metrics:
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; `values` has its step."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
         step = values["step"]
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
@@ -81,6 +82,19 @@ class Metrics:
                 if values.pop("step") == step:
                     return values
         return {}
+
+
+def by_cache(sums: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    """The means of a step over the targets of each cache that had any, as `kd/name`, `ce/name`.
+
+    `sums` are, for one cache after the other: targets, and divergence and cross-entropy over them.
+    """
+    found: dict[str, float] = {}
+    for i, name in enumerate(names[: len(sums) // 3]):
+        targets, kd, ce = sums[3 * i : 3 * i + 3]
+        if targets:
+            found |= {f"kd/{name}": kd / targets, f"ce/{name}": ce / targets}
+    return found
 
 
 def peak_memory_bytes() -> int:

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decant.storage.files.durable import publish
+from decant.storage.files.durable import staged_file
 
 log = logging.getLogger(__name__)
 
 PLOT = "metrics.png"
 SCHEDULES = "schedules of the loss"
+BY_CACHE = "training loss of each cache"
 Panels = Sequence[tuple[str, Sequence[str]]]
 """Titles, and the names of the values of each."""
 PANELS: Panels = (
     ("training loss, nats per target", ("loss", "kd", "ce")),
+    (BY_CACHE, ()),
     (
         "held-out, nats per target",
         ("heldout_ce", "heldout_divergence", "heldout_loss", "teacher_ce"),
@@ -27,6 +29,11 @@ PANELS: Panels = (
         "held-out, shares",
         ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper", "ece"),
     ),
+    (
+        "mass outside the kept ids",
+        ("student_tail", "teacher_tail", "heldout_student_tail", "heldout_teacher_tail"),
+    ),
+    ("share of targets below mu", ("below_mu", "heldout_below_mu")),
     ("ROUGE", ("rouge1", "rouge2", "rougeL")),
     ("learning rate", ("lr",)),
     ("gradient norm", ("grad_norm",)),
@@ -53,14 +60,14 @@ def draw(metrics: Path, target: Path, panels: Panels = PANELS, along: str = "ste
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     named = {name for _, names in panels for name in names} | set(NO_PANEL)
     others = {name: None for line in lines if "lr" in line for name in line if name not in named}
+    told = {name: None for name in others if name.startswith(("kd/", "ce/"))}
+    free = {SCHEDULES: [name for name in others if name not in told], BY_CACHE: list(told)}
     drawn = [
         (title, present)
         for title, names in panels
         if (
             present := [
-                name
-                for name in (others if title == SCHEDULES else names)
-                if any(name in line for line in lines)
+                name for name in free.get(title, names) if any(name in line for line in lines)
             ]
         )
     ]
@@ -77,11 +84,10 @@ def draw(metrics: Path, target: Path, panels: Panels = PANELS, along: str = "ste
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(along, fontsize=9)
         axes.grid(alpha=0.3)
-        if len(names) > 1 or title == SCHEDULES:
+        if len(names) > 1 or title in free:
             axes.legend(fontsize=8)
-    temporary = target.with_name(f".{target.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    publish(temporary, target)
+    with staged_file(target) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return True
 
 

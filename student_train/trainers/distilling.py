@@ -20,6 +20,7 @@ from decant.schemas import FormatError
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.heldout import heldout_batches
+from decant.student_train.data.served import refuse_unserved
 from decant.student_train.evaluation.heldout_sums import HeldoutSums
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.probes import packing_refused
@@ -63,6 +64,11 @@ class Distilling:
         Raises ValueError or FormatError if student, data and arguments do not fit each other.
         """
         self.loss = loss or LossConfig()
+        if self.loss.preset:
+            raise ValueError(
+                f"loss.preset {self.loss.preset} is of a mixture, and a dataset is one cache: "
+                "`decant train` takes mixtures; here give a kind"
+            )
         refuse_without_effect(self.args)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or split_models(self.accelerator):
             raise ValueError(
@@ -271,6 +277,7 @@ def check_dataset(dataset: Any, loss: LossConfig) -> None:
     if not isinstance(dataset, CacheDataset):
         raise ValueError(f"a dataset must be a CacheDataset, found {type(dataset).__name__}")
     absent = [t for t in loss.temperatures if t not in (1.0, *dataset.temperatures)]
+    refuse_unserved(loss, dataset.reader)
     if absent:
         raise ValueError(
             f"loss.temperature {absent[0]:g} is not among those of the dataset of {dataset.url}: "

@@ -80,11 +80,13 @@ def unpack(
 
 def scored_sequence(sequence: TokenSequence, known: dict[str, NDArray]) -> ScoredSequence:
     """Join a token sequence with what is known of the distributions of its targets."""
+    sampler = sequence.sampler_logprobs
     return ScoredSequence(
         sample_id=sequence.sample_id,
         input_ids=sequence.input_ids,
         is_target=sequence.is_target,
         positions=np.flatnonzero(sequence.is_target).astype(np.int32),
         messages=sequence.messages or None,
+        sampler_logprobs=None if sampler is None else sampler[sequence.is_target],
         **known,
     )

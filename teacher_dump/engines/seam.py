@@ -89,6 +89,8 @@ class Sampling:
     """A response ends with the first of these, which is part of it."""
     vocab_size: int
     """Ids from here on are padding of the output layer and never drawn."""
+    with_logprobs: bool = False
+    """Whether responses come with the log probs of their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -113,6 +115,9 @@ class Response:
     """[R], 1 <= R <= max_new_tokens; the stop token is included if it was drawn."""
     finish_reason: str
     """stop (the last token is one of `stop_ids`) | length."""
+    logprobs: NDArray[np.float32] | None = None
+    """[R] nats: of each token given what is before it, over the `vocab_size` ids, at T=1 and before
+    top-p, if they were asked for."""
 
 
 class Generator(Protocol):

@@ -1,7 +1,8 @@
 """The sequences of a cache as records: ready ids with their targets, to be scored again.
 
-What the cache says of them is not read. Sequences without targets, as those that the teacher could
-not score, come as they are: what becomes of a record without targets is decided elsewhere.
+What the teacher of the cache says of them is not read; their sampler's log probs go along.
+Sequences without targets, as those that the teacher could not score, come as they are: what becomes
+of a record without targets is decided elsewhere.
 """
 
 import os
@@ -59,7 +60,8 @@ def cached_records(config: SourceConfig) -> Iterator[Record]:
             }
             where = f"{config.path} sequence {group.first_sequence + index}"
             said = rows.messages[index] if rows.messages else ""
-            yield Record(sample_id, fields, where, said)
+            sampler = rows.sampler_logprobs
+            yield Record(sample_id, fields, where, said, None if sampler is None else sampler[span])
         left -= len(rows)
 
 

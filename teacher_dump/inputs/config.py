@@ -1,4 +1,4 @@
-"""Which records to read, whether the teacher answers them, and how they become sequences."""
+"""Which records to read, whether they are answered and by whom, how they become sequences."""
 
 import dataclasses
 import datetime
@@ -14,10 +14,17 @@ FORMATS = ("auto", "jsonl", "parquet", "hf", "cache")
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
 class GenerateConfig:
-    """Responses of the teacher's own, in place of a text that is given."""
+    """Responses of the teacher's own, or of another model, in place of a text that is given."""
 
     n: int = 0
     """Responses to sample for each record's prompt or messages; 0 = score the given text."""
+
+    by: str = ""
+    """Who samples them: a student's directory, the output of a training, or a hub id, of the
+    teacher's tokenizer; "" = the teacher. Its log prob of each sampled token is kept."""
+
+    by_engine: str = ""
+    """Engine of `by`: transformers, the default, or vllm."""
 
     temperature: float = 1.0
     """Divides the logits before sampling; 0 = always the most probable token."""
@@ -30,9 +37,6 @@ class GenerateConfig:
 
     seed: int = 0
     """Of the sampling; a response depends on it, the prompt's number and its own."""
-
-    by: str = ""
-    """TEMPORARY."""
 
     part_prompts: int = 256
     """Prompts whose responses are kept, or lost by an interruption, together: one file."""
@@ -51,6 +55,15 @@ class GenerateConfig:
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if self.n == 0 and given:
             raise ValueError(f"source.generate: {given} have no effect with n: 0: set n")
+        if self.by_engine not in ("", "transformers", "vllm"):
+            raise ValueError(
+                f"by_engine is {self.by_engine!r}: expected transformers or vllm, which sample here"
+            )
+        if self.by_engine and not self.by:
+            raise ValueError(
+                f"by_engine: {self.by_engine} has no effect without by: the teacher samples with "
+                "teacher.engine"
+            )
         if self.temperature == 0 and (self.n > 1 or self.top_p < 1):
             raise ValueError(
                 "temperature: 0 gives the same response every time: n must be 1 and top_p 1"
@@ -91,7 +104,7 @@ class SourceConfig:
     """Which part, from 0: record i is in part i modulo parts."""
 
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """Let the teacher answer the records, and score what it says."""
+    """Let the teacher or another model answer the records, and score what it says."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be right for any source."""

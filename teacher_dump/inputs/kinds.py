@@ -16,9 +16,18 @@ Fields = dict[str, Any]
 
 TARGET_MASKS = (
     *("loss_mask", "completion_mask", "assistant_masks", "assistant_mask"),
-    "response_mask",
+    *("response_mask", "is_target"),
 )
 """One 0 or 1 for each of the input_ids: which of them are targets."""
+
+ANSWERS = ("response", "completion", "output")
+"""Fields that hold the answer of a kind."""
+WRITTEN_BY_A_MODEL = (
+    *("generated", "generated_text", "generated_response", "generation", "generations"),
+    *("prediction", "predictions", "predicted", "predicted_text", "hypothesis"),
+    *("model_output", "model_response", "model_answer"),
+)
+"""Fields in which files of evaluations keep what a model wrote, beside the reference."""
 
 ROLES = {
     **{role: "user" for role in ("human", "user")},
@@ -90,6 +99,8 @@ def formed(record: Record) -> Formed:
     (kind,) = kinds
     form, fields = kind.form(record)
     own = (*kind.fields, *kind.also)
+    if form != READY:
+        _refuse_two_answers(record, kind, form)
     others = {name: value for name, value in record.fields.items() if name not in own}
     masks = [name for name in TARGET_MASKS if name in present]
     if masks and form != READY:
@@ -98,6 +109,23 @@ def formed(record: Record) -> Formed:
             " drop it, or give input_ids"
         )
     return Formed(kind.name, form, dataclasses.replace(record, fields={**others, **fields}))
+
+
+def _refuse_two_answers(record: Record, kind: Kind, form: str) -> None:
+    """Raise SourceError if another field may be meant by what is to be scored as well."""
+    scored = kind.fields[-1]
+    answers = () if form == TEXT else ANSWERS
+    for name in (*answers, *WRITTEN_BY_A_MODEL):
+        value = record.fields.get(name)
+        is_said = isinstance(value, str | list) and len(value) > 0
+        if name in kind.fields or not is_said or value == record.fields[scored]:
+            continue
+        # An answer stands in another's place; no answer is a text, or messages, by itself.
+        theirs = f"{{{scored}: {name}}} scores {name}, " if scored in ANSWERS else ""
+        raise SourceError(
+            f"{record.where}: {name} stands beside {scored}, and either may be what is to be"
+            f" scored: source.fields {theirs}{{{name}: ''}} scores {scored}"
+        )
 
 
 def is_empty(formed: Formed) -> bool:
@@ -290,7 +318,10 @@ ACCEPTED = (
 NAMES = frozenset(name for kind in KINDS for name in kind.fields)
 """Fields that make a kind."""
 FIELDS = NAMES.union(
-    *(kind.also for kind in KINDS), TARGET_MASKS, ("labels", "attention_mask", "history")
+    *(kind.also for kind in KINDS),
+    TARGET_MASKS,
+    ("labels", "attention_mask", "history"),
+    WRITTEN_BY_A_MODEL,
 )
 """Every field that is read, and so may be named in `source.fields`."""
 QUESTIONS: dict[str, Callable[[Record], Fields]] = {

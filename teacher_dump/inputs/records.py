@@ -29,6 +29,8 @@ class Record:
     messages: str = ""
     """The conversation that it is, as `schemas.Conversation` writes it; "" where that is not known,
     or not yet."""
+    sampler_logprobs: npt.NDArray[np.float32] | None = None
+    """Of ready ids: as `TokenSequence` has them."""
 
 
 Ids = npt.NDArray[np.int64]
@@ -48,3 +50,6 @@ class TokenSequence:
     """[L]; [0] is always False: nothing predicts the first token."""
     messages: str = ""
     """The conversation that the tokens are of, as `schemas.Conversation` writes it; or ""."""
+    sampler_logprobs: npt.NDArray[np.float32] | None = None
+    """[L] nats, of the model that sampled the targets, as `ScoredSequence` has them; 0 elsewhere.
+    None where that is the teacher, or nobody."""

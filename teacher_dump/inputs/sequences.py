@@ -104,7 +104,7 @@ def iter_sequences(
             overlong=config.overlong,
             head_of=head_of,
         )
-    for sample_id, ids, is_target, messages in windows:
+    for sample_id, ids, is_target, messages, sampler in windows:
         counts.sequences += 1
         counts.tokens += len(ids)
         candidates = int(is_target.sum())
@@ -112,7 +112,7 @@ def iter_sequences(
         counts.targets += kept
         counts.unselected_targets += candidates - kept
         said = messages if config.keep_messages else ""
-        yield TokenSequence(sample_id, ids.astype(np.int32), is_target, said)
+        yield TokenSequence(sample_id, ids.astype(np.int32), is_target, said, sampler)
 
 
 def _with_messages(found: Formed) -> Formed:

@@ -6,15 +6,19 @@ else altogether.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from decant.teacher_dump.inputs.counts import SequenceCounts
 from decant.teacher_dump.inputs.records import Ids, Mask, Record, SourceError
 
 Document = tuple[Record, Ids, Mask]
-Window = tuple[str, Ids, Mask, str]
-"""Sample id, tokens, targets, and the whole conversation that they are of, or ""."""
+Logprobs = npt.NDArray[np.float32]
+Window = tuple[str, Ids, Mask, str, Logprobs | None]
+"""Sample id, tokens, targets, the whole conversation that they are of, or "", and the sampler's log
+prob of each token, if known."""
 HeadOf = Callable[[Ids], list[int]]
 """What a document begins with and every later window of it shall, too; may be nothing."""
 
@@ -34,24 +38,24 @@ def cut(
                 f"{record.where}: sample {record.sample_id!r} has {len(ids)} tokens: expected at"
                 f" most max_length={max_length}; raise it, or set overlong to truncate or split"
             )
-        pieces = [(ids, mask, 0)]
+        pieces = [Piece(ids, mask, record.sampler_logprobs, 0)]
         names = [record.sample_id]
         if len(ids) > max_length and overlong == "truncate":
             counts.truncated_records += 1
             counts.dropped_tokens += len(ids) - max_length
-            pieces = [(ids[:max_length], mask[:max_length], 0)]
+            pieces = [_part(record, ids, mask, slice(0, max_length))]
         elif len(ids) > max_length:
             counts.split_records += 1
             pieces = list(_pieces(record, ids, mask, max_length, head_of(ids)))
             names = [f"{record.sample_id}#{n + 1}" for n in range(len(pieces))]
         kept = 0
-        for name, (piece, targets, repeated) in zip(names, pieces, strict=True):
+        for name, (piece, targets, sampler, repeated) in zip(names, pieces, strict=True):
             is_target = targets.copy()
             is_target[0] = False
             if is_target.any():
                 kept += 1
                 counts.repeated_tokens += repeated
-                yield name, piece, is_target, record.messages
+                yield name, piece, is_target, record.messages, sampler
             else:
                 counts.dropped_tokens += len(piece) - repeated
         if kept:
@@ -86,28 +90,55 @@ def packed(
             if filled == max_length:
                 number += 1
                 counts.repeated_tokens += repeated
-                yield f"{first}#{number}", np.concatenate(pieces), _after(repeated, filled), ""
+                yield (
+                    f"{first}#{number}",
+                    np.concatenate(pieces),
+                    _after(repeated, filled),
+                    "",
+                    None,
+                )
                 pieces, filled, repeated = [], 0, 0
     if filled == 1:
         counts.dropped_tokens += 1
     elif filled:
         counts.repeated_tokens += repeated
-        yield f"{first}#{number + 1}", np.concatenate(pieces), _after(repeated, filled), ""
+        yield f"{first}#{number + 1}", np.concatenate(pieces), _after(repeated, filled), "", None
+
+
+class Piece(NamedTuple):
+    """A window of one document."""
+
+    ids: Ids
+    mask: Mask
+    sampler: Logprobs | None
+    repeated: int
+    """How many of its first tokens are the document's head again."""
+
+
+def _part(record: Record, ids: Ids, mask: Mask, span: slice, again: Ids | None = None) -> Piece:
+    """A run of a document's tokens, behind what is repeated of its head."""
+    if again is None:
+        again = np.zeros(0, np.int64)
+    sampler = record.sampler_logprobs
+    if sampler is not None:
+        sampler = np.concatenate([np.zeros(len(again), np.float32), sampler[span]])
+    return Piece(
+        np.concatenate([again, ids[span]]),
+        np.concatenate([np.zeros(len(again), dtype=bool), mask[span]]),
+        sampler,
+        len(again),
+    )
 
 
 def _pieces(
     record: Record, ids: Ids, mask: Mask, max_length: int, head: list[int]
-) -> Iterator[tuple[Ids, Mask, int]]:
-    """The windows of one document, with how many of its first tokens each repeats."""
+) -> Iterator[Piece]:
+    """The windows of one document."""
     place = 0
     while place < len(ids):
         again = _again(record, head, place, max_length)
         stop = place + max_length - len(again)
-        yield (
-            np.concatenate([again, ids[place:stop]]),
-            np.concatenate([np.zeros(len(again), dtype=bool), mask[place:stop]]),
-            len(again),
-        )
+        yield _part(record, ids, mask, slice(place, stop), again)
         place = stop
 
 

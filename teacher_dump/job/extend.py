@@ -41,6 +41,11 @@ class Base:
         store = Store(url)
         if not store.exists(paths.MANIFEST):
             raise ValueError(f"{url} holds no cache to extend: dump it first, without --extend")
+        if read_manifest(store).sampler_logprobs:
+            raise ValueError(
+                f"{url} keeps its sampler's log probs, which no records bring: dump the new "
+                "samples into another output, then `decant merge` the two"
+            )
         if not read_manifest(store).is_final:
             raise ValueError(
                 f"{url} is not complete: complete it first, by its own config without --extend"
@@ -174,7 +179,9 @@ def _started(
         counts = SequenceCounts()
         plan, first = [], base.manifest.num_sequences
         records = source_records(config, teacher, source["fingerprint"])
-        shards = sharded(config, teacher, counts, progress, records, accept=base.accept)
+        shards = sharded(
+            config, teacher, counts, progress, records, accept=base.accept, keep_sampler=False
+        )
         for shard, sequences in enumerate(shards, base.manifest.num_shards):
             share = config.sequences.target_share
             plan.append(write_input(store, shard, first, sequences, share))

@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from decant.schemas import FormatError
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.teacher_dump.engines.seam import Response
 from decant.teacher_dump.inputs.messages import TARGET_FIELDS, read_conversation
 from decant.teacher_dump.inputs.records import Record
 
@@ -60,6 +63,18 @@ CHAT_COLUMNS = pa.schema(
 """Of the answers of a chat API, which come with their distributions."""
 
 
+SAMPLER_LOGPROBS = "sampler_logprobs"
+BY_ANOTHER = pa.schema(
+    [*COLUMNS, (SAMPLER_LOGPROBS, pa.list_(pa.float32()))],
+    metadata={
+        **COLUMNS.metadata,
+        b"sampler_logprobs": b"of response_ids: nats that the model which sampled them gave to"
+        b" each, over the whole vocabulary, at temperature 1 and before top-p",
+    },
+)
+"""Of responses that another model than the teacher sampled."""
+
+
 def part_names(store: Store) -> list[str]:
     """The files of responses, in order."""
     names = (name for name in store.names(paths.GENERATED) if not name.startswith("."))
@@ -103,6 +118,41 @@ def conversation_of(row: dict[str, Any], where: str, everything: bool) -> str:
     return read_conversation(Record(row["id"], fields, where)).kept().to_text()
 
 
+def row_of(
+    tokenizer: Any,
+    record: Record,
+    prompt_ids: NDArray[np.int32],
+    response: Response,
+    suffix: str,
+) -> dict[str, Any]:
+    """The row of a response to a record's prompt, whose id ends with the suffix."""
+    fields = record.fields
+    text = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+    prompt, conversation = fields.get("prompt"), None
+    beside = {name: fields.get(name) for name in ("tools", "chat_template_kwargs")}
+    if prompt is None:
+        prompt = tokenizer.decode(prompt_ids.tolist())
+        said = [*fields["messages"], {"role": "assistant", "content": text}]
+        conversation = json.dumps(said, ensure_ascii=False)
+    row = {
+        "id": record.sample_id + suffix,
+        "prompt": prompt,
+        "response": text,
+        "conversation": conversation,
+        "prompt_ids": prompt_ids,
+        "response_ids": response.token_ids,
+        "finish_reason": response.finish_reason,
+        **{name: _json(value) for name, value in beside.items()},
+    }
+    return row if response.logprobs is None else {**row, SAMPLER_LOGPROBS: response.logprobs}
+
+
+def _json(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _as_context(message: dict[str, Any]) -> dict[str, Any]:
     """The message as one that is not to be learned."""
     kept = {name: value for name, value in message.items() if name not in TARGET_FIELDS}
@@ -111,16 +161,21 @@ def _as_context(message: dict[str, Any]) -> dict[str, Any]:
 
 def publish_part(store: Store, part: int, rows: list[dict[str, Any]]) -> None:
     """Publish the rows of one part."""
-    is_chat = any("top_ids" in row for row in rows)
-    table = pa.Table.from_pylist(rows, schema=CHAT_COLUMNS if is_chat else COLUMNS)
+    schema = COLUMNS
+    if any("top_ids" in row for row in rows):
+        schema = CHAT_COLUMNS
+    elif any(SAMPLER_LOGPROBS in row for row in rows):
+        schema = BY_ANOTHER
+    table = pa.Table.from_pylist(rows, schema=schema)
     with store.staged(paths.generated(part)) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_part(store: Store, name: str) -> pa.Table:
     """The rows of one part. Raises FormatError if they are damaged."""
+    data = store.read(name)
     try:
-        return pq.read_table(pa.BufferReader(store.read(name)), page_checksum_verification=True)
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     except Exception as error:  # whatever a damaged file may raise
         raise FormatError(
             f"{store.path(name)} is damaged: {error}; delete it, and the same command samples it "

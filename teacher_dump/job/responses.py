@@ -1,4 +1,4 @@
-"""Responses of the teacher's own: sampled once, kept in the cache, then scored as any given ids.
+"""Responses of the teacher, or of another model: sampled once, kept, then scored as any given ids.
 
 A part is one Parquet file of the responses to `part_prompts` consecutive prompts: finished or
 absent, and a function of the prompts, the settings and the part's number, so that an interrupted
@@ -8,11 +8,9 @@ are those that are scored.
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,8 @@ from decant.storage.cache import paths
 from decant.storage.files.sealed import publish_json, read_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import EngineError
-from decant.teacher_dump.engines.opening import GENERATING_ENGINES, open_generator
-from decant.teacher_dump.engines.seam import Generator, Prompt, Response, Sampling
+from decant.teacher_dump.engines.opening import GENERATING_ENGINES
+from decant.teacher_dump.engines.seam import Generator, Prompt
 from decant.teacher_dump.inputs.kinds import as_conversation, as_question
 from decant.teacher_dump.inputs.records import Record, SourceError
 from decant.teacher_dump.inputs.sequences import chat_template_text, make_encoder
@@ -40,13 +38,22 @@ from decant.teacher_dump.job.chat_sampler import (
     target_mask,
 )
 from decant.teacher_dump.job.response_files import (
+    SAMPLER_LOGPROBS,
     conversation_of,
     part_names,
     publish_part,
+    row_of,
     rows_of,
 )
+from decant.teacher_dump.job.sampler import (
+    identity_of_sampler,
+    of_sampler,
+    open_sampler,
+    said_of_sampler,
+    stop_ids,
+)
 from decant.teacher_dump.progress import progress
-from decant.teacher_dump.teacher import Teacher, stable_identity
+from decant.teacher_dump.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +86,21 @@ def refuse_generation(config: DumpConfig, teacher: Teacher) -> None:
     """Raise ValueError if responses are asked for that cannot be sampled; reads nothing."""
     if not config.source.generate.n:
         return
-    if config.teacher.engine not in GENERATING_ENGINES:
+    by = config.source.generate.by
+    if by and config.teacher.is_chat:
+        raise EngineError(
+            "source.generate.by has no effect with teacher.api chat, which can score its own "
+            "answers alone: leave it out, or use a server of the same model that scores prompts"
+        )
+    if by and config.sequences.targets == "all":
+        raise ValueError(
+            "sequences.targets: all makes targets of prompts, which source.generate.by did not "
+            "sample: leave it at response"
+        )
+    if not by and config.teacher.engine not in GENERATING_ENGINES:
         raise EngineError(
             f"source.generate cannot sample with teacher.engine {config.teacher.engine}: set one "
-            f"of {GENERATING_ENGINES}"
+            f"of {GENERATING_ENGINES}, or source.generate.by to let another model sample"
         )
     if teacher.tokenizer is None:
         raise ValueError("source.generate keeps text, so it needs a tokenizer: teacher.tokenizer")
@@ -113,11 +131,11 @@ def describe_generation(
     """
     generate = dataclasses.asdict(config.source.generate)
     generate |= {name: float(generate[name]) for name in ("temperature", "top_p")}
+    if teacher.sampler is None:
+        del generate["by"], generate["by_engine"]
     settings = {
         "prompts": source["fingerprint"],
-        "teacher": stable_identity(teacher),
-        "dtype": teacher.info.dtype,
-        "engine": config.teacher.engine,
+        **identity_of_sampler(config, teacher),
         "stop_ids": list(stop_ids(teacher)),
         "sequences": {
             name: value
@@ -126,7 +144,7 @@ def describe_generation(
         },
         "chat_template": chat_template_text(config.sequences)
         or getattr(teacher.tokenizer, "chat_template", None),
-        **generate,
+        **{name: value for name, value in generate.items() if name not in ("by", "by_engine")},
         **({"api": config.teacher.api} if config.teacher.is_chat else {}),
     }
     store = Store(config.output)
@@ -139,7 +157,8 @@ def describe_generation(
         fingerprint = xxhash.xxh3_128(canonical(settings)).hexdigest()
         if fingerprint == known:
             break
-    return {**source, "fingerprint": fingerprint, "generate": generate}
+    said = said_of_sampler(config, teacher)
+    return {**source, "fingerprint": fingerprint, "generate": generate, **said}
 
 
 def sampled_records(
@@ -150,18 +169,23 @@ def sampled_records(
     `fingerprint` is that of `describe_generation`. Raises GenerationChanged if the output holds
     responses of another one.
     """
-    _refuse_others(store, fingerprint)
+    _refuse_others(store, fingerprint, teacher)
     _sample_missing(config, teacher, store, fingerprint)
     everything = config.sequences.targets == "all"
     for where, fields in rows_of(store):
         prompt, response = fields["prompt_ids"], fields["response_ids"]
+        sampler = None
+        if teacher.sampler is not None:
+            given = [0.0] * len(prompt) + fields[SAMPLER_LOGPROBS]
+            sampler = np.array(given, np.float32)
         mask = [int(everything)] * len(prompt) + target_mask(fields)
         ready = {
             "input_ids": prompt + response,
             "loss_mask": mask,
             "attention_mask": [1] * len(mask),  # a padding token that was drawn is not padding
         }
-        yield Record(fields["id"], ready, where, conversation_of(fields, where, everything))
+        said = conversation_of(fields, where, everything)
+        yield Record(fields["id"], ready, where, said, sampler)
 
 
 def questions(
@@ -208,42 +232,7 @@ def prompts_for(
     ]
 
 
-def open_sampler(config: DumpConfig, teacher: Teacher) -> Generator:
-    """Load the teacher for sampling; the caller closes it."""
-    generate = config.source.generate
-    stops = stop_ids(teacher)
-    if not stops:
-        log.warning("the teacher names no end token: every response takes max_new_tokens")
-    sampling = Sampling(
-        temperature=generate.temperature,
-        top_p=generate.top_p,
-        stop_ids=stops,
-        vocab_size=teacher.shared_vocab_size,
-    )
-    return open_generator(
-        config.teacher,
-        teacher.model_path,
-        sampling=sampling,
-        max_length=config.sequences.max_length,
-        tokenizer=teacher.tokenizer,
-    )
-
-
-def stop_ids(teacher: Teacher) -> tuple[int, ...]:
-    """What ends a response: the end tokens of the model's generation config and its tokenizer."""
-    found: list[Any] = [getattr(teacher.tokenizer, "eos_token_id", None)]
-    for name in ("generation_config.json", "config.json"):
-        file = Path(teacher.model_path) / name
-        if file.is_file():
-            value = json.loads(file.read_text()).get("eos_token_id")
-            found += value if isinstance(value, list) else [value]
-            if value is not None:
-                break
-    ids = {int(value) for value in found if value is not None}
-    return tuple(sorted(value for value in ids if 0 <= value < teacher.shared_vocab_size))
-
-
-def _refuse_others(store: Store, fingerprint: str) -> None:
+def _refuse_others(store: Store, fingerprint: str, teacher: Teacher) -> None:
     """Raise unless the responses that are here, if any, are of this fingerprint."""
     if not part_names(store) and not store.names(paths.ANSWERS):
         return
@@ -253,7 +242,16 @@ def _refuse_others(store: Store, fingerprint: str) -> None:
             f"{store.path(paths.GENERATION)} is missing, so nothing says what the responses beside "
             "it are of: delete the folder, or choose another output"
         )
-    found = read_json(store, paths.GENERATION).get("fingerprint")
+    known = read_json(store, paths.GENERATION)
+    found, by = known.get("fingerprint"), known.get("sampler")
+    ours = teacher.sampler.info if teacher.sampler else None
+    if found != fingerprint and by and ours and by != ours.fingerprint:
+        raise GenerationChanged(
+            f"{where} holds responses of another sampler: source.generate.by {ours.name} has "
+            f"fingerprint {ours.fingerprint} now, and they were sampled by one of {by}. It was "
+            "trained, or is another one, since: put back the weights that the sampling began with, "
+            "delete that folder, or choose another output"
+        )
     if found != fingerprint:
         raise GenerationChanged(
             f"{where} holds responses of other prompts, settings or another teacher (fingerprint "
@@ -271,7 +269,11 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
         total += question.room > 0
         left_out += question.room == 0
     if not total:
-        raise SourceError(f"{config.source.path} has no prompt that leaves room for a response")
+        raise SourceError(
+            f"{config.source.path} has no prompt that leaves room for a response in "
+            f"sequences.max_length={config.sequences.max_length}: all {left_out} are too long, so "
+            "there is no sample to score; raise it"
+        )
     if left_out:
         log.warning("%d prompts leave no room for a response and are left out", left_out)
     num_parts = -(-total // size)
@@ -283,7 +285,10 @@ def _sample_missing(config: DumpConfig, teacher: Teacher, store: Store, fingerpr
 
     def begin() -> None:
         if not there:  # a failure before leaves no trace
-            publish_json(store, paths.GENERATION, {"fingerprint": fingerprint})
+            known = {"fingerprint": fingerprint}
+            if teacher.sampler is not None:
+                known["sampler"] = teacher.sampler.info.fingerprint
+            publish_json(store, paths.GENERATION, known)
             there.add(paths.GENERATION)
 
     sampler: ChatSampler | Generator
@@ -331,41 +336,26 @@ def answer(
             for one, (_, prompt) in zip(answers, wanted, strict=True)
         ]
     else:
-        responses = sampler.generate([prompt for _, prompt in wanted])
+        try:
+            responses = sampler.generate([prompt for _, prompt in wanted])
+        except EngineError as error:
+            if teacher.sampler is None:
+                raise
+            raise of_sampler(error, config) from error
     n = config.source.generate.n
     return [
-        _row(teacher.tokenizer, question, response, f"#{index % n + 1}" if n > 1 else "") | more
+        row_of(
+            teacher.tokenizer,
+            question.record,
+            question.token_ids,
+            response,
+            f"#{index % n + 1}" if n > 1 else "",
+        )
+        | more
         for index, ((question, _), response, more) in enumerate(
             zip(wanted, responses, beside, strict=True)
         )
     ]
-
-
-def _row(tokenizer: Any, question: Question, response: Response, suffix: str) -> dict[str, Any]:
-    fields = question.record.fields
-    text = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
-    prompt, conversation = fields.get("prompt"), None
-    beside = {name: fields.get(name) for name in ("tools", "chat_template_kwargs")}
-    if prompt is None:
-        prompt = tokenizer.decode(question.token_ids.tolist())
-        said = [*fields["messages"], {"role": "assistant", "content": text}]
-        conversation = json.dumps(said, ensure_ascii=False)
-    return {
-        "id": question.record.sample_id + suffix,
-        "prompt": prompt,
-        "response": text,
-        "conversation": conversation,
-        "prompt_ids": question.token_ids,
-        "response_ids": response.token_ids,
-        "finish_reason": response.finish_reason,
-        **{name: _json(value) for name, value in beside.items()},
-    }
-
-
-def _json(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _check(record: Record, ids: NDArray[np.int64], vocab_size: int) -> None:

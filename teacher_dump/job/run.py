@@ -1,15 +1,18 @@
 """The dump job: open or start the cache, score every missing shard, seal it."""
 
+import contextlib
 import dataclasses
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from decant.schemas import Manifest, ShardPlan
+from decant.schemas import FormatError, Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import extension, paths
 from decant.storage.cache.records import read_manifest
+from decant.storage.cache.renewal import settle
+from decant.storage.inspect.precision import logprob_error_warning
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
 from decant.teacher_dump.engines.opening import check_engine
@@ -19,8 +22,9 @@ from decant.teacher_dump.job.extend import Base, OnKnown, is_part, open_or_exten
 from decant.teacher_dump.job.fill import fill_shards, open_teacher
 from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
 from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
+from decant.teacher_dump.job.sampler import check_sampler, with_sampler
 from decant.teacher_dump.job.shard_inputs import restore_inputs
-from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create
+from decant.teacher_dump.job.start import missing_shards, open_or_create
 from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
@@ -76,8 +80,11 @@ def dump(
             "`decant merge` the two"
         )
     outer = Store(config.output)
-    base = Base(config.output, extend)
+    Base(config.output, extend)  # refuses what cannot be extended
     with outer.lock(shared=worker.count > 1):
+        with outer.lock(paths.SHARDS, wait=True):
+            _seal_renewed(outer)
+        base = Base(config.output, extend)
         moved = extension.moving(outer)
         if moved and moved.cache_id == base.manifest.cache_id:  # a killed run did all but this
             with outer.lock(paths.SHARDS, wait=True):
@@ -119,17 +126,22 @@ def _fill_cache(
     refuse_before_asking(config)
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
-    if ray is None and not store.exists(paths.MANIFEST):  # with Ray, what runs it is elsewhere
-        for warning in check_engine(config.teacher, teacher.model_path):
+    teacher = with_sampler(config, teacher)
+    if not store.exists(paths.MANIFEST):
+        # With Ray, what runs the teacher is elsewhere; who samples is here.
+        found = check_engine(config.teacher, teacher.model_path) if ray is None else []
+        for warning in [*found, *check_sampler(config, teacher)]:
             log.warning("%s", warning)
     with store.lock(shared=worker.count > 1):
         teacher = hash_weights(teacher, progress=log.info)
         _await_start(store, worker)
         with _alone(store, worker):
             writer, missing = _set_up(config, store, teacher, worker, base, retry_rejected)
-            if not missing and is_sealed(writer):
+            if not missing and writer.is_sealed():
                 log.info("%s is complete already", config.output)
                 store.remove_folder(paths.INPUTS)
+                if worker.count == 1:
+                    store.remove_folder(paths.RENEWAL)  # without a commit record: of a killed run
                 return writer.manifest
         log.info(
             "%d sequences, %d targets in %d shards, %d shards to score%s",
@@ -163,6 +175,12 @@ def _fill_cache(
                     writer.manifest.num_shards,
                 )
                 return writer.manifest
+            if ray is not None:  # whose actors have logs of their own
+                for record in writer.committed():
+                    error = record.logprob_error_mean, record.logprob_error_max
+                    if warnings := logprob_error_warning(config.precision, *error):
+                        log.warning("shard %d: %s", record.shard + 1, warnings[0])
+                        break
             # Of shards that are scored again, none is missing while others still need the inputs.
             manifest = writer.finalize(keep_inputs=retry_rejected and worker.count > 1)
         assert manifest.totals is not None
@@ -175,6 +193,13 @@ def _fill_cache(
             f", {manifest.totals.rejected} sequences rejected" if manifest.totals.rejected else "",
         )
         return manifest
+
+
+def _seal_renewed(store: Store) -> None:
+    """Make shards that a killed run scored again part of the cache that is to be extended."""
+    if store.exists(paths.RENEWAL):
+        store.remove_temporaries(paths.RENEWAL)
+        CacheWriter(store.url).finalize()
 
 
 def _alone(store: Store, worker: Worker) -> AbstractContextManager[None]:
@@ -215,6 +240,9 @@ def _set_up(
             store.remove_temporaries(folder)
         if worker.count == 1:
             store.remove_temporaries(paths.SHARDS)
+            store.remove_temporaries(paths.RENEWAL)
+        with contextlib.suppress(FormatError):  # damaged records, which are sealed anew
+            settle(store, writer.manifest)
         before = base.manifest.num_shards if base else 0
         missing = missing_shards(
             writer, worker.fills, retry_rejected=retry_rejected, inherited=before
@@ -258,6 +286,7 @@ def _fill(
     mine = sum(s.num_targets for s in writer.plan if worker.fills(s.shard))
     committed = mine - sum(s.num_targets for s in missing)
     start, targets, sequences, written_bytes = time.monotonic(), 0, 0, 0
+    precision, warned = writer.manifest.precision, False
     with progress("score", "targets", total=mine, initial=committed) as bar:
 
         def done(num_targets: int) -> None:
@@ -284,3 +313,7 @@ def _fill(
                 targets / (time.monotonic() - start),
                 f", {filled.rejected} sequences rejected" if filled.rejected else "",
             )
+            for warning in logprob_error_warning(precision, *filled.logprob_error):
+                if not warned:
+                    log.warning("shard %d: %s", filled.plan.shard + 1, warning)
+                warned = True

@@ -37,6 +37,9 @@ def select_targets(scored: ScoredSequence, share: float) -> ScoredSequence:
         scored,
         is_target=is_target,
         positions=positions,
+        sampler_logprobs=(
+            None if scored.sampler_logprobs is None else scored.sampler_logprobs[kept]
+        ),
         **known,
     )
 

@@ -30,6 +30,8 @@ from decant.teacher_dump.teacher import Teacher
 log = logging.getLogger(__name__)
 
 Accept = Callable[[TokenSequence], bool]
+SAMPLER = "sampler_logprobs"
+"""The column of a file of inputs that has them."""
 MADE_AGAIN = "delete it, and the same command makes it from the source again"
 
 
@@ -80,17 +82,21 @@ def sharded(
     *,
     is_checked: bool = True,
     accept: Accept | None = None,
+    keep_sampler: bool = True,
 ) -> Iterator[list[TokenSequence]]:
     """The sequences of each shard: as many as reach `shard_targets`, in the records' order.
 
-    Those that are not to be had, if `accept` is asked, are left out.
+    Those that are not to be had, if `accept` is asked, are left out; so are the log probs of who
+    sampled them, unless told to `keep_sampler`.
     """
     shard: list[TokenSequence] = []
     targets = 0
     for sequence in sequences_of(config, teacher, counts, records, is_checked=is_checked):
         if accept is not None and not accept(sequence):
             continue
-        shard.append(sequence)
+        shard.append(
+            sequence if keep_sampler else dataclasses.replace(sequence, sampler_logprobs=None)
+        )
         candidates = int(sequence.is_target.sum())
         targets += num_selected(candidates, config.sequences.target_share)
         progress(counts)
@@ -126,7 +132,14 @@ def restore_inputs(
     config = dataclasses.replace(config, sequences=kept)
     records = source_records(config, teacher, writer.manifest.source["fingerprint"])
     made = sharded(
-        config, teacher, SequenceCounts(), progress, records, is_checked=False, accept=accept
+        config,
+        teacher,
+        SequenceCounts(),
+        progress,
+        records,
+        is_checked=False,
+        accept=accept,
+        keep_sampler=writer.manifest.sampler_logprobs,
     )
     for shard, sequences in enumerate(made, first_shard):
         if shard in lost:
@@ -169,13 +182,15 @@ def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
     name = paths.inputs(plan.shard)
     where = store.path(name)
     try:
+        data = store.read(name)
+    except FileNotFoundError:
+        raise FormatError(f"{where} is missing; the same command makes it again") from None
+    try:
         table = pq.read_table(
-            pa.BufferReader(store.read(name)), page_checksum_verification=True
+            pa.BufferReader(data), page_checksum_verification=True
         ).combine_chunks()
         sequences = _sequences(table)
         _, digest = _input_table(sequences)
-    except FileNotFoundError:
-        raise FormatError(f"{where} is missing; the same command makes it again") from None
     except Exception as error:  # whatever a damaged file may raise
         raise FormatError(f"{where} is damaged: {error}; {MADE_AGAIN}") from error
     if digest != plan.input_xxh3_128:
@@ -194,8 +209,17 @@ def _sequences(table: pa.Table) -> list[TokenSequence]:
     offsets = ids.offsets.to_numpy()
     has_messages = "messages" in table.column_names
     said = table.column("messages").to_pylist() if has_messages else [""] * len(table)
+    sampler = None
+    if SAMPLER in table.column_names:
+        sampler = table.column(SAMPLER).combine_chunks().values.to_numpy()
     return [
-        TokenSequence(sample_id, flat_ids[start:stop], flat_mask[start:stop], messages)
+        TokenSequence(
+            sample_id,
+            flat_ids[start:stop],
+            flat_mask[start:stop],
+            messages,
+            None if sampler is None else sampler[start:stop],
+        )
         for sample_id, start, stop, messages in zip(
             table.column("sample_id").to_pylist(), offsets[:-1], offsets[1:], said, strict=True
         )
@@ -221,4 +245,10 @@ def _input_table(sequences: list[TokenSequence]) -> tuple[pa.Table, str]:
         columns["messages"] = pa.array([s.messages for s in sequences], pa.string())
         for s in sequences:
             digest.update(f"\0{len(s.messages)} {s.messages}".encode())
+    sampler = [s.sampler_logprobs for s in sequences if s.sampler_logprobs is not None]
+    if sampler:
+        assert len(sampler) == len(sequences), "some sequences have a sampler, others none"
+        flat = np.concatenate(sampler).astype("<f4")
+        columns[SAMPLER] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        digest.update(b"\0" + flat.tobytes())
     return pa.table(columns), digest.hexdigest()

@@ -17,7 +17,7 @@ from decant.schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokeni
 from decant.schemas.strict import canonical
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
-from decant.storage.cache.records import committed_shards, read_records
+from decant.storage.cache.records import committed_shards
 from decant.storage.files.sealed import read_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.counts import SequenceCounts, summary, warnings
@@ -40,6 +40,7 @@ LATER = {
     "sequences.target_share": 1.0,
 }
 """What caches did that were started before they could say so."""
+SAMPLER = "source.sampler.fingerprint"
 KEEP_MESSAGES = "sequences.keep_messages"
 
 
@@ -113,7 +114,12 @@ def start_over(store: Store) -> None:
 
     Whenever this is cut short, what is left is that cache or the start of one.
     """
-    for folder in (paths.SHARDS, paths.RECORDS, PurePath(paths.KEPT_REPORT).parts[0]):
+    for folder in (
+        paths.SHARDS,
+        paths.RENEWAL,
+        paths.RECORDS,
+        PurePath(paths.KEPT_REPORT).parts[0],
+    ):
         store.remove_folder(folder)
     store.remove(paths.MANIFEST)
     clear(store)
@@ -150,13 +156,14 @@ def _create(
     progress: Callable[[SequenceCounts], None],
 ) -> CacheWriter:
     counts = SequenceCounts()
-    plan, first, messages = [], 0, False
+    plan, first, messages, sampler = [], 0, False, False
     records = source_records(config, teacher, source["fingerprint"])
     for shard, sequences in enumerate(sharded(config, teacher, counts, progress, records)):
         share = config.sequences.target_share
         plan.append(write_input(store, shard, first, sequences, share))
         first += len(sequences)
         messages = messages or any(sequence.messages for sequence in sequences)
+        sampler = sampler or sequences[0].sampler_logprobs is not None
     log.info("inputs: %s", summary(counts))
     if not plan:
         raise SourceError(
@@ -179,6 +186,7 @@ def _create(
         source=source,
         sequences={**sequence_settings(config, teacher), "counts": dataclasses.asdict(counts)},
         messages=messages,
+        sampler_logprobs=sampler,
     )
     return CacheWriter.create(config.output, draft, plan)
 
@@ -207,10 +215,12 @@ def missing_shards(
     whole, retried = set(), set()
     sizes = store.sizes(paths.SHARDS)
     try:
-        for record in writer.committed():
+        renewed = writer.renewed()
+        for record in writer.committed(renewed):
             name = paths.shard(record.shard)
             size = sizes.get(PurePath(name).name, -1)
-            if size == record.bytes or not mine(record.shard) or record.shard < inherited:
+            is_whole = size == record.bytes or record.shard in renewed
+            if is_whole or not mine(record.shard) or record.shard < inherited:
                 whole.add(record.shard)
                 if record.shard >= inherited and retry_rejected and record.rejected:
                     retried.add(record.shard)
@@ -223,19 +233,6 @@ def missing_shards(
             f"{error}; delete it, and the same command scores its shard again"
         ) from error
     return [s for s in writer.plan if s.shard not in whole - retried and mine(s.shard)]
-
-
-def is_sealed(writer: CacheWriter) -> bool:
-    """Whether the manifest is final and its sealed records are those beside the shards."""
-    if not writer.manifest.is_final or writer.missing():
-        return False
-    try:
-        sealed = read_records(writer.store, writer.manifest)
-    except FormatError:
-        return False
-    return len(sealed) == len(writer.plan) and all(
-        ours == theirs for ours, theirs in zip(sealed, writer.committed(), strict=True)
-    )
 
 
 def sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
@@ -274,6 +271,7 @@ def identity(
         "temperatures": list(config.temperatures),
         "precision": config.precision,
         "source.fingerprint": source["fingerprint"],
+        **({SAMPLER: source["sampler"]["fingerprint"]} if "sampler" in source else {}),
         **{f"sequences.{k}": v for k, v in sequence_settings(config, teacher).items()},
     }
 
@@ -290,7 +288,7 @@ def changes(manifest: Manifest, ours: dict[str, Any]) -> list[str]:
     for name, value in ours.items():
         theirs: Any = stored
         for part in name.split("."):
-            theirs = theirs.get(part, LATER.get(name))
+            theirs = theirs.get(part, LATER.get(name)) if isinstance(theirs, dict) else theirs
         if theirs != value:
             differing.append(f"  {name}: the cache has {theirs!r}, this run gives {value!r}")
     return differing

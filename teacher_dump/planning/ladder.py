@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from decant.schemas import Manifest, ScoredSequence, TokenizerInfo, Truncation
 from decant.storage import CacheReader
 from decant.storage.cache.writer import write_cache
-from decant.storage.inspect.truncation_cost import LOWEST_TAIL, TruncationSums, truncation_sums
+from decant.storage.inspect.curve import finite, shown_ks
+from decant.storage.inspect.cuts import cut
+from decant.storage.inspect.truncation_cost import LOWEST_TAIL, TruncationSums, target_costs
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.teacher import Teacher
 
@@ -31,12 +33,16 @@ class Rung:
     k: int
     mass_mean: float
     """Retained mass at T=1."""
+    mass_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     mass_low: float
     """Its 5 % quantile."""
     mass_least: float
     kl: float
     """Nats per target by which k entries are farther from the teacher than the reference's: mean of
     KL(teacher || the k entries, the rest spread evenly); see docs/losses.md."""
+    kl_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     bytes_per_target: float
     bytes: int
 
@@ -52,6 +58,17 @@ def reference_truncation(truncation: Truncation, teacher: Teacher) -> Truncation
     return Truncation(k=k)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ladder:
+    """What each k keeps, loses and takes."""
+
+    rungs: tuple[Rung, ...]
+    beyond: float
+    """Nats per target that the largest of them may be away from the teacher, at most: the mean."""
+    beyond_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
+
+
 def cut_ladder(
     config: DumpConfig,
     teacher: Teacher,
@@ -59,88 +76,80 @@ def cut_ladder(
     weights: list[float],
     num_targets: int,
     shards: int,
-) -> tuple[tuple[Rung, ...], float]:
-    """What each k keeps, loses and takes; and how far the reference may be from the teacher."""
+) -> Ladder:
+    """The ladder of the sample `full`, whose sequences stand for so many each (`weights`)."""
     slots = full[0].token_ids.shape[1]
-    sums, mass = None, []
+    sums, mass = TruncationSums(slots), []
     for sequence, weight in zip(full, weights, strict=True):
-        of_sequence = _sums(sequence, teacher.shared_vocab_size)
-        scaled = TruncationSums(
-            of_sequence.mass * weight,
-            of_sequence.fkl * weight,
-            of_sequence.rkl * weight,
-            of_sequence.beyond * weight,
-        )
-        sums = scaled if sums is None else sums + scaled
+        costs = _costs(sequence, teacher.shared_vocab_size)
+        sums.add(costs[:, None], np.array([sequence.num_targets]), weight)
         mass.append(np.exp(_entries(sequence)[0], dtype=np.float64).cumsum(axis=1))
-    assert sums is not None
-    total = sum(w * one.num_targets for w, one in zip(weights, full, strict=True))
+    means = sums.means()
     of_target = np.concatenate(
         [np.full(one.num_targets, w) for w, one in zip(weights, full, strict=True)]
     )
     mass_NK = np.concatenate(mass)
     ladder = []
     for k in _steps(config.truncation, slots):
-        cut = [_cut(sequence, k, tuple(config.temperatures)) for sequence in full]
+        shorter = [cut(sequence, k, tuple(config.temperatures)) for sequence in full]
         changed = dataclasses.replace(config, truncation=Truncation(k=k))
-        per_target, overhead = shard_bytes(changed, teacher, cut)
-        num_bytes = round(per_target * num_targets + overhead * shards)
+        num_bytes = round(shard_bytes(changed, teacher, shorter).of(num_targets, shards))
         low = np.quantile(mass_NK[:, k - 1], 0.05, method="inverted_cdf", weights=of_target)
         ladder.append(
             Rung(
                 k=k,
-                mass_mean=float(sums.mass[k - 1] / total),
+                mass_mean=float(means.mass[k - 1]),
+                mass_error=finite(float(means.mass_error[k - 1])),
                 mass_low=float(low),
                 mass_least=float(mass_NK[:, k - 1].min()),
-                kl=float(sums.fkl[k - 1] / total),
+                kl=float(means.fkl[k - 1]),
+                kl_error=finite(float(means.fkl_error[k - 1])),
                 bytes_per_target=num_bytes / num_targets,
                 bytes=num_bytes,
             )
         )
-    return tuple(ladder), sums.beyond / total
+    beyond_error = finite(means.beyond_error)
+    return Ladder(rungs=tuple(ladder), beyond=means.beyond, beyond_error=beyond_error)
 
 
 def _steps(truncation: Truncation, slots: int) -> list[int]:
-    """Powers of two, the configured k, and the largest."""
-    steps = {1 << i for i in range(slots.bit_length()) if SMALLEST_K <= 1 << i <= slots}
+    """Powers of two and halves between them, the configured k, and the largest."""
+    steps = {k for k in shown_ks(slots) if k >= SMALLEST_K}
     if truncation.rule.has_head:
         steps.add(truncation.k)
     return sorted({*steps, slots})
 
 
-def _sums(sequence: ScoredSequence, vocab_size: int) -> TruncationSums:
-    """The sums of `truncation_cost` over the targets of one sequence."""
+def _costs(sequence: ScoredSequence, vocab_size: int) -> NDArray[np.float64]:
+    """[3K+1] `target_costs` summed over the targets of one sequence."""
     logprobs, log_tail = _entries(sequence)
-    sums: TruncationSums | None = None
+    total = np.zeros(3 * logprobs.shape[1] + 1)
     for start in range(0, sequence.num_targets, BLOCK):
         block = slice(start, start + BLOCK)
         log_p = np.maximum(logprobs[block].T, LOWEST_TAIL, order="C")
-        one = truncation_sums(log_p, np.exp(log_p), log_tail[block, 0], None, vocab_size)
-        sums = one if sums is None else sums + one
-    assert sums is not None
-    return sums
+        costs = target_costs(log_p, np.exp(log_p), log_tail[block, 0], None, vocab_size)
+        total += costs.sum(axis=1, dtype=np.float64)
+    return total
 
 
-def _cut(sequence: ScoredSequence, k: int, temperatures: tuple[float, ...]) -> ScoredSequence:
-    """The sequence as a dump at this k gives it."""
-    logprobs, log_tail_K = _entries(sequence)
-    log_tail = np.empty_like(log_tail_K)
-    for i, temperature in enumerate(temperatures):
-        beyond = logprobs[:, k:].astype(np.float64) / temperature - sequence.log_z[:, i, None]
-        everything = np.concatenate([beyond, log_tail_K[:, i, None]], axis=1)
-        log_tail[:, i] = np.logaddexp.reduce(everything, axis=1)
-    return dataclasses.replace(
-        sequence,
-        token_ids=np.ascontiguousarray(sequence.token_ids[:, :k]),
-        logprobs=np.ascontiguousarray(logprobs[:, :k]),
-        log_tail=log_tail,
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardBytes:
+    """What a sample says of shards of its like."""
+
+    per_target: float
+    """Of the row groups."""
+    per_shard: float
+    """Of all else."""
+    logprob_error: tuple[float | None, float | None]
+    """Mean and largest, over targets, of the worst log prob's error, nats; None without one."""
+
+    def of(self, targets: int, shards: int) -> float:
+        """Of so many targets in so many shards."""
+        return self.per_target * targets + self.per_shard * shards
 
 
-def shard_bytes(
-    config: DumpConfig, teacher: Teacher, scored: list[ScoredSequence]
-) -> tuple[float, float]:
-    """Of the sample as a real shard: bytes of the row groups per target, and the rest."""
+def shard_bytes(config: DumpConfig, teacher: Teacher, scored: list[ScoredSequence]) -> ShardBytes:
+    """The sample as a real shard."""
     draft = Manifest.draft(
         teacher=teacher.info,
         tokenizer=TokenizerInfo(fingerprint="", files={}),
@@ -151,12 +160,17 @@ def shard_bytes(
         source={},
         sequences=dataclasses.asdict(config.sequences),
         messages=any(sequence.messages is not None for sequence in scored),
+        sampler_logprobs=scored[0].sampler_logprobs is not None,
     )
     with tempfile.TemporaryDirectory() as folder:
         write_cache(folder, draft, scored)
         (record,) = CacheReader(folder).index
     data = sum(group.data.length for group in record.row_groups)
-    return data / record.targets, float(record.bytes - data)
+    return ShardBytes(
+        per_target=data / record.targets,
+        per_shard=float(record.bytes - data),
+        logprob_error=(record.logprob_error_mean, record.logprob_error_max),
+    )
 
 
 def _entries(sequence: ScoredSequence) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -17,7 +17,8 @@ import numpy as np
 
 from decant.schemas import ScoredSequence
 from decant.storage import Store
-from decant.storage.inspect.truncation_cost import TOLERANCE
+from decant.storage.inspect.budget import SURE, Budget, Step, choose
+from decant.storage.inspect.precision import logprob_error_warning
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, EngineError
 from decant.teacher_dump.engines.opening import check_engine
@@ -27,6 +28,7 @@ from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.job.fill import open_teacher
 from decant.teacher_dump.job.isolate import Isolator, Rejection
 from decant.teacher_dump.job.refusals import refuse_foreign, refuse_misfits
+from decant.teacher_dump.job.sampler import check_sampler, with_sampler
 from decant.teacher_dump.job.selection import select_targets
 from decant.teacher_dump.planning import warnings
 from decant.teacher_dump.planning.ladder import (
@@ -80,28 +82,38 @@ class Prediction:
     """What `ladder` was cut from."""
     beyond_reference: float
     """Nats per target that the reference itself may be away from the teacher, at most."""
+    beyond_reference_error: float | None
+    """Its standard error over sequences; None with fewer than two."""
     ladder: tuple[Rung, ...]
     recommended_k: int | None
-    """Smallest k of the ladder with a `kl` of at most `truncation_cost.TOLERANCE`; None if only the
-    reference has that, of itself."""
+    """The k of the ladder, below the reference, that a budget asks for; None without a budget, or
+    where no such k is known to be it."""
+    recommendation: str
+    """That, and why, in one line; "" without a budget."""
     disk_free: int | None
     """Bytes; None for an object store."""
     warnings: tuple[str, ...]
     """What the dump would refuse, leave out, or not have room for."""
 
 
-def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -> Prediction:
+def predict(
+    config: DumpConfig,
+    sample: int = 64,
+    engines: Sequence[str] = (),
+    budget: Budget | None = None,
+) -> Prediction:
     """Tokenise the source, score `sample` sequences, extrapolate; nothing is written to the output.
 
-    `engines` are further ones to time. Raises ValueError as `dump` would for the same config; but
-    overlong records that would stop it are counted.
+    `engines` are further ones to time, `budget` one to recommend a k for. Raises ValueError as
+    `dump` would for the same config; but overlong records that would stop it are counted.
     """
     if sample < 1:
         raise ValueError(f"sample must be at least 1, found {sample}")
     teacher = describe_teacher(config.teacher)
     refuse_misfits(config, teacher)
     refuse_foreign(config)
-    slow = check_engine(config.teacher, teacher.model_path)
+    teacher = with_sampler(config, teacher)
+    slow = check_engine(config.teacher, teacher.model_path) + check_sampler(config, teacher)
     counts = SequenceCounts()
     generate_hours = None
     if config.source.generate.n:
@@ -130,9 +142,9 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     full = [select_targets(one, share) for index in kept if (one := wide[index]) is not None]
     own = [select_targets(one, share) for index in kept if (one := scored[index]) is not None]
     weights = [drawn[index].weight for index in kept]
-    ladder, beyond = cut_ladder(config, teacher, full, weights, counts.targets, shards)
-    per_target, overhead = shard_bytes(config, teacher, own)
-    num_bytes = round(per_target * counts.targets + overhead * shards)
+    ladder = cut_ladder(config, teacher, full, weights, counts.targets, shards)
+    stored = shard_bytes(config, teacher, own)
+    num_bytes = round(stored.of(counts.targets, shards))
     is_top = config.truncation.rule.is_top
     masses = _retained(own, weights, config.temperatures) if is_top else {}
     free = _disk_free(config.output)
@@ -143,7 +155,16 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
     if teacher.tokenizer is not None and (bos := teacher.tokenizer.bos_token_id) is not None:
         without = sum(int(sequence.input_ids[0]) != bos for sequence in sequences)
         found += warnings.of_beginnings(teacher.tokenizer.bos_token, without, len(sequences))
+    found += logprob_error_warning(config.precision, *stored.logprob_error)
     found += warnings.of_masses(masses) + warnings.of_space(config, num_bytes, counts.tokens, free)
+    chosen = None
+    if budget:
+        steps = [
+            Step(k=r.k, nats=r.kl, error=r.kl_error, bytes_per_target=r.bytes_per_target)
+            for r in ladder.rungs
+        ]
+        beyond = ladder.beyond + SURE * (ladder.beyond_error or 0.0)
+        chosen = choose(steps, beyond, budget, counts.targets)
     return Prediction(
         counts=counts,
         shards=shards,
@@ -156,12 +177,11 @@ def predict(config: DumpConfig, sample: int = 64, engines: Sequence[str] = ()) -
         cross_entropy=_cross_entropy(own, weights),
         mass=masses.get(1.0),
         reference_k=reference.k,
-        beyond_reference=beyond,
-        ladder=ladder,
-        recommended_k=next(
-            (at.k for at in ladder if at.kl <= TOLERANCE and (at.k < reference.k or not beyond)),
-            None,
-        ),
+        beyond_reference=ladder.beyond,
+        beyond_reference_error=ladder.beyond_error,
+        ladder=ladder.rungs,
+        recommended_k=chosen.k if chosen else None,
+        recommendation=chosen.text if chosen else "",
         disk_free=free,
         warnings=tuple(found),
     )

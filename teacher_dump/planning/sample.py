@@ -10,7 +10,8 @@ from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.records import TokenSequence
 from decant.teacher_dump.inputs.sequences import SequenceCounts
 from decant.teacher_dump.inputs.sources import iter_records, source_names
-from decant.teacher_dump.job.responses import open_sampler, prompts_for, questions
+from decant.teacher_dump.job.responses import prompts_for, questions
+from decant.teacher_dump.job.sampler import open_sampler
 from decant.teacher_dump.job.shard_inputs import sharded
 from decant.teacher_dump.planning.stratified import Drawn, FileGroups, StratifiedSample
 from decant.teacher_dump.progress import progress
@@ -80,7 +81,11 @@ def draw_responses(
         is_target = np.arange(len(ids)) >= len(entry.sequence.input_ids)
         is_target |= config.sequences.targets == "all"
         is_target[0] = False
-        sequence = TokenSequence(entry.sequence.sample_id, ids, is_target)
+        sampler = None
+        if response.logprobs is not None:
+            sampler = np.zeros(len(ids), np.float32)
+            sampler[len(entry.sequence.input_ids) :] = response.logprobs
+        sequence = TokenSequence(entry.sequence.sample_id, ids, is_target, "", sampler)
         answered.append(Drawn(sequence, entry.weight * n))
         kept = num_selected(int(is_target.sum()), config.sequences.target_share)
         sums += entry.weight * n * np.array([1, len(ids), kept])

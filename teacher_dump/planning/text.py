@@ -1,6 +1,9 @@
 """A plan as text."""
 
-from decant.storage.inspect.truncation_cost import TOLERANCE
+import textwrap
+
+from decant.storage.cli.terminal import WIDTH
+from decant.storage.inspect.budget import SURE
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.planning.predict import Prediction
 from decant.teacher_dump.progress import duration
@@ -41,32 +44,38 @@ def plan_text(prediction: Prediction, config: DumpConfig) -> str:
         lines.append(f"retained mass        {p.mass:.4f} with the configured truncation")
     lines += [
         "",
-        "      k   retained mass: mean      5 %   smallest    KL, nats  bytes/target      MB",
+        "      k  retained mass: mean      ±      5 % smallest KL, nats      ± bytes/target     MB",
     ]
     for at in p.ladder:
         lines.append(
-            f"{at.k:7d}{at.mass_mean:22.4f} {at.mass_low:8.4f} {at.mass_least:10.4f} "
-            f"{at.kl:11.5f} {at.bytes_per_target:13.1f} {at.bytes / 1e6:7,.1f}"
+            f"{at.k:7d}{at.mass_mean:21.4f} {_half(at.mass_error)} {at.mass_low:8.4f} "
+            f"{at.mass_least:8.4f} {at.kl:8.4f} {_half(at.kl_error)} {at.bytes_per_target:12.1f} "
+            f"{at.bytes / 1e6:6,.1f}"
         )
-    lines += ["", _recommendation(p, config)]
+    lines += ["", *_notes(p, config)]
     lines += [f"warning: {warning}" for warning in p.warnings]
     return "\n".join(lines)
 
 
-def _recommendation(p: Prediction, config: DumpConfig) -> str:
-    rule = f"costs at most {TOLERANCE:g} nats against k={p.reference_k}"
-    if p.recommended_k is None and config.teacher.engine == "openai":
-        return (
-            f"no smaller k {rule}, which is what was asked of the server: keep that many, or "
-            "serve the teacher with `decant serve` for more of it"
-        )
-    if p.recommended_k is None:
-        return (
-            f"no smaller k {rule}: keep that many, or take draws (truncation.method: topk+sample)"
-        )
-    text = f"recommended: k={p.recommended_k}, the smallest k of this table that {rule}"
-    if p.beyond_reference > TOLERANCE / 10:
-        text += f" (which may itself be up to {p.beyond_reference:.4f} from the teacher)"
-    if config.truncation.rule.has_head and config.truncation.k < p.recommended_k:
-        text += f"; configured is {config.truncation.k}"
-    return text
+def _half(error: float | None) -> str:
+    """Half of a 95 % interval."""
+    return f"{'-':>6}" if error is None else f"{SURE * error:6.4f}"
+
+
+def _notes(p: Prediction, config: DumpConfig) -> list[str]:
+    """What the table does not say of itself, and what a budget asks for."""
+    reference = f"k={p.reference_k}"
+    if config.teacher.engine == "openai":
+        reference += ", all that was asked of the server"
+    said = (
+        f"KL: what k entries cost against {reference}, forward KL per target; ±: 95 %, by what "
+        "differs between sequences."
+    )
+    if p.beyond_reference:
+        said += f" k={p.reference_k} itself may cost up to {p.beyond_reference:.3g} nats more"
+        said += " against the whole vocabulary."
+    if p.recommendation:
+        budget = f"budget: {p.recommendation}"
+    else:
+        budget = "which k is worth its bytes? --max-bytes 80, --max-bytes 200GB or --max-nats 0.5"
+    return [*textwrap.wrap(said, WIDTH), *textwrap.wrap(budget, WIDTH, subsequent_indent="  ")]

@@ -19,6 +19,7 @@ from decant.student_train import (
     Schedule,
     train,
 )
+from decant.student_train.config.mixture import CacheShare, own_losses
 from decant.student_train.losses import fused_linear_divergence, sparse_divergence
 from tests.support import models
 from tests.support.trainings import config
@@ -139,6 +140,9 @@ def test_a_scheduled_run_takes_each_step_with_its_own_numbers(cache: Path, tmp_p
     for line in lines:
         expected = line["kd_weight"] * line["kd"] + line["ce_weight"] * line["ce"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        assert 0 < line["student_tail"] < 1 and 0 <= line["below_mu"] <= 1
+    tails = [line["teacher_tail"] for line in lines]
+    assert min(tails[:3]) > max(tails[3:]) > 0  # each at the temperature of its step
     first = LossConfig(kind="akl", temperature=2.0, options={"mu": 0.3})
     once = config(cache, tmp_path / "first", loss=first, optimizer=OptimizerConfig(), steps=1)
     train(once)
@@ -160,8 +164,15 @@ def test_both_routes_to_the_logits_weigh_the_caches_of_a_mixture_alike(cache: Pa
     batch = next(iter(CacheStream(cache, batch_size=4)))
     batch = dataclasses.replace(batch, source=torch.arange(batch.num_targets) % 2)
     loss = LossConfig(kind="fkl")
-    terms = loss.at(0, 1, [(0.5, None), (None, 2.0)])
-    assert (terms.kd_weight, terms.ce_weight) == ((0.5, 1.0), (0.0, 2.0))
+    first, second = own_losses(
+        loss,
+        [
+            CacheShare(cache="a", weight=1, kd_weight=0.5),
+            CacheShare(cache="b", weight=1, ce_weight=2.0),
+        ],
+    )
+    terms = (first.at(0, 1), second.at(0, 1))
+    assert [(one.kd_weight, one.ce_weight) for one in terms] == [(0.5, 0.0), (1.0, 2.0)]
     found = []
     for fused in (True, False):
         model = Distiller(models.build_model(), loss, models.VOCAB_SIZE)

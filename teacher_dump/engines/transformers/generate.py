@@ -53,6 +53,8 @@ class Answer:
     """Of the prompt among those given."""
     drawn: NDArray[np.int32]
     """Tokens so far."""
+    logprobs: NDArray[np.float32]
+    """Of these tokens; of length 0 where they are not asked for."""
 
     @property
     def ids(self) -> NDArray[np.int32]:
@@ -119,8 +121,8 @@ class TransformersGenerator:
         batch that does not fit the memory is halved.
         """
         done: dict[int, Response] = {}
-        nothing = np.zeros(0, np.int32)
-        left = [Answer(prompt, index, nothing) for index, prompt in enumerate(prompts)]
+        nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        left = [Answer(prompt, index, *nothing) for index, prompt in enumerate(prompts)]
         while left:
             left.sort(key=lambda answer: (-answer.whole, answer.index))
             size = max(1, self._max_batch_tokens // left[0].whole)
@@ -145,11 +147,14 @@ class TransformersGenerator:
 
     def _finished(self, answer: Answer) -> Response | None:
         stops = np.flatnonzero(np.isin(answer.drawn, self._sampling.stop_ids))
-        if len(stops):
-            return Response(token_ids=answer.drawn[: stops[0] + 1], finish_reason="stop")
-        if answer.room:
+        if not len(stops) and answer.room:
             return None
-        return Response(token_ids=answer.drawn, finish_reason="length")
+        count = stops[0] + 1 if len(stops) else len(answer.drawn)
+        return Response(
+            token_ids=answer.drawn[:count],
+            finish_reason="stop" if len(stops) else "length",
+            logprobs=answer.logprobs[:count] if self._sampling.with_logprobs else None,
+        )
 
     def _extend(self, batch: list[Answer]) -> None:
         """Draw tokens for each until all end, or the longest leaves its group of lengths."""
@@ -171,8 +176,11 @@ class TransformersGenerator:
             steps = min(steps, end - longest + 1)
         drawing = _Drawing(self._sampling, batch, steps, longest)
         rows = self._run([answer.ids for answer in batch], steps, drawing, self._sampling.stop_ids)
-        for answer, row in zip(batch, rows, strict=True):
-            answer.drawn = np.concatenate([answer.drawn, row[: answer.room]])
+        logprobs = drawing.logprobs()
+        for answer, row, said in zip(batch, rows, logprobs, strict=True):
+            room = answer.room
+            answer.drawn = np.concatenate([answer.drawn, row[:room]])
+            answer.logprobs = np.concatenate([answer.logprobs, said[:room]])
 
     @torch.inference_mode()
     def _run(
@@ -253,6 +261,7 @@ class _Drawing(LogitsProcessor):
     def __init__(self, sampling: Sampling, batch: list[Answer], steps: int, longest: int) -> None:
         self._vocab_size, self._longest = sampling.vocab_size, longest
         self._names = [answer.prompt.name for answer in batch]
+        self._logprobs: list[Tensor] | None = [] if sampling.with_logprobs else None
         self._shapers = LogitsProcessorList()
         if sampling.temperature not in (0, 1):
             self._shapers.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -275,7 +284,7 @@ class _Drawing(LogitsProcessor):
                 "at the record"
             )
         if self._uniforms is None:
-            return scores
+            return self._only(scores, scores.argmax(dim=1, keepdim=True))
         step = input_ids.shape[1] - self._longest
         p = torch.softmax(self._shapers(input_ids, scores).double(), dim=1)
         reached = p.cumsum(dim=1)
@@ -283,7 +292,19 @@ class _Drawing(LogitsProcessor):
         u = torch.from_numpy(self._uniforms[:, step, None]).to(p.device) * total
         # The first id whose cumulative mass exceeds u, which has a mass of its own.
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-        drawn = torch.searchsorted(reached, u, right=True)
+        return self._only(scores, torch.searchsorted(reached, u, right=True))
+
+    def logprobs(self) -> NDArray[np.float32]:
+        """[B, steps] of the tokens that were drawn; steps 0 where they are not asked for."""
+        if not self._logprobs:
+            return np.zeros((len(self._names), 0), np.float32)
+        found: NDArray[np.float32] = torch.cat(self._logprobs, dim=1).cpu().numpy()
+        return found
+
+    def _only(self, scores: Tensor, drawn: Tensor) -> Tensor:
+        """[B, V] 0 at the drawn ids [B, 1], -inf elsewhere; their log probs are remembered."""
+        if self._logprobs is not None:
+            self._logprobs.append(scores.gather(1, drawn) - scores.logsumexp(dim=1, keepdim=True))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0)
 
 

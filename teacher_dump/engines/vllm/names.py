@@ -19,6 +19,19 @@ class WorkerExtension:
 
     model_runner: Any
 
+    def cut_logits(self, vocab_size: int) -> None:
+        """Make ids from `vocab_size` on impossible, which no log prob is normalised over then."""
+        model = self.model_runner.model
+        compute = model.compute_logits
+
+        def cut(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            if logits is not None:  # of ranks that see none
+                logits[..., vocab_size:] = float("-inf")
+            return logits
+
+        model.compute_logits = cut
+
     def clear_kv_cache(self) -> None:
         """Zero the keys and values of all sequences, none of which may be running.
 

@@ -37,6 +37,9 @@ def load(job: SamplingJob) -> tuple[Callable[[list[Prompt]], list[Response]], Re
         additional_config={VOCABULARY: job.sampling.vocab_size},
     )
 
+    if job.sampling.with_logprobs and setup.num_rows > job.sampling.vocab_size:
+        llm.collective_rpc("cut_logits", args=(job.sampling.vocab_size,))
+
     def answer(prompts: list[Prompt]) -> list[Response]:
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()) for prompt in prompts],
@@ -57,6 +60,7 @@ def sampling_params(sampling: Sampling, prompt: Prompt) -> vllm.SamplingParams:
         max_tokens=prompt.max_new_tokens,
         stop_token_ids=list(sampling.stop_ids),
         ignore_eos=True,  # the stop ids alone end a response
+        logprobs=0 if sampling.with_logprobs else None,  # of the drawn token, and of no others
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -66,7 +70,12 @@ def response_of(output: Any) -> Response:
     """One of vLLM's outputs."""
     reason = output.finish_reason
     assert reason in ("stop", "length"), reason
-    return Response(token_ids=np.array(output.token_ids, dtype=np.int32), finish_reason=str(reason))
+    ids = np.array(output.token_ids, dtype=np.int32)
+    logprobs = None
+    if output.logprobs is not None:
+        said = zip(output.logprobs, ids.tolist(), strict=True)
+        logprobs = np.array([place[token].logprob for place, token in said], np.float32)
+    return Response(token_ids=ids, finish_reason=str(reason), logprobs=logprobs)
 
 
 class UsableLogits(LogitsProcessor):

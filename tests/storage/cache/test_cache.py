@@ -166,6 +166,22 @@ def test_the_commit_record_bounds_the_decoding_error(tmp_path: Path) -> None:
         for record in records:
             assert 0 <= record.kl_error_mean <= record.kl_error_max <= 3e-4
             assert (record.kl_error_max == 0) == (precision == "f32")
+            mean, largest = record.logprob_error_mean, record.logprob_error_max
+            assert mean is not None and largest is not None and 0 <= mean <= largest < 0.2
+            assert (largest == 0) == (precision == "f32")
+        sequences = [s for shard in caches.random_shards(settings) for s in shard]
+        apart = [
+            np.abs(given.logprobs - found.logprobs).max(axis=1)
+            for given, found in zip(sequences, CacheReader(tmp_path / precision), strict=True)
+        ]
+        stated = [record.logprob_error_max for record in records]
+        assert max(stated) == pytest.approx(np.concatenate(apart).max(), rel=1e-6)
+        targets = [record.targets for record in records]
+        mean = np.dot([record.logprob_error_mean for record in records], targets) / sum(targets)
+        assert mean == pytest.approx(np.concatenate(apart).mean(), rel=1e-6)
+        report = inspect(tmp_path / precision)
+        assert report.logprob_error_mean == pytest.approx(mean)
+        assert report.logprob_error_max == max(stated)
 
 
 # Finished or absent

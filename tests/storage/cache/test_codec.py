@@ -235,6 +235,42 @@ def test_the_decoding_error_is_the_generalised_divergence() -> None:
     assert (logprobs_code.decoding_error(logprobs, other) > 0).all()
 
 
+@pytest.mark.parametrize("spread", [4, 30])
+def test_the_error_of_the_worst_log_prob_bounds_the_reverse_kl(spread: float) -> None:
+    """Of every student, also where a peaked teacher's error of the forward KL is nearly 0.
+
+    There the compact code ends 24 nats below the first entry, so that a student's reverse KL and
+    its gradient are off by tens of percent; f16 is not.
+    """
+    generator = np.random.default_rng(0)
+    dense = caches.random_logprobs(generator, 60, 400, spread)
+    logprobs, log_tail = top(dense, 32)
+    p, tail = np.exp(logprobs.astype(np.float64)), log_tail.astype(np.float64)[:, None]
+    q = np.exp(caches.random_logprobs(generator, 60, 33, 1.0))
+    found = {}
+    for precision in ("compact", "f16"):
+        stored = logprobs_code.encode_logprobs(logprobs, np.ones(logprobs.shape, bool), precision)
+        its_tail = logprobs_code.tail_to_store(logprobs, log_tail)
+        decoded = logprobs_code.decode_logprobs(stored, None, its_tail, precision)
+        kl, largest = logprobs_code.decoding_errors(logprobs, decoded)
+        floored = [np.maximum(x, -87).astype(np.float64) for x in (logprobs, decoded)]
+        expected = np.abs(floored[0] - floored[1]).max(axis=1)
+        np.testing.assert_allclose(largest, expected, rtol=1e-5, atol=1e-7)
+        true, ours = (
+            (q * (np.log(q) - np.concatenate([x, np.maximum(tail, -87)], axis=1))) for x in floored
+        )
+        assert (np.abs(true.sum(axis=1) - ours.sum(axis=1)) <= largest + 1e-6).all()
+        slopes = [x - q * x.sum(axis=1, keepdims=True) for x in (true, ours)]
+        gradient_off = np.linalg.norm(slopes[1] - slopes[0]) / np.linalg.norm(slopes[0])
+        found[precision] = float(kl.mean()), float(largest.max()), float(gradient_off)
+    kl_mean, largest_max, gradient_off = found["compact"]
+    assert found["f16"][1] < 0.05 and found["f16"][2] < 1e-3
+    if spread == 30:
+        assert kl_mean < 1e-5 and largest_max > 10 and gradient_off > 0.2
+    else:
+        assert largest_max < 0.2 and p.min() < 1e-3
+
+
 @pytest.mark.parametrize("precision", ["f16", "compact"])
 def test_flat_distributions_raise_no_false_alarm(precision: str) -> None:
     """Where rounding moves all entries alike, the sums are allowed what it can move."""

@@ -51,6 +51,7 @@ def test_an_older_cache_loads_as_it_did(version: int, name: str) -> None:
     report = inspect(url)
     assert report.complete and report.format_version == version
     assert report.rejected_sequences == 0 and report.rejected == ()
+    assert report.logprob_error_mean is None and report.logprob_error_max is None
     batch = next(iter(CacheStream(url, batch_size=2)))
     logits = torch.zeros(batch.num_targets, report.shared_vocab_size)
     loss = sparse_divergence(logits, batch.targets, kind="fkl")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from decant.schemas import (
@@ -33,8 +34,9 @@ from decant.storage.inspect.report import (
     Histogram,
 )
 from decant.storage.inspect.sketches import SequenceHashes
-from decant.storage.inspect.statistics import Statistics
+from decant.storage.inspect.statistics import Statistics, reliability_bin
 from decant.storage.inspect.text import report_text
+from decant.student_train.evaluation import gathered, heldout_sums
 from tests.support import ROOT, caches
 from tests.support.inspected import SETTINGS, Known, assert_spread, known_cache
 
@@ -65,8 +67,17 @@ def test_the_numbers_equal_a_dense_computation(known: Known) -> None:
         classes = np.concatenate([kept, tail], axis=1)
         assert_spread(at.retained_mass, kept.sum(axis=1))
         assert_spread(at.teacher_entropy, -(classes * np.log(classes)).sum(axis=1))
-        full = -(p * np.log(p)).sum(axis=1).mean()
-        assert at.teacher_entropy.mean < full
+        full = -(p * np.log(p)).sum(axis=1)
+        assert at.teacher_entropy.mean < at.teacher_entropy_least.mean < full.mean()
+        assert full.mean() < at.teacher_entropy_most.mean
+        r, cap = tail[:, 0], kept[:, -1]
+        bucket = -(classes * np.log(classes)).sum(axis=1)
+        least = bucket + r * np.maximum(np.log(r / cap), 0)
+        most = bucket + r * np.log(dense.shape[1] - k)
+        assert (least <= full + 1e-9).all() and (full <= most + 1e-9).all()
+        assert_spread(at.teacher_entropy_least, least, within=4e-6)
+        assert_spread(at.teacher_entropy_most, most, within=4e-6)
+        assert at.akl_inexact == pytest.approx((kept.sum(axis=1) < 0.5).mean())
     label_logprob = dense[np.arange(len(dense)), labels]
     assert report.teacher_ce == pytest.approx(-label_logprob.mean(), abs=1e-6)
     assert report.teacher_perplexity == pytest.approx(math.exp(-label_logprob.mean()), abs=1e-5)
@@ -104,7 +115,7 @@ def test_calibration_is_that_of_the_dense_teacher(known: Known) -> None:
     labels = np.concatenate([s.labels for s in known.sequences])
     correct = known.dense.argmax(axis=1) == labels
     assert_spread(report.top1_probability, confidence)
-    error, bins = 0.0, np.floor(confidence * 15)
+    error, bins = 0.0, np.maximum(np.ceil(confidence * 15) - 1, 0)
     for number, at in enumerate(report.reliability):
         inside = bins == number
         assert at.targets == inside.sum()
@@ -115,6 +126,34 @@ def test_calibration_is_that_of_the_dense_teacher(known: Known) -> None:
         else:
             assert at.confidence is at.accuracy is None
     assert len(report.reliability) == 15 and report.calibration_error == pytest.approx(error)
+
+
+def test_the_bounds_of_the_entropy_enclose_what_a_bucket_leaves_out(tmp_path: Path) -> None:
+    """At T=2 nearly all of a Zipf's mass is in the tail; a bucket has a fifth of its entropy."""
+    form = caches.Settings(truncation=Truncation(k=64), vocab_size=9000)
+    ranks = np.log(np.arange(1, 9001))
+    dense = -1.1 * ranks + np.random.default_rng(0).normal(scale=0.1, size=(8, 9000))
+    dense -= caches.log_sum_exp(dense)[:, None]
+    one = caches.scored_sequence(dense, np.zeros(9, np.int32), np.arange(9) > 0, form)
+    caches.write_cache(tmp_path / "cache", form, [[one]])
+    at = inspect(tmp_path / "cache").temperatures[1]
+    hot = dense / 2 - caches.log_sum_exp(dense / 2)[:, None]
+    full = -(np.exp(hot) * hot).sum(axis=1).mean()
+    assert at.teacher_entropy.mean < 0.2 * full
+    assert 0.7 * full < at.teacher_entropy_least.mean < full < at.teacher_entropy_most.mean
+    assert at.teacher_entropy_most.mean < 1.1 * full
+
+
+@pytest.mark.parametrize("edge", [1, 3, 6, 9, 12, 15])
+def test_a_confidence_on_an_edge_is_in_the_bin_that_training_puts_it_in(edge: int) -> None:
+    """(b, b+1] / 15 for inspect, for `evaluate` and for the held-out figures of a training."""
+    near = edge / 15 + np.array([-1e-9, 1e-9])
+    values = np.array([edge / 15, *near[near <= 1]])
+    ours = np.bincount(reliability_bin(values), minlength=15)
+    np.testing.assert_array_equal(ours, gathered.binned(values, values)[:, 0])
+    theirs = heldout_sums._binned(torch.tensor(values), torch.ones(len(values)))[:, 0]
+    np.testing.assert_array_equal(ours, theirs.numpy())
+    assert reliability_bin(values)[0] == edge - 1
 
 
 def test_a_drawn_cache_has_no_truncation_curve(tmp_path: Path) -> None:
@@ -135,7 +174,8 @@ def test_draws_without_log_probs_are_reported(tmp_path: Path) -> None:
     assert_spread(report.num_kept, np.concatenate(kept))
     (at,) = report.temperatures
     entropy = -(np.exp(known.dense) * known.dense).sum(axis=1)
-    assert_spread(at.teacher_entropy, entropy, within=2**-13)
+    for spread in (at.teacher_entropy, at.teacher_entropy_least, at.teacher_entropy_most):
+        assert_spread(spread, entropy, within=2**-13)
     labels = np.concatenate([s.labels for s in known.sequences])
     ids = np.concatenate([s.token_ids for s in known.sequences])
     assert report.label_kept == pytest.approx((ids == labels[:, None]).any(axis=1).mean())
@@ -207,7 +247,10 @@ def test_parts_merge_to_the_whole(known: Known) -> None:
     parts[0].merge(parts[1])
     whole = inspect(known.path)
     assert parts[0].at_temperatures() == whole.temperatures
-    assert parts[0].truncation_curve() == whole.truncation_curve
+    means = parts[0].truncation_means()
+    assert means is not None
+    for name, column in (("fkl", means.fkl), ("fkl_error", means.fkl_error)):
+        assert [getattr(at, name) for at in whole.truncation_curve] == column.tolist()
     assert inspect(known.path, workers=1) == inspect(known.path, workers=3) == whole
 
 
@@ -320,7 +363,7 @@ def test_the_text_fits_a_terminal(known: Known) -> None:
     for shown in (report, huge):
         text = report_text(shown)
         assert max(map(len, text.splitlines())) <= 100
-        assert "lower bound of the full entropy" in text
+        assert "the tail as uneven as the last entry allows" in text
 
 
 # Commands

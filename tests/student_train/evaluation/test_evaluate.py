@@ -1,5 +1,6 @@
 """Figures on held-out targets against dense float64 references, and what is made of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from decant.student_train import CacheStream, Distiller, LossConfig
 from decant.student_train.data.heldout import heldout_batches
 from decant.student_train.evaluation.evaluate import evaluate
 from decant.student_train.evaluation.heldout_sums import NUM_BINS, HeldoutSums, sums_of_chunks
+from decant.student_train.evaluation.target_figures import target_figures
+from decant.student_train.losses import SparseTargets
 from tests.support import caches, models
 
 LOSS = LossConfig(kind="rkl", kd_weight=0.7, ce_weight=0.3, temperature=2.0)
@@ -47,6 +50,8 @@ def reference(logits: np.ndarray, sequences: list[Any], vocab_size: int) -> dict
                     "top1_agreement": chosen == ids[0],
                     "acceptance_lower": lower,
                     "acceptance_upper": lower + rest,
+                    "heldout_student_tail": np.exp(log_q2[-1]),
+                    "heldout_teacher_tail": np.exp(log_p2[-1]),
                     "bin": min(int(np.ceil(confidence * NUM_BINS)) - 1, NUM_BINS - 1),
                     "confidence": confidence,
                 }
@@ -85,6 +90,7 @@ def test_figures_are_those_of_dense_float64(cache: Path, architecture: str, fuse
     expected = reference(np.concatenate(logits), list(CacheReader(cache)), models.VOCAB_SIZE)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert 0.01 < found["heldout_teacher_tail"] != found["heldout_student_tail"] > 0.01
     assert 0.01 < found["acceptance_lower"] < found["acceptance_upper"] < 1
     assert found["ece"] > 0.01 and found["top1_accuracy"] > 0
 
@@ -155,7 +161,10 @@ def test_several_caches_are_told_apart_and_together(cache: Path) -> None:
         part: CacheStream(cache, batch_size=8, temperature=2.0, part=part, heldout_fraction=0.3)
         for part in ("train", "heldout")
     }
-    terms = LOSS.at(0, 1, [(1.0, 0.0), (0.0, 1.0)])
+    at_begin = LOSS.at(0, 1)
+    terms = tuple(
+        dataclasses.replace(at_begin, kd_weight=kd, ce_weight=1 - kd) for kd in (1.0, 0.0)
+    )
     found = evaluate(model, parts, Accelerator(cpu=True), terms)
     whole = evaluate(
         model,
@@ -167,6 +176,22 @@ def test_several_caches_are_told_apart_and_together(cache: Path) -> None:
         assert found[name] == pytest.approx(whole[name], rel=1e-4)
     assert found["heldout_loss/train"] == found["heldout_divergence/train"]
     assert found["heldout_loss/heldout"] == found["heldout_ce/heldout"]
+
+
+@pytest.mark.parametrize("name", ["kl_forward", "kl_reverse"])
+def test_what_f16_rounds_off_a_mass_is_no_divergence(name: str, tmp_path: Path) -> None:
+    """Of the teacher itself against its cache: both KLs are its decoding error, and not below 0."""
+    form = caches.Settings(truncation=Truncation(k=32), vocab_size=400, precision="f16")
+    sequence, dense = caches.random_sequence(np.random.default_rng(0), form, length=60)
+    caches.write_cache(tmp_path / "cache", form, [[sequence]])
+    batch = next(iter(CacheStream(tmp_path / "cache", batch_size=1)))
+    targets = batch.targets_at(1.0)
+    assert isinstance(targets, SparseTargets)
+    missing = 1 - targets.kept_mass() - targets.log_tail.exp()
+    assert missing.abs().mean() > 1e-5
+    logits = torch.from_numpy(dense).float()
+    found = target_figures(logits, batch.labels, targets)[name]
+    assert found.min() > -1e-6 and found.mean() < 2e-6
 
 
 def test_no_targets_are_no_error() -> None:

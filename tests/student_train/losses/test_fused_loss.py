@@ -25,6 +25,7 @@ from decant.student_train.losses import (
     fused_linear_divergence,
     sparse_divergence,
 )
+from decant.student_train.losses.divergences import outside_means
 from tests.support import dense_reference as reference
 
 CASES = [
@@ -398,6 +399,38 @@ def test_sampled_targets_go_through_the_fused_head() -> None:
         draws,
     )
     assert_fused_is_plain(problem, "fkl", targets=sampled, ce_weight=0.5)
+    found = problem.fused_loss(*problem.leaves(), "fkl", targets=sampled).outside
+    assert outside_means(found.tolist()) == {}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "kind_and_tail", [("akl", "bucket"), ("rkl", "renormalize"), ("fkl", "uniform")]
+)
+def test_the_mass_outside_the_kept_ids_is_that_of_dense_softmaxes(
+    kind_and_tail: tuple[str, str], temperature: float
+) -> None:
+    """The student's and the teacher's, at the loss's temperature, and what is below akl's mu."""
+    kind, tail = kind_and_tail
+    problem = Problem(temperature=temperature)
+    options = {"mu": 0.7} if kind == "akl" else {}
+    found = problem.fused_loss(*problem.leaves(), kind, tail=tail, num_targets=14, **options)
+    q = torch.softmax(
+        F.linear(problem.hidden, problem.weight, problem.bias).double() / temperature, 1
+    )
+    kept = problem.targets.token_ids
+    inside = torch.where(kept >= 0, q.gather(1, kept.clamp(min=0)), 0.0).sum(1)
+    teacher = problem.targets.log_tail.double().exp()
+    below = float(((1 - teacher) < 0.7).sum()) if kind == "akl" else 0.0
+    assert below > 0 or kind != "akl"
+    with_mu = 7 if kind == "akl" else 0
+    expected = [7, float((1 - inside).sum()), float(teacher.sum()), with_mu, below]
+    assert found.outside.tolist() == pytest.approx([x / 14 for x in expected], rel=1e-5)
+    assert not found.outside.requires_grad
+    assert problem.targets.num_below(0.7, temperature) == (1 - teacher < 0.7).sum()
+    means = outside_means(found.outside.tolist())
+    assert means["student_tail"] == pytest.approx(float((1 - inside).mean()), rel=1e-5)
+    assert ("below_mu" in means) == (kind == "akl")
 
 
 def test_float16_gradients_survive_a_large_count() -> None:

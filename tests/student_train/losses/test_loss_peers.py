@@ -268,6 +268,44 @@ def test_the_fused_cross_entropy_is_torchs() -> None:
     assert_same(ours, heads.gradients(theirs))
 
 
+def kdflow_akl(student: Tensor, teacher: Tensor, temperature: float, alpha: float) -> Tensor:
+    """KDFlow's `akl` in plain steps, a target at a time: its package cannot be had from PyPI.
+
+    Its classes ascend in the teacher's probability; the tail is what the first of them have, taken
+    together, as long as that is at most alpha. Weights are constants to the gradient.
+    """
+    losses = []
+    for x, y in zip(student / temperature, teacher / temperature, strict=True):
+        p, q = y.softmax(0), x.softmax(0)
+        tail, mass = [], 0.0
+        for c in sorted(range(len(p)), key=lambda c: float(p[c])):
+            mass += float(p[c])
+            if mass > alpha:
+                break
+            tail.append(c)
+        gap = (p - q).abs().detach()
+        share = gap[tail].sum() / gap.sum()
+        forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+        losses.append((1 - share) * forward + share * reverse)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.8])
+def test_akl_of_kdflow_is_the_nucleus(alpha: float, temperature: float) -> None:
+    """Its adaptive_alpha is the mass of the tail: `akl` with head_rule nucleus and mu = 1 - alpha.
+
+    The authors' rule is another one: some targets have other weights.
+    """
+    student, teacher = logits()
+    loss = kdflow_akl(student, teacher, temperature, alpha)
+    theirs = [loss.detach(), *torch.autograd.grad(loss, student)]
+    ours = our_logit_loss("akl", temperature, head_rule="nucleus", mu=1 - alpha)
+    assert_same(ours, theirs)
+    official = our_logit_loss("akl", temperature, head_rule="official", mu=1 - alpha)
+    assert (official[1] - theirs[1]).norm() > 1e-3 * theirs[1].norm()
+
+
 def run_liger_kernels(path: Path) -> None:
     """Save what Liger's Triton kernels give; the interpreter must be on before Triton loads.
 

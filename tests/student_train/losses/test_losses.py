@@ -406,6 +406,16 @@ def test_chain_rules_and_the_bucket_as_lower_bound(temperature: float) -> None:
             assert bucket[row] <= full
 
 
+def test_uniform_is_float64_where_the_logits_are() -> None:
+    """With k of V = 5,000 the log of what shares the tail keeps the digits of float64."""
+    student, teacher = (reference.random_logits(seed, 3, 5000) for seed in (1, 2))
+    kept = reference.top_kept(teacher, [3, 3, 3])
+    targets = reference.targets_of(teacher, kept, dtype=torch.float64)
+    ours = sparse_divergence(student, targets, "fkl", tail="uniform")
+    theirs = reference.reference_divergence(student, teacher, kept, "fkl", tail="uniform")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_t_squared_multiplies_value_and_gradient(kind: str) -> None:
     """scale_by_t2 multiplies both value and gradient by T², and is on by default."""

@@ -573,8 +573,13 @@ def test_prompt_logprobs_give_the_label_alone() -> None:
 
 
 def test_responses_follow_their_seeds(llama: tuple[Any, Path]) -> None:
-    """Equal calls give equal responses, stop ids end them, and padding is never drawn."""
-    sampling = Sampling(temperature=1.5, top_p=0.95, stop_ids=(7,), vocab_size=VOCAB - 1)
+    """Equal calls give equal responses, stop ids end them, and padding is never drawn.
+
+    Log probs are those of a plain forward: over the vocabulary without the padding, at T=1.
+    """
+    sampling = Sampling(
+        temperature=1.5, top_p=0.95, stop_ids=(7,), vocab_size=VOCAB - 1, with_logprobs=True
+    )
     config = TeacherConfig(path=str(llama[1]), engine="vllm", max_batch_tokens=64)
     rng = np.random.default_rng(6)
     prompts = [
@@ -597,6 +602,14 @@ def test_responses_follow_their_seeds(llama: tuple[Any, Path]) -> None:
     for one, other in [*zip(once, again, strict=True), *zip(once, alone, strict=False)]:
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
         assert one.finish_reason == other.finish_reason
+    for prompt, one in zip(prompts, once, strict=True):
+        ids = np.concatenate([prompt.token_ids, one.token_ids])
+        with torch.no_grad():
+            logits = llama[0](torch.tensor(ids[None].astype(np.int64))).logits[0].double()
+        start = len(prompt.token_ids) - 1
+        logq = logits[start:-1, : VOCAB - 1].log_softmax(-1).numpy()
+        expected = logq[np.arange(len(one.token_ids)), one.token_ids]
+        np.testing.assert_allclose(one.logprobs, expected, rtol=0, atol=1e-4)
     for one in once:
         assert one.token_ids.max() < VOCAB - 1 and 1 <= len(one.token_ids) <= 20
         ends = one.token_ids[-1] == 7

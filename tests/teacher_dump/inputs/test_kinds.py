@@ -122,6 +122,32 @@ def test_other_fields_are_ignored():
 
 
 @pytest.mark.parametrize(
+    ("fields", "other", "way_out"),
+    [
+        ({"prompt": "a", "response": "b"}, "generated", "{response: generated} scores generated"),
+        ({"prompt": "a", "completion": "b"}, "prediction", "{completion: prediction} scores"),
+        ({"prompt": "a", "response": "b"}, "output", "{response: output} scores output"),
+        ({"instruction": "a", "output": "b"}, "response", "{output: response} scores response"),
+        ({"messages": CHAT}, "model_output", "source.fields {model_output: ''} scores messages"),
+        ({"messages": CHAT}, "completion", "{completion: ''} scores messages"),
+        ({"text": "a b"}, "generated_text", "source.fields {generated_text: ''} scores text"),
+    ],
+)
+def test_two_answers_are_refused(fields: dict[str, Any], other: str, way_out: str):
+    """What is scored is not guessed where a file of an evaluation has the reference as well.
+
+    Nothing is to be chosen where both say the same, or where the other is no text.
+    """
+    both = {**fields, other: "another"}
+    with pytest.raises(SourceError, match=f"{other} stands beside ") as caught:
+        formed(record(**both))
+    assert way_out in str(caught.value)
+    (scored,) = set(fields) - {"prompt", "instruction"}
+    for harmless in (fields[scored], "", None, True, 0.5):
+        assert one(record(**{**fields, other: harmless})) == one(record(**fields))
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"text": None},
