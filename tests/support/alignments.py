@@ -220,6 +220,39 @@ def with_spaces(vocab_size: int = 330) -> Any:
     )
 
 
+def unigram(scheme: str = "always", *, byte_fallback: bool = True) -> Any:
+    """A Unigram as of T5 and Llama: a mark for spaces, put before a text, or not, by `scheme`."""
+    trained = tokenizers.Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trained.train_from_iterator(
+        SAMPLE_TEXTS[:1] * 4,
+        trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+        ),
+    )
+    pieces = json.loads(trained.to_str())["model"]["vocab"]
+    pieces = [*pieces[:1], *([f"<0x{byte:02X}>", -20.0] for byte in range(256)), *pieces[1:]]
+    backend = tokenizers.Tokenizer(
+        models.Unigram([tuple(piece) for piece in pieces], 0, byte_fallback)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", END])
+    return SimpleNamespace(
+        backend_tokenizer=backend,
+        special_tokens_map={"bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"},
+    )
+
+
+def with_added() -> Any:
+    """A byte-level BPE with added tokens that are text: runs of spaces, a tag, words."""
+    tokenizer = byte_level(320)
+    tokenizer.backend_tokenizer.add_tokens(["    ", "<tag>", "日本"])
+    return tokenizer
+
+
 def text_rows(texts: Sequence[str], tokenizer: Any) -> Any:
     """Sequences of texts, as far as their tokens go."""
     backend = tokenizer.backend_tokenizer

@@ -172,6 +172,38 @@ def test_both_sides_say_their_own_tokens(reader: CacheReader) -> None:
         assert total >= float(scored.label_logprob.sum()) - 1e-3
 
 
+FAMILIES = {
+    "spaces": alignments.with_spaces(),
+    "added tokens": alignments.with_added(),
+    **{f"unigram, {scheme}": alignments.unigram(scheme) for scheme in ("never", "first", "always")},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("is_teacher", [True, False], ids=["teacher", "student"])
+def test_every_family_says_the_same_text(
+    name: str, is_teacher: bool, reader: CacheReader, tmp_path: Path
+) -> None:
+    """As a student or as a teacher: none is left out, chunks lose none of the teacher's word."""
+    texts = [f"the lazy dog 201{i} in    {i} woods 日本 é" for i in range(3)]
+    student = STUDENT if is_teacher else FAMILIES[name]
+    if is_teacher:
+        reader = cache_of(tmp_path / "cache", texts, FAMILIES[name], end=True)
+    aligner = Aligner(reader, student, where="student")
+    found = aligner(rows_of(reader))
+    figures = aligner.figures
+    assert figures.left_out == 0 and figures.targets_in_chunks > 0.8 * figures.targets
+    table = aligner.matching
+    for i, scored in enumerate(reader):
+        ids = found.token_id[found.row_starts[i] : found.row_starts[i + 1]].astype(int)
+        chunks = slice(found.chunk_starts[i], found.chunk_starts[i + 1])
+        said = table.teacher.text_of(scored.input_ids.astype(int)).strip()
+        assert table.student.text_of(ids).strip() == said
+        assert (
+            float(found.events.observed[chunks].sum()) >= float(scored.label_logprob.sum()) - 1e-3
+        )
+
+
 def test_numerals_meet_digits(tmp_path: Path) -> None:
     """A whole numeral of the teacher's against digits: those that differ in the last are events."""
     vocabulary = TEACHER.backend_tokenizer.get_vocab()

@@ -8,16 +8,20 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
+from transformers import ByT5Tokenizer
 
 from decant.student_train.alignment.token_bytes import BASE, NO_BYTES, SPECIAL, TokenTable
 from tests.support import alignments
 
 BYTE_LEVEL = alignments.byte_level(340)
 SPACES = alignments.with_spaces()
-TABLES = {
-    "byte-level": (BYTE_LEVEL, TokenTable.of(BYTE_LEVEL, "one")),
-    "spaces": (SPACES, TokenTable.of(SPACES, "two")),
+FAMILIES = {
+    "byte-level": BYTE_LEVEL,
+    "spaces": SPACES,
+    "added tokens": alignments.with_added(),
+    **{f"unigram, {scheme}": alignments.unigram(scheme) for scheme in ("never", "first", "always")},
 }
+TABLES = {name: (its, TokenTable.of(its, name)) for name, its in FAMILIES.items()}
 
 
 def hashed(data: bytes) -> int:
@@ -102,6 +106,8 @@ def test_tokenizers_without_a_table_are_refused() -> None:
         ValueError, match=r"of student has no tokenizer\.json that says which bytes"
     ):
         TokenTable.of(SimpleNamespace(special_tokens_map={}), "student")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"of student has no tokenizer\.json"):
+        TokenTable.of(ByT5Tokenizer(), "student")
     pieces = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}))
     with pytest.raises(ValueError, match="do not say which bytes they are"):
         TokenTable.of(SimpleNamespace(backend_tokenizer=pieces, special_tokens_map={}), "student")
