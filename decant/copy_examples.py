@@ -8,6 +8,7 @@ from typing import Annotated
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.storage.cli.options import Word
+from decant.storage.files.durable import staged_file
 
 EXAMPLES_FOLDER = Path(__file__).parent / "examples"
 SHIPPED = ("accelerate", "demo", "dump", "loops", "train")
@@ -33,8 +34,8 @@ def copy_examples(folder: Path) -> tuple[list[Path], list[Path]]:
         if target.exists():
             kept.append(target)
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        with staged_file(target) as temporary:
+            shutil.copyfile(source, temporary)
         written.append(target)
     return written, kept
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from decant.storage.cache.migration import migrate
     from decant.storage.cache.reader import CacheReader
     from decant.storage.cache.rows import Rows, StoredRows
-    from decant.storage.cache.writer import CacheWriter, ShardWriter
+    from decant.storage.cache.shard_writer import ShardWriter
+    from decant.storage.cache.writer import CacheWriter
     from decant.storage.files.store import Busy, Store
 else:
     __getattr__, __dir__ = lazily(
@@ -26,7 +27,7 @@ else:
             "GivenMessages": "decant.storage.cache.given_messages",
             "RowGroupRef": "decant.storage.cache.index",
             "Rows": "decant.storage.cache.rows",
-            "ShardWriter": "decant.storage.cache.writer",
+            "ShardWriter": "decant.storage.cache.shard_writer",
             "Store": "decant.storage.files.store",
             "StoredRows": "decant.storage.cache.rows",
             "VerifyReport": "decant.storage.cache.integrity",

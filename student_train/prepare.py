@@ -17,6 +17,7 @@ from decant.schemas import Manifest
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.generations import generations_of
 from decant.student_train.data.served import refuse_unserved, warn_of_prefixes
 from decant.student_train.data.stream import SequenceStream
 from decant.student_train.evaluation.answers import Generation
@@ -120,10 +121,12 @@ def refuse_disagreement(config: TrainConfig, accelerator: Accelerator) -> None:
     urls = [share.cache for share in config.mixture] or [config.cache] * (not config.follow)
     if config.eval.cache:
         urls.append(config.eval.cache)
+    readers = [CacheReader(url) for url in urls]
     refuse_differing(
         {
             **{name: value for name, value in options.items() if not name.endswith(PATHS)},
-            "the caches' ids": [CacheReader(url).manifest.cache_id for url in urls],
+            "the caches' ids": [reader.manifest.cache_id for reader in readers],
+            "the caches' generations": generations_of(readers),
             "summary.json in output": (output / SUMMARY).exists(),
             "checkpoints in output": [p.name for p in sorted(output.glob(f"{CHECKPOINTS}/step-*"))],
         }

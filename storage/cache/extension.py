@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from decant.schemas import FORMAT_VERSION, CommitRecord, FormatError, Manifest, ShardPlan
+from decant.schemas.strict import UnfitError
 from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows
 from decant.storage.cache.lineage import EXTENSIONS
 from decant.storage.cache.reader import CacheReader
-from decant.storage.cache.records import committed_shards, read_manifest, read_records
+from decant.storage.cache.records import (
+    committed_shards,
+    generation,
+    read_manifest,
+    read_record,
+    read_records,
+)
 from decant.storage.cache.writer import CacheWriter
 from decant.storage.files.sealed import publish_json
 from decant.storage.files.store import Store
@@ -69,15 +76,17 @@ def draft(base: Manifest, source: dict[str, Any], settings: dict[str, Any]) -> M
 
 def start(url: str, base: CacheReader, manifest: Manifest, plan: list[ShardPlan]) -> CacheWriter:
     """Start the extension of a cache at `url`, with the lines of its plan that are added."""
-    number = paths.number(base.manifest.plan.name) + 1
+    number = generation(base.manifest) + 1
     return CacheWriter.create(url, manifest, [*base.plan, *plan], number=number)
 
 
 def take_over(writer: CacheWriter, base: CacheReader) -> None:
-    """Give the extension the commit records of the cache that it does not have yet."""
+    """Give the extension the commit records of the cache, as they are now."""
     done = committed_shards(writer.store)
     for record in base.index:
-        if record.shard not in done:
+        ours = dataclasses.replace(record, cache_id=writer.manifest.cache_id)
+        has = record.shard in done and read_record(writer.store, writer.manifest, record.shard)
+        if has != ours:  # not there, or of a shard that was scored again since
             _publish(writer.store, record, writer.manifest)
 
 
@@ -91,7 +100,8 @@ def move_in(store: Store, progress: Callable[[int, int], None] | None = None) ->
     if not manifest.is_final or manifest.records is None:
         raise FormatError(f"{extension.url} is not complete: run the command that fills it again")
     first = inherited(manifest)
-    if read_manifest(store).cache_id != manifest.cache_id:
+    published = read_manifest(store)
+    if published.cache_id != manifest.cache_id:
         index = read_records(extension, manifest)
         _verify(CacheReader(extension.url), first)
         for record in index:
@@ -100,16 +110,19 @@ def move_in(store: Store, progress: Callable[[int, int], None] | None = None) ->
                 _publish(store, record, manifest)
             if progress:
                 progress(record.shard + 1, len(index))
-        for name in (manifest.plan.name, manifest.records.name):
-            store.copy(extension, name)
-        publish_json(store, paths.MANIFEST, manifest.to_json())
-    for record in read_records(store, manifest)[:first]:
+        number = max(paths.number(manifest.records.name), generation(published) + 1)
+        records = dataclasses.replace(manifest.records, name=paths.record_index(number))
+        store.copy(extension, manifest.plan.name)
+        store.copy(extension, manifest.records.name, records.name)
+        published = dataclasses.replace(manifest, records=records)
+        publish_json(store, paths.MANIFEST, published.to_json())
+    for record in read_records(store, published)[:first]:
         _publish(store, record, manifest)
     for folder in extension.names(""):
         if folder != paths.MANIFEST:  # which says until the end what is left to do
             extension.remove_folder(folder)
     store.remove_folder(paths.EXTENSION)
-    return manifest
+    return published
 
 
 def _verify(extension: CacheReader, first: int) -> None:
@@ -124,9 +137,10 @@ def _verify(extension: CacheReader, first: int) -> None:
 
 def moving(store: Store) -> Manifest | None:
     """The manifest of the extension that is being filled, or moved in; None without one."""
-    if not store.exists(f"{paths.EXTENSION}/{paths.MANIFEST}"):
+    try:
+        return read_manifest(Store(extension_url(store.url)))
+    except UnfitError:
         return None
-    return read_manifest(Store(extension_url(store.url)))
 
 
 def names_of(manifest: Manifest) -> Iterator[str]:

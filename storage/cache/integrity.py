@@ -14,9 +14,13 @@ from decant.storage.cache import paths
 from decant.storage.cache.checks import check_rows, message_problems
 from decant.storage.cache.extension import moving, names_of
 from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.records import Rewritten, read_manifest
 from decant.storage.cache.rows import Rows
 from decant.storage.files.sealed import read_json
 from decant.storage.files.store import Store
+
+TRIES = 5
+"""How often a cache is verified that is rewritten each time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,16 +49,46 @@ def verify(
     """Check everything that can be checked without the teacher; never raises for bad data.
 
     `progress` is called with (shards done, shards in all). An incomplete cache is a problem.
-    `manifest` is taken for the cache's own where that is not published yet.
+    `manifest` is taken for the cache's own where that is not published yet. A cache that is
+    rewritten meanwhile is looked at again as it is then; raises Rewritten if that never ends.
     """
+    for _ in range(TRIES):
+        report, looked_at = _verify(url, progress, manifest)
+        if report.ok or manifest or looked_at is None or _is_current(url, looked_at):
+            return report
+    raise Rewritten(
+        f"{url} was rewritten {TRIES} times while it was verified: run the command again when what "
+        "writes it has ended"
+    )
+
+
+def _is_current(url: str | os.PathLike[str], manifest: Manifest) -> bool:
+    """Whether a cache still has the manifest that it was opened with."""
     try:
-        hashes = _WholeHash(Store(url))
+        return read_manifest(Store(url)) == manifest
+    except FormatError:
+        return True
+
+
+def _verify(
+    url: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None,
+    manifest: Manifest | None,
+) -> tuple[VerifyReport, Manifest | None]:
+    """The report, and the manifest of the cache that it is of, if it could be opened."""
+    store = Store(url)
+    try:
+        hashes = _WholeHash(store)
         reader = CacheReader(url, allow_incomplete=True, listener=hashes.take, manifest=manifest)
+        hashes.place_of = reader.place_of
         reader.plan  # noqa: B018  read here: damage to it is one problem, not an exception later
     except FormatError as error:
-        return VerifyReport(str(url), 0, 0, 0, 0, (str(error),))
-    store = Store(url)
-    problems = list(_cache_problems(store, reader))
+        return VerifyReport(str(url), 0, 0, 0, 0, (str(error),)), None
+    problems: list[str] = []
+    try:
+        problems += _cache_problems(store, reader)
+    except FormatError as error:
+        problems.append(str(error))
     plans = {plan.shard: plan for plan in reader.plan}
     for done, record in enumerate(reader.index):
         if record.shard in plans:
@@ -62,7 +96,7 @@ def verify(
         if progress:
             progress(done + 1, len(reader.index))
     totals = reader.index.totals()
-    return VerifyReport(
+    report = VerifyReport(
         url=str(url),
         shards=totals.shards,
         sequences=totals.sequences,
@@ -70,11 +104,11 @@ def verify(
         bytes=totals.bytes,
         problems=tuple(problems),
     )
+    return report, reader.manifest
 
 
 def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
     manifest = reader.manifest
-    extension = moving(store)
     committed = set(reader.index.shards.tolist())
     missing = [plan.shard for plan in reader.plan if plan.shard not in committed]
     if missing:
@@ -110,15 +144,7 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         yield f"{where}: the plan sums to {sums}, the manifest says {stated}"
     if manifest.is_final:
         for record in reader.index:
-            name = paths.record(record.shard)
-            try:
-                beside = read_json(store, name)
-                if extension:  # while it is moved in, records are those of either cache
-                    beside["cache_id"] = manifest.cache_id
-                if beside != record.to_json(manifest.format_version):
-                    yield f"{store.path(name)} differs from the sealed {manifest.records.name}"  # type: ignore[union-attr]
-            except FormatError as error:
-                yield str(error)
+            yield from _record_problems(store, manifest, record)
         if manifest.totals != reader.index.totals():
             yield f"{where}: totals are not the sums over the records: {manifest.totals}"
         if manifest.rejected != tuple(islice(reader.rejected, MAX_LISTED)):
@@ -131,11 +157,35 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
         elif (found := store.hash(path)) != expected:
             yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
     known = {name(p.shard) for p in reader.plan for name in (paths.shard, paths.record)}
+    names = store.names(paths.SHARDS)
+    extension = moving(store)
     known |= set(names_of(extension)) if extension else set()
-    for name in store.names(paths.SHARDS):
+    for name in names:
         is_temporary = name.startswith(".")  # of a killed or running writer: absent by definition
         if not is_temporary and f"{paths.SHARDS}/{name}" not in known:
             yield f"{store.path(paths.SHARDS)}/{name} belongs to no shard of the plan"
+
+
+def _record_problems(store: Store, manifest: Manifest, record: CommitRecord) -> Iterator[str]:
+    """Whether the sealed record of a shard is the one beside it, or beside its replacement."""
+    expected = record.to_json(manifest.format_version)
+    usual = paths.record(record.shard)
+    problem = ""
+    for name in (usual, paths.renewed_record(record.shard), usual):
+        try:
+            beside = read_json(store, name)
+        except FormatError as error:
+            problem = str(error) if name == usual else problem
+            continue
+        if beside == expected:
+            return
+        # While an extension is moved in, records are those of either cache.
+        if {**beside, "cache_id": manifest.cache_id} == expected and moving(store):
+            return
+        if name == usual:
+            assert manifest.records is not None
+            problem = f"{store.path(name)} differs from the sealed {manifest.records.name}"
+    yield problem
 
 
 class _WholeHash:
@@ -146,6 +196,7 @@ class _WholeHash:
 
     def __init__(self, store: Store) -> None:
         self._store, self._shard = store, -1
+        self.place_of: Callable[[int], str] = paths.shard
 
     def take(self, shard: int, offset: int, data: bytes) -> None:
         """What was fetched of a shard."""
@@ -158,12 +209,12 @@ class _WholeHash:
     def result(self, shard: int) -> str:
         """Once every row group of a shard was read, or of one that has none."""
         if shard != self._shard:
-            return self._store.hash(paths.shard(shard))
+            return self._store.hash(self.place_of(shard))
         self._add(*self._footer)
         return self._digest.hexdigest()
 
     def _add(self, offset: int, data: bytes) -> None:
-        name = paths.shard(self._shard)
+        name = self.place_of(self._shard)
         if offset > self._at:  # the leading magic
             self._digest.update(self._store.read_range(name, self._at, offset - self._at))
         self._digest.update(data)
@@ -173,8 +224,7 @@ class _WholeHash:
 def _shard_problems(
     store: Store, reader: CacheReader, plan: ShardPlan, record: CommitRecord, hashes: _WholeHash
 ) -> Iterator[str]:
-    name = paths.shard(plan.shard)
-    where = store.path(name)
+    where = store.path(paths.shard(plan.shard))
     targets = record.targets + sum(rejected.targets for rejected in record.rejected)
     stated = (record.first_sequence, record.num_sequences, record.rows, targets)
     planned = (plan.first_sequence, plan.num_sequences, plan.num_tokens, plan.num_targets)
@@ -188,7 +238,10 @@ def _shard_problems(
     if sorted(set(lost)) != lost or any(not plan.first_sequence <= i <= last for i in lost):
         yield f"{where}: rejected sequences {lost} are not some of {plan.first_sequence} to {last}"
     try:
-        size = store.size(name)
+        size = store.size(reader.place_of(plan.shard))
+    except FormatError as error:
+        yield str(error)
+        return
     except FileNotFoundError:
         yield f"{where} is missing"
         return
@@ -212,7 +265,11 @@ def _shard_problems(
             yield f"{where} row group {group.index}: {problem}"
         for problem in check_rows(rows, reader.manifest.layout) + message_problems(table, rows):
             yield f"{where} row group {group.index}: {problem}"
-    found = hashes.result(plan.shard)
+    try:
+        found = hashes.result(plan.shard)
+    except (FormatError, FileNotFoundError) as error:
+        yield f"{where}: {error}"
+        return
     if found != record.xxh3_128:
         yield f"{where} is damaged: hash {found}, committed with {record.xxh3_128}"
 

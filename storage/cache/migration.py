@@ -45,13 +45,14 @@ def migrate(
         done = committed_shards(target)
         for record in reader.index:
             if record.shard not in done:
-                target.copy(source, paths.shard(record.shard))
+                reader.copy_shard(record.shard, target, paths.shard(record.shard))
                 renamed = dataclasses.replace(record, cache_id=new.cache_id)
                 publish_json(target, paths.record(record.shard), renamed.to_json(FORMAT_VERSION))
             if progress:
                 progress(record.shard + 1, len(reader.index))
         records = (dataclasses.replace(r, cache_id=new.cache_id) for r in reader.index)
         new = seal(target, new, records)
+        reader.refuse_rewritten()
         publish_json(target, paths.MANIFEST, new.to_json())
     return new
 

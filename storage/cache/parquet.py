@@ -1,6 +1,7 @@
-"""Parquet's options for a shard, and where the bytes of a row group are."""
+"""Parquet's options for a shard, where the bytes of a row group are, and reading them alone."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -75,12 +76,17 @@ UNREADABLE = (
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn whatever Arrow raises on bytes that are no Parquet into a FormatError on `what`."""
+    """Turn whatever Arrow raises on bytes that are no Parquet into a FormatError on `what`.
+
+    An OSError with a number is the machine's word, not on the bytes, and passes.
+    """
     try:
         yield
     except FormatError:
         raise
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise FormatError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -99,3 +105,41 @@ def check_unpacked(metadata: pq.FileMetaData, most: int, where: str, *groups: in
             total += column.total_uncompressed_size
     if total > most:
         raise FormatError(f"{where}: its columns would unpack to {total} bytes, at most {most}")
+
+
+class Window(io.RawIOBase):
+    """A seekable file of `size` bytes of which only one verified run can be read."""
+
+    def __init__(self, offset: int, data: bytes, size: int) -> None:
+        super().__init__()
+        self._offset, self._data, self._size, self._at = offset, memoryview(data), size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> memoryview:
+        """Bytes of the run; raises OSError for any other."""
+        start = self._at - self._offset
+        stop = len(self._data) if size < 0 else start + size
+        if start < 0 or stop > len(self._data):
+            raise OSError(
+                f"bytes {self._at}+{size} lie outside the verified run at {self._offset} of "
+                f"{len(self._data)}"
+            )
+        self._at += stop - start
+        return self._data[start:stop]

@@ -21,6 +21,8 @@ RECORD_INDEX = "records/records-000000.parquet"
 """The commit records of a final cache that was never extended."""
 EXTENSION = "extension"
 """More shards of a final cache, while they are scored: a cache of its own that is moved in."""
+RENEWAL = "renewal"
+"""Shards that are scored again, until the manifest says so and they have their places."""
 
 
 def shard(index: int) -> str:
@@ -31,6 +33,16 @@ def shard(index: int) -> str:
 def record(index: int) -> str:
     """The commit record of a shard."""
     return f"{SHARDS}/part-{index:06d}.json"
+
+
+def renewed_shard(index: int) -> str:
+    """The Parquet file of a shard that was scored again."""
+    return f"{RENEWAL}/part-{index:06d}.parquet"
+
+
+def renewed_record(index: int) -> str:
+    """Its commit record."""
+    return f"{RENEWAL}/part-{index:06d}.json"
 
 
 def inputs(index: int) -> str:
@@ -44,13 +56,13 @@ def generated(index: int) -> str:
 
 
 def record_index(index: int = 0) -> str:
-    """The commit records of a final cache, numbered as its plan is."""
+    """The commit records of a final cache; each generation of it has the next number."""
     return f"{RECORDS}/records-{index:06d}.parquet"
 
 
-def number(plan: str) -> int:
-    """The number in the name of a plan: how often the cache was extended."""
-    return int(PurePath(plan).name.split(".")[0].rpartition("-")[2])
+def number(segment: str) -> int:
+    """The number in the name of a plan or of commit records: each has a higher one than before."""
+    return int(PurePath(segment).name.split(".")[0].rpartition("-")[2])
 
 
 def segment(kind: str, index: int = 0) -> str:

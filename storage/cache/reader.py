@@ -1,7 +1,6 @@
 """Read a cache: by sequence, in order, or by row group; every byte used is hashed before use."""
 
 import functools
-import io
 import os
 from collections.abc import Callable, Iterator
 
@@ -26,9 +25,11 @@ from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_decoded, check_stored
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
 from decant.storage.cache.numbering import Numbering, from_footer
-from decant.storage.cache.parquet import check_unpacked, reading
+from decant.storage.cache.parquet import Window, check_unpacked, reading
 from decant.storage.cache.records import (
+    Rewritten,
     committed_shards,
+    generation,
     read_manifest,
     read_plan,
     read_record,
@@ -38,6 +39,8 @@ from decant.storage.files.store import Store
 
 MAX_UNPACKED = 1 << 30
 """Bytes that a row group may unpack to; writers make them of about 16 MB."""
+OPENINGS = 5
+"""How often a cache is opened anew that is replaced at the very moment."""
 RECENT_SHARDS = 64
 """Shards whose record and footer stay parsed: row groups of several are read in turn."""
 
@@ -67,7 +70,10 @@ class CacheReader:
         self._store, self._listener = Store(url), listener
         self.url = self._store.url
         self.manifest = manifest or read_manifest(self._store)
-        self._set_index(self._index(allow_incomplete))
+        self._is_published = manifest is None
+        self._set_index(self._opened(allow_incomplete))
+        self._places: dict[int, str] = {}
+        """Where shards are that are not at their places."""
         self._schema = shard_schema(self.manifest.layout)
         self._recent: dict[int, CommitRecord] = {}
         self._footers: dict[int, tuple[pq.FileMetaData, list[Numbering | None]]] = {}
@@ -79,19 +85,48 @@ class CacheReader:
         self._groups = index.groups
         self._ends = np.cumsum(self._groups.sequences)
 
+    @property
+    def generation(self) -> int:
+        """Which state of a final cache this is: higher each time that it is sealed anew."""
+        return generation(self.manifest)
+
+    def refuse_rewritten(self) -> None:
+        """Raise Rewritten if the cache is by now another than the one that was opened.
+
+        What was taken of its files before is of the one that was opened, as files that a manifest
+        names are replaced after it.
+        """
+        if not self._is_published:
+            return
+        try:
+            now = read_manifest(self._store)
+        except UnfitError:
+            raise Rewritten(
+                f"{self.url} holds no cache any more: it was removed while it was read"
+            ) from None
+        if now.cache_id != self.manifest.cache_id:
+            raise Rewritten(
+                f"{self.url} was cache {self.manifest.cache_id} and is {now.cache_id} now: it was "
+                "replaced while it was read; run the command again, which opens the new one"
+            )
+        if self.manifest.is_final and now.records != self.manifest.records:
+            raise Rewritten(
+                f"{self.url} was rewritten while it was read (generation {self.generation} to "
+                f"{generation(now)}): run the command again, which opens the new one"
+            )
+
     def refresh(self) -> list[int]:
         """Look again at a cache that was not complete; return the shards committed since, in order.
 
-        Sequences are renumbered. Raises FormatError if another cache has taken its place.
+        Sequences are renumbered. Raises Rewritten if another cache has taken its place, or if a
+        shard that is known was scored again.
         """
         if self.manifest.is_final:
             return []
         manifest = read_manifest(self._store)
-        if manifest.cache_id != self.manifest.cache_id:
-            raise FormatError(
-                f"{self.url} was cache {self.manifest.cache_id} and is {manifest.cache_id} now: it "
-                "was replaced while it was read"
-            )
+        self.refuse_rewritten()
+        if manifest.is_final:
+            self._refuse_renewed(read_records(self._store, manifest))
         known, self.manifest = set(self.index.shards.tolist()), manifest
         new = sorted(committed_shards(self._store) & set(range(manifest.num_shards)) - known)
         if new:
@@ -99,6 +134,27 @@ class CacheReader:
             self._last = None
             self._set_index(self.index.with_more(records))
         return new
+
+    def _refuse_renewed(self, now: ShardIndex) -> None:
+        """Raise Rewritten if a shard has another commit record by now, or none."""
+        for record in self.index:
+            if record.shard not in now.shards or now[now.position(record.shard)] != record:
+                raise Rewritten(
+                    f"{self.url}: shard {record.shard} was scored again while the cache was read: "
+                    "run the command again, which opens the new one"
+                )
+
+    def _opened(self, allow_incomplete: bool) -> ShardIndex:
+        """The index; where the manifest is replaced meanwhile, of the new one."""
+        for _ in range(OPENINGS):
+            try:
+                return self._index(allow_incomplete)
+            except FormatError:
+                now = read_manifest(self._store) if self._is_published else self.manifest
+                if now == self.manifest:
+                    raise
+                self.manifest = now
+        return self._index(allow_incomplete)
 
     def _index(self, allow_incomplete: bool) -> ShardIndex:
         manifest, store = self.manifest, self._store
@@ -185,7 +241,7 @@ class CacheReader:
         data = self._verified(group.shard, entry.data)
         with reading(f"{where} row group {group.index}"):
             file = pq.ParquetFile(
-                pa.PythonFile(_Window(entry.data.offset, data, record.bytes), mode="r"),
+                pa.PythonFile(Window(entry.data.offset, data, record.bytes), mode="r"),
                 metadata=metadata,
                 pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
             )
@@ -257,59 +313,64 @@ class CacheReader:
                 f"{MAX_UNPACKED} bytes"
             )
 
+    def place_of(self, shard: int) -> str:
+        """The file in which a shard is: that of its number, or its replacement's.
+
+        Raises FormatError as `read`.
+        """
+        self._footer(self._record(shard))
+        return self._places.get(shard, paths.shard(shard))
+
+    def copy_shard(self, shard: int, target: Store, name: str) -> None:
+        """Publish the file of a shard in another store, by a name there.
+
+        Call `refuse_rewritten` before what is made of it is published. Raises as `read`.
+        """
+        for _ in range(OPENINGS):
+            try:
+                return target.copy(self._store, self.place_of(shard), name)
+            except FileNotFoundError:  # moved to its place since
+                self._footers.pop(shard, None)
+        target.copy(self._store, self.place_of(shard), name)
+
     def _verified(self, shard: int, part: ByteRange) -> bytes:
-        name = paths.shard(shard)
-        where = self._store.path(name)
-        try:
-            data = self._store.read_range(name, part.offset, part.length)
-        except FileNotFoundError:
+        """A run of bytes of a shard that are what was committed.
+
+        A shard that was scored again is found beside the cache until it is moved to its place.
+        """
+        usual = paths.shard(shard)
+        data: bytes | None = None
+        for name in (self._places.get(shard, usual), paths.renewed_shard(shard), usual):
+            try:
+                read = self._store.read_range(name, part.offset, part.length)
+            except FileNotFoundError:
+                continue
+            found = xxhash.xxh3_128(read).hexdigest()
+            if len(read) == part.length and found == part.xxh3_128:
+                if name == usual:
+                    self._places.pop(shard, None)
+                else:
+                    self._places[shard] = name
+                if self._listener:
+                    self._listener(shard, part.offset, read)
+                return read
+            if name == usual:
+                data = read
+        self.refuse_rewritten()
+        if not self.manifest.is_final:
+            self._refuse_renewed(self._index(allow_incomplete=True))
+        where = self._store.path(usual)
+        if data is None:
             raise FormatError(
                 f"{where} is missing; run the dump again, which scores that shard again"
-            ) from None
-        if self._listener:
-            self._listener(shard, part.offset, data)
-        found = xxhash.xxh3_128(data).hexdigest()
-        if len(data) != part.length or found != part.xxh3_128:
-            raise FormatError(
-                f"{where} is damaged: {len(data)} of {part.length} bytes at {part.offset} with "
-                f"hash {found}, committed with {part.xxh3_128}; delete the file and run the dump "
-                "again, which scores that shard again"
             )
-        return data
+        found = xxhash.xxh3_128(data).hexdigest()
+        raise FormatError(
+            f"{where} is damaged: {len(data)} of {part.length} bytes at {part.offset} with "
+            f"hash {found}, committed with {part.xxh3_128}; delete the file and run the dump "
+            "again, which scores that shard again"
+        )
 
 
 def _is_fixed(kind: pa.DataType) -> bool:
     return bool(pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind))
-
-
-class _Window(io.RawIOBase):
-    """A seekable file of `size` bytes of which only one verified run can be read."""
-
-    def __init__(self, offset: int, data: bytes, size: int) -> None:
-        super().__init__()
-        self._offset, self._data, self._size, self._at = offset, memoryview(data), size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, size: int = -1) -> memoryview:
-        start = self._at - self._offset
-        stop = len(self._data) if size < 0 else start + size
-        if start < 0 or stop > len(self._data):
-            raise OSError(
-                f"bytes {self._at}+{size} lie outside the verified run at {self._offset} of "
-                f"{len(self._data)}"
-            )
-        self._at += stop - start
-        return self._data[start:stop]

@@ -30,8 +30,20 @@ from decant.storage.files.store import Store
 RECORD_NAME = re.compile(r"part-\d{6,9}\.json")
 
 
+class Rewritten(UnfitError):
+    """A cache is another than the one that was opened: it was written while it was read."""
+
+
+def generation(manifest: Manifest) -> int:
+    """The number of what a final cache holds: higher each time that it is sealed anew."""
+    return paths.number((manifest.records or manifest.plan).name)
+
+
 def seal(store: Store, manifest: Manifest, records: Iterable[CommitRecord]) -> Manifest:
-    """Publish all commit records, in shard order; return the final manifest, not yet published."""
+    """Publish all commit records, in shard order; return the final manifest, not yet published.
+
+    Records that a published manifest names are not touched: those of a final one get another name.
+    """
     segment, index = publish_records(store, manifest, records)
     return dataclasses.replace(
         manifest,
@@ -46,13 +58,13 @@ def publish_records(
 ) -> tuple[Segment, ShardIndex]:
     """Publish all commit records, in shard order, as one segment; return it and what it holds."""
     version = manifest.format_version
+    number = generation(manifest) + manifest.is_final
     if version == 1:
         known = list(records)
-        segment = publish_segment(
-            store, paths.segment(paths.RECORDS), [record.to_json(version) for record in known]
-        )
+        name = paths.segment(paths.RECORDS, number)
+        segment = publish_segment(store, name, [record.to_json(version) for record in known])
         return segment, ShardIndex.of(known, manifest.cache_id)
-    name = paths.record_index(paths.number(manifest.plan.name))
+    name = paths.record_index(number)
     with store.staged(name) as path:
         entries = ShardIndex.write(path, records, version)
         data = path.read_bytes()
@@ -129,9 +141,14 @@ def read_plan(store: Store, manifest: Manifest) -> list[ShardPlan]:
     return plan
 
 
-def read_record(store: Store, manifest: Manifest, index: int) -> CommitRecord:
-    """One commit record. Raises FormatError if it is damaged or belongs to another cache."""
-    name = paths.record(index)
+def read_record(
+    store: Store, manifest: Manifest, index: int, *, renewed: bool = False
+) -> CommitRecord:
+    """One commit record. Raises FormatError if it is damaged or belongs to another cache.
+
+    With `renewed` it is that of the shard's replacement, while this has no place of its own yet.
+    """
+    name = paths.renewed_record(index) if renewed else paths.record(index)
     where = store.path(name)
     record = CommitRecord.parse(read_json(store, name), where, manifest.format_version)
     if record.cache_id != manifest.cache_id or record.shard != index:

@@ -15,6 +15,7 @@ import xxhash
 from decant.schemas import TokenizerInfo, tokenizer_fingerprint
 from decant.schemas.same_tokenizer import CHOICES
 from decant.storage.cache import kept_tokenizer, paths
+from decant.storage.cache.kept_tokenizer import MAX_BYTES
 from decant.storage.cache.reader import CacheReader
 from decant.storage.files.store import Store
 
@@ -49,14 +50,21 @@ class TokenizerFiles:
                 f"tokenizer {path}: no tokenizer.json there; expected a directory as "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes it"
             )
+        for name in FILES:
+            if (folder / name).is_file() and (folder / name).stat().st_size > MAX_BYTES:
+                raise ValueError(f"{folder / name} has more than the {MAX_BYTES} bytes it may have")
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             special: dict[str, Any] = {}
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 if (folder / name).is_file():
                     special |= json.loads((folder / name).read_text(encoding="utf-8"))
-        except Exception as error:  # the tokenizers library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the tokenizers library raises plain Exception, or panics
             raise ValueError(f"tokenizer {path} cannot be read: {error}") from error
+        if not backend.get_vocab_size():
+            raise ValueError(f"tokenizer {path} has no tokens")
         tokens = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in special.items()

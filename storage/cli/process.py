@@ -8,8 +8,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO, cast
 
+from decant.storage.cli.machine import is_a_library_s, refusal
 from decant.storage.cli.terminal import escaped_lines
 
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -35,9 +36,14 @@ def run(main: Callable[[list[str]], int]) -> None:
     # Of torchao, which transformers loads with every model: kernels of other devices.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    if not debug:
+        sys.unraisablehook = _quietly
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, _EscapedOutput(sys.stdout))
     with _exit_codes(debug):
         code = main(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is still handled
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is still handled
         sys.exit(code)
 
 
@@ -46,6 +52,26 @@ class _Escaping(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped_lines(super().format(record))
+
+
+def _quietly(lost: Any) -> None:
+    """Say nothing of a file that a destructor could not close: why it was left has been told."""
+    if not issubclass(lost.exc_type, OSError):
+        sys.__unraisablehook__(lost)
+
+
+class _EscapedOutput:
+    """An output on which nothing is obeyed by a terminal, whoever prints what of a cache."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, text: str) -> int:
+        self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -63,13 +89,16 @@ def _exit_codes(debug: bool) -> Iterator[None]:
     except BrokenPipeError:  # who reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        is_told = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError))
+        if not (is_told or is_a_library_s(error)):
+            raise
         if debug:
             traceback.print_exc()
         hint = "" if debug else "\n(--debug shows the traceback)"
         from decant.schemas.strict import FormatError, UnfitError  # heavy, and here at hand
 
-        print(f"error: {escaped_lines(str(error))}{hint}", file=sys.stderr)
+        print(f"error: {escaped_lines(refusal(error))}{hint}", file=sys.stderr)
         is_damage = isinstance(error, FormatError) and not isinstance(error, UnfitError)
         sys.exit(BAD_DATA if is_damage else USER_ERROR)
 
@@ -82,11 +111,13 @@ def interrupt_on_terminate() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
 
+    others = sys.unraisablehook
+
     def again(lost: Any) -> None:
         """Ask once more: an interrupt that strikes inside a destructor is swallowed there."""
         if issubclass(lost.exc_type, KeyboardInterrupt):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         else:
-            sys.__unraisablehook__(lost)
+            others(lost)
 
     sys.unraisablehook = again

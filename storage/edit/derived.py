@@ -31,7 +31,7 @@ from decant.storage.cache.carried import Carried
 from decant.storage.cache.integrity import verify
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.records import committed_shards, read_record, seal
-from decant.storage.cache.writer import ShardWriter
+from decant.storage.cache.shard_writer import ShardWriter
 from decant.storage.files.durable import TEMPORARY_SUFFIX, move
 from decant.storage.files.sealed import publish_json, publish_segment
 from decant.storage.files.store import Store
@@ -96,6 +96,12 @@ class Blueprint:
     shards: tuple[NewShard, ...]
     files: tuple[str, ...] = ()
     """Other files of that cache that go along."""
+
+    @property
+    def origins(self) -> list[CacheReader]:
+        """The caches that it is made of."""
+        every = [self.tokenizer_of, *(p.cache for shard in self.shards for p in shard.pieces)]
+        return list({id(cache): cache for cache in every}.values())
 
     @property
     def sequences(self) -> int:
@@ -177,6 +183,8 @@ def make(
         numbers = range(len(blueprint.shards))
         records = (read_record(store, manifest, number) for number in numbers)
         final = seal(store, manifest, records)
+        for cache in blueprint.origins:
+            cache.refuse_rewritten()
 
         def verified(shards: int, _: int) -> None:
             if progress:
@@ -291,7 +299,7 @@ def _fill(store: Store, manifest: Manifest, shard: NewShard) -> None:
     number = shard.plan.shard
     if shard.is_link:
         (piece,) = shard.pieces
-        store.copy(Store(piece.cache.url), paths.shard(piece.shard), paths.shard(number))
+        piece.cache.copy_shard(piece.shard, store, paths.shard(number))
         record = dataclasses.replace(piece.record, shard=number, cache_id=manifest.cache_id)
         publish_json(store, paths.record(number), record.to_json(FORMAT_VERSION))
         return

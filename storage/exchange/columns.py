@@ -17,6 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from decant.schemas.strict import LARGEST
+from decant.storage.cache.parquet import UNREADABLE, check_unpacked
+from decant.storage.exchange.bounds import (
+    MAX_DESCRIPTION,
+    MAX_LINE,
+    MAX_UNPACKED,
+    read_whole,
+    regular,
+)
 from decant.storage.exchange.foreign import (
     IGNORED_LABEL,
     PADDING,
@@ -206,7 +215,7 @@ def entries(
         place = np.searchsorted(starts, bad[0], "right") - 1
         raise ForeignError(f"{row.where}, list {place}: token id {found[bad[0]]} is negative")
     found[padding] = -1
-    return matrix(starts, found, np.where(padding, -np.inf, numbers))
+    return matrix(row.where, starts, found, np.where(padding, -np.inf, numbers))
 
 
 def table_files(path: str) -> list[Path]:
@@ -219,14 +228,17 @@ def table_files(path: str) -> list[Path]:
             raise ForeignError(f"{path}: expected a file ending in one of {', '.join(SUFFIXES)}")
         return [source]
     try:
-        if (source / "dataset_dict.json").is_file():
-            splits = json.loads((source / "dataset_dict.json").read_bytes())["splits"]
+        if (source / "dataset_dict.json").exists():
+            splits = _small_json(source / "dataset_dict.json")["splits"]
             names = ", ".join(f"{path}/{split}" for split in splits)
             raise ForeignError(f"{path} holds several splits: give one of {names}")
-        if (source / "state.json").is_file():
-            state = json.loads((source / "state.json").read_bytes())
-            return [source / entry["filename"] for entry in state["_data_files"]]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if (source / "state.json").exists():
+            state = _small_json(source / "state.json")
+            named = [source / entry["filename"] for entry in state["_data_files"]]
+            return [regular(file, source) for file in named]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ForeignError):
+            raise
         raise ForeignError(f"{path} is not a saved dataset: {error!r}") from error
     files = sorted(
         file
@@ -238,7 +250,11 @@ def table_files(path: str) -> list[Path]:
         raise ForeignError(f"{path}: no .parquet or .jsonl file and no saved dataset inside")
     if len({file.suffix for file in files}) > 1:
         raise ForeignError(f"{path}: both .parquet and .jsonl files inside: give one of them")
-    return files
+    return [regular(file, source) for file in files]
+
+
+def _small_json(file: Path) -> Any:
+    return json.loads(read_whole(file, MAX_DESCRIPTION))
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -248,7 +264,7 @@ def read_rows(path: str) -> Iterator[Row]:
             for where, value in json_lines(file):
                 try:
                     yield Row(file, where, pa.RecordBatch.from_pylist([value]))
-                except (ValueError, pa.ArrowException) as error:
+                except UNREADABLE as error:
                     raise ForeignError(f"{where} is no JSON record: {error}") from error
             continue
         try:
@@ -257,23 +273,29 @@ def read_rows(path: str) -> Iterator[Row]:
                 for i in range(len(batch)):
                     yield Row(file, f"{file} row {row}", batch.slice(i, 1))
                     row += 1
-        except (pa.ArrowException, OSError) as error:
+        except ForeignError:
+            raise
+        except UNREADABLE as error:
             kind = "a Parquet file" if file.suffix == ".parquet" else "an Arrow stream"
             raise ForeignError(f"{file} cannot be read as {kind}: {error}") from error
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every object of a file of JSON lines, and where it is. Raises ForeignError."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with open(regular(file), "rb") as lines:
+        for number in itertools.count(1):
+            if not (line := lines.readline(MAX_LINE + 1)):
+                return
+            where = f"{file} line {number}"
+            if len(line) > MAX_LINE:
+                raise ForeignError(f"{where} has more than the {MAX_LINE} bytes that one may have")
             if not line.strip():
                 continue
-            where = f"{file} line {number}"
             try:
                 value = json.loads(line)
                 if not isinstance(value, dict):
                     raise ValueError(f"expected an object, found {type(value).__name__}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ForeignError(f"{where} is no JSON record: {error}") from error
             yield where, value
 
@@ -290,16 +312,25 @@ def token_list(where: str, name: str, value: Any) -> NDArray[np.int64]:
     """Ids out of JSON. Raises ForeignError if they are none."""
     if not isinstance(value, Sequence) or any(type(token) is not int for token in value):
         raise ForeignError(f"{where}: {name} is not a list of token ids")
+    if any(not 0 <= token < LARGEST for token in value):
+        raise ForeignError(f"{where}: {name} holds a number that is no token id")
     return np.array(value, np.int64)
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    regular(file)
     if file.suffix == ".parquet":
         with pq.ParquetFile(file) as parquet:
-            yield from parquet.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
+            for group in range(parquet.metadata.num_row_groups):
+                check_unpacked(parquet.metadata, MAX_UNPACKED, f"{file} row group {group}", group)
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+                batch.validate(full=True)
+                yield batch
     else:
         with pa.memory_map(str(file)) as source:
-            yield from pa.ipc.open_stream(source)
+            for batch in pa.ipc.open_stream(source):
+                batch.validate(full=True)  # its offsets are the file's own
+                yield batch
 
 
 def _is_integer(kind: pa.DataType) -> bool:

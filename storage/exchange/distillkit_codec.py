@@ -10,7 +10,6 @@ decoder's to the last bits. Shapes: n targets, k entries.
 """
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,18 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from decant.schemas.manifest import MAX_SLOTS, MAX_VOCAB
+from decant.storage.exchange.bounds import read_whole
 from decant.storage.exchange.foreign import ForeignError
 
 WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0}
 """Relative errors; that of bfloat16 twice its own: a value is rounded when stored and when read."""
 SPECIAL = {"sqrt": np.sqrt, "exp": np.exp}
+MAX_TERMS = 64
+"""Of a polynomial."""
+MAX_CODEC = 1 << 20
+"""Bytes of a file of settings."""
 FOUND_AS = "compression_config.yaml"
 """DistillKit's sampler writes its settings under this name beside the rows."""
 
@@ -182,8 +187,9 @@ def read_codec(path: str, source: str) -> Codec | LegacyCodec | None:
     if file is None:
         return None
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_whole(file, MAX_CODEC).decode()
+        value = yaml.safe_load(text)  # JSON is YAML
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ForeignError(f"codec {file} cannot be read: {error}") from error
     found = value
     for name in ("teacher", "logprob_compressor"):
@@ -191,12 +197,13 @@ def read_codec(path: str, source: str) -> Codec | LegacyCodec | None:
     if isinstance(found, dict) and "legacy_logit_compression" in found:
         found = found["legacy_logit_compression"]
     if not isinstance(found, dict):
-        raise ForeignError(f"codec {file}: expected keys with values, found {json.dumps(value)}")
-    kind = LegacyCodec if "polynomial_degree" in found else Codec
+        kind = type(found).__name__
+        raise ForeignError(f"codec {file}: expected keys with values, found one {kind}")
+    codec = LegacyCodec if "polynomial_degree" in found else Codec
     try:
-        return _checked(_filled(kind, found), file)
+        return _checked(_filled(codec, found), file)
     except (TypeError, KeyError) as error:
-        names = ", ".join(f.name for f in dataclasses.fields(kind))
+        names = ", ".join(f.name for f in dataclasses.fields(codec))
         raise ForeignError(
             f"codec {file}: {error}; expected DistillKit's settings of a codec: {names}"
         ) from error
@@ -205,7 +212,7 @@ def read_codec(path: str, source: str) -> Codec | LegacyCodec | None:
 def _beside(source: str) -> Path | None:
     place = Path(os.path.expanduser(source))
     folder = place if place.is_dir() else place.parent
-    return folder / FOUND_AS if (folder / FOUND_AS).is_file() else None
+    return folder / FOUND_AS if (folder / FOUND_AS).exists() else None
 
 
 def _filled(kind: type, values: dict[str, Any]) -> Any:
@@ -219,10 +226,12 @@ def _filled(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _checked(codec: Codec | LegacyCodec, file: Path) -> Codec | LegacyCodec:
-    problems = []
+    problems = _numbers_out_of_bounds(codec)
+    if problems:
+        raise ForeignError(f"codec {file}: {'; '.join(problems)}")
     for name in ("exact_dtype", "term_dtype"):
         dtype = getattr(codec, name, "float32")
-        if dtype not in WIDTHS:
+        if not isinstance(dtype, str) or dtype not in WIDTHS:
             problems.append(f"{name} is {dtype!r}: expected one of {', '.join(WIDTHS)}")
     if not 0 <= codec.exact_k <= codec.k or codec.k < 1:
         problems.append(
@@ -232,7 +241,7 @@ def _checked(codec: Codec | LegacyCodec, file: Path) -> Codec | LegacyCodec:
         problems += [
             f"polynomial_terms has {term!r}: expected a whole number, sqrt or exp"
             for term in codec.polynomial_terms
-            if not (type(term) is int or term in SPECIAL)
+            if not (term in SPECIAL if isinstance(term, str) else type(term) is int)
         ]
         for b in codec.residual_bins:
             if b.scale_dtype not in WIDTHS or not 1 <= b.element_bits <= 64 or b.num_elements < 1:
@@ -242,6 +251,27 @@ def _checked(codec: Codec | LegacyCodec, file: Path) -> Codec | LegacyCodec:
     if problems:
         raise ForeignError(f"codec {file}: {'; '.join(problems)}")
     return codec
+
+
+def _numbers_out_of_bounds(codec: Codec | LegacyCodec) -> list[str]:
+    """What is said of numbers that are none, or that no file of rows could have."""
+    bounds = {"d": (2, MAX_VOCAB), "vocab_size": (2, MAX_VOCAB), "k": (1, MAX_SLOTS)}
+    bounds |= {"exact_k": (0, MAX_SLOTS), "polynomial_degree": (0, MAX_TERMS)}
+    bounds |= {"element_bits": (1, 64), "num_elements": (1, MAX_SLOTS)}
+    bins = codec.residual_bins if isinstance(codec, Codec) else ()
+    problems = []
+    for part in (codec, *bins):
+        for name, (least, most) in bounds.items():
+            value = getattr(part, name, least)
+            if type(value) is not int or not least <= value <= most:
+                said = "a whole number" if type(value) is not int else f"{least} to {most}"
+                problems.append(f"{name} is {value!r:.40}: expected {said}")
+    if isinstance(codec, Codec):
+        terms = codec.polynomial_terms
+        if len(terms) > MAX_TERMS or any(type(t) is int and abs(t) > MAX_TERMS for t in terms):
+            problems.append(f"polynomial_terms has more than {MAX_TERMS} terms, or powers above it")
+        problems += [f"residual_bins has {b}" for b in bins if not isinstance(b.scale_dtype, str)]
+    return problems
 
 
 def _bytes(bits: int) -> int:

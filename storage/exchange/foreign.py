@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from decant.schemas.manifest import MAX_SLOTS
+from decant.schemas.strict import LARGEST
+
 PADDING = -1e8
 """Values at or below it fill a list up: axolotl pads with -1e9, others with -inf."""
 IGNORED_LABEL = -100
+MAX_CELLS = 1 << 28
+"""Entries of one record, every list of it as long as its longest."""
 
 
 class ForeignError(ValueError):
@@ -132,11 +137,19 @@ def in_order(
 
 
 def matrix(
-    starts: NDArray[np.int64], ids: NDArray[np.int64], values: NDArray[np.float64]
+    where: str, starts: NDArray[np.int64], ids: NDArray[np.int64], values: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """[n, W] ids and values of lists that lie one after the other; -1 and -inf fill them up."""
+    """[n, W] ids and values of lists that lie one after the other; -1 and -inf fill them up.
+
+    Raises ForeignError for more places than a record may have: one long list makes all as long.
+    """
     lengths = np.diff(starts)
     shape = (len(lengths), int(lengths.max(initial=1)))
+    if shape[1] > MAX_SLOTS or shape[0] * shape[1] > MAX_CELLS:
+        raise ForeignError(
+            f"{where}: {shape[0]} lists of up to {shape[1]} entries: expected at most {MAX_SLOTS} "
+            f"in one, and {MAX_CELLS} places in all"
+        )
     rows = np.repeat(np.arange(len(lengths)), lengths)
     slots = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
     matrix_ids, matrix_values = np.full(shape, -1, np.int64), np.full(shape, -np.inf)
@@ -158,7 +171,7 @@ def rows_of(
         for token, value in entries or ():
             try:
                 id_ = int(token)
-                if id_ < 0 or isinstance(token, float):
+                if not 0 <= id_ < LARGEST or isinstance(token, bool | float):
                     raise ValueError(f"{token!r} is no token id")
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise ValueError(f"{value!r} is not a number: score this record again")
@@ -169,7 +182,7 @@ def rows_of(
         starts.append(len(ids))
     known = np.array(values, np.float64)
     used = np.where(known <= PADDING, -1, np.array(ids, np.int64))
-    return matrix(np.array(starts), used, np.where(known <= PADDING, -np.inf, known))
+    return matrix(where, np.array(starts), used, np.where(known <= PADDING, -np.inf, known))
 
 
 def expected_id(vocab_size: int) -> str:

@@ -16,6 +16,7 @@ from decant.storage.exchange import (
     trl,
     vllm,
 )
+from decant.storage.exchange.bounds import refusing
 from decant.storage.exchange.columns import table_files
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import ForeignRecord
@@ -33,7 +34,10 @@ READERS: dict[str, Callable[[ImportConfig, int], Iterator[ForeignRecord]]] = {
 
 def read_foreign(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
     """All records of a source in order, few in memory. Raises ForeignError."""
-    return READERS[config.file_format](config, vocab_size)
+    with refusing(config.path, config.file_format) as seen:
+        for record in READERS[config.file_format](config, vocab_size):
+            seen[:] = [record.where]
+            yield record
 
 
 def source_files(config: ImportConfig) -> list[Path]:
@@ -60,4 +64,7 @@ def found_settings(config: ImportConfig) -> dict[str, Any]:
 
 def stated_nucleus(config: ImportConfig) -> float:
     """The mass that lists of varying length reach, as the source says it; 1 where it does not."""
-    return megatron.nucleus(config) if config.file_format == "megatron" else 1.0
+    if config.file_format != "megatron":
+        return 1.0
+    with refusing(config.path, config.file_format):
+        return megatron.nucleus(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from decant.schemas.manifest import MAX_VOCAB
 from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.exchange.config import DENSE_K, ImportConfig
 from decant.storage.exchange.foreign import ForeignError, ForeignRecord, make_record
@@ -75,7 +76,7 @@ def read_header(config: ImportConfig) -> Header:
     if len(start) < HEADER or start[:8] != MAGIC:
         raise ForeignError(f"{file} begins with {start[:8]!r}: expected {MAGIC!r}")
     n_ctx, n_vocab, n_chunk = (int(n) for n in np.frombuffer(start, "<i4", offset=8))
-    if n_ctx < 4 or n_vocab < 2 or n_chunk < 1:
+    if n_ctx < 4 or not 2 <= n_vocab <= MAX_VOCAB or n_chunk < 1:
         raise ForeignError(f"{file}: context {n_ctx}, vocabulary {n_vocab}, chunks {n_chunk}")
     header = Header(n_ctx=n_ctx, n_vocab=n_vocab, n_chunk=n_chunk)
     if (size := file.stat().st_size) != header.bytes:

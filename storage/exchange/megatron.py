@@ -6,6 +6,7 @@ them. Values of microbatch m of data rank d are of the samples (m D + d) B to (m
 an iteration, for D ranks and B samples in a microbatch; list t is about token t + 1.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from decant.storage.exchange.bounds import MAX_DESCRIPTION, MAX_UNPACKED, regular
 from decant.storage.exchange.columns import Lists, read_rows, table_files
 from decant.storage.exchange.config import ImportConfig
 from decant.storage.exchange.foreign import (
@@ -29,6 +31,7 @@ from decant.storage.exchange.foreign import (
     make_record,
 )
 from decant.storage.exchange.torch_files import Tensor, read_tensors
+from decant.storage.files.sealed import MAX_WINDOW
 
 TAR = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
 MEMBER = re.compile(r"(\d+)\.pt\.zst")
@@ -43,9 +46,11 @@ Sample = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
 def source_files(config: ImportConfig) -> list[Path]:
     """The tars of a directory in order, and the tokens. Raises ForeignError if there is none."""
     tars = [tar for of_rank in _ranks(config.path).values() for tar in of_rank]
+    folder = Path(os.path.expanduser(config.path))
     tokens = Path(os.path.expanduser(config.tokens))
     if tokens.suffix == ".npy" and not tokens.is_file():
         raise ForeignError(f"{config.tokens}: no such file")
+    tars = [regular(tar, folder) for tar in tars]
     return [*tars, *([tokens] if tokens.suffix == ".npy" else table_files(config.tokens))]
 
 
@@ -86,14 +91,39 @@ def read(config: ImportConfig, vocab_size: int) -> Iterator[ForeignRecord]:
 def nucleus(config: ImportConfig) -> float:
     """The mass that lists of different lengths reach, as the first tar says; 1 if it does not."""
     first = next(iter(_ranks(config.path).values()))[0]
-    with tarfile.open(first) as tar:
+    with _opened(first) as tar:
         for member in tar:
-            if member.name == META and (file := tar.extractfile(member)):
+            if member.name == META:
                 try:
-                    return float(json.load(file)["saver"]["p"] or 1.0)
-                except (ValueError, KeyError, TypeError):
+                    said = json.loads(_content(first, tar, member, MAX_DESCRIPTION))
+                    return float(said["saver"]["p"] or 1.0)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    if isinstance(error, ForeignError):
+                        raise
                     return 1.0
     return 1.0
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tarfile.TarFile]:
+    """A tar as it is written, without compression around it. Raises ForeignError."""
+    try:
+        with tarfile.open(regular(file), "r:") as tar:
+            yield tar
+    except tarfile.TarError as error:
+        raise ForeignError(f"{file} cannot be read as a tar: {error}") from error
+
+
+def _content(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
+    """The bytes of a plain member. Raises ForeignError for a link, a hole, or too many."""
+    size = min(file.stat().st_size, most)
+    content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+    if content is None or member.size > size:
+        raise ForeignError(
+            f"{file} member {member.name!r:.80} of {member.size} bytes is no plain file of at most "
+            f"{size}"
+        )
+    return content.read()
 
 
 def _ranks(path: str) -> dict[tuple[int, int], list[Path]]:
@@ -118,24 +148,24 @@ Payload = tuple[list[NDArray], list[NDArray], str]
 def _iterations(tars: list[Path]) -> Iterator[tuple[int, str, Payload]]:
     """Every iteration of one rank: its number, where it is, what it holds."""
     for file in tars:
-        try:
-            with tarfile.open(file) as tar:
-                for member in tar:
-                    if match := MEMBER.fullmatch(member.name):
-                        content = tar.extractfile(member)
-                        data = content.read() if content else b""
-                        where = f"{file} member {member.name}"
-                        yield int(match[1]), where, _payload(where, data)
-        except tarfile.TarError as error:
-            raise ForeignError(f"{file} cannot be read as a tar: {error}") from error
+        with _opened(file) as tar:
+            for member in tar:
+                if match := MEMBER.fullmatch(member.name):
+                    data = _content(file, tar, member, MAX_UNPACKED)
+                    where = f"{file} member {member.name}"
+                    yield int(match[1]), where, _payload(where, data)
 
 
 def _payload(where: str, data: bytes) -> Payload:
     try:
-        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as stream:
-            saved = read_tensors(stream.read())
+        unpack = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        with unpack.stream_reader(io.BytesIO(data)) as stream:
+            unpacked = stream.read(MAX_UNPACKED + 1)
+        if len(unpacked) > MAX_UNPACKED:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED} bytes")
+        saved = read_tensors(unpacked)
         lists = [saved[name] for name in ("values", "indices_low", "bit_17")]
-        if not all(isinstance(t, Tensor) and t.values.ndim == 3 for of in lists for t in of):
+        if not all(isinstance(t, Tensor) and np.ndim(t.values) == 3 for of in lists for t in of):
             raise ValueError("expected lists of tensors of three dimensions")
         values, low, high = lists
         for triple in zip(values, low, high, strict=True):
@@ -213,9 +243,11 @@ def _samples(tokens: str) -> Iterator[Sample]:
             yield ids, wanted
         return
     try:
-        matrix: Any = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        matrix: Any = np.load(regular(file), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, TypeError, SyntaxError, MemoryError) as error:
         raise ForeignError(f"{file} cannot be read as .npy: {error}") from error
+    if not isinstance(matrix, np.ndarray):
+        raise ForeignError(f"{file} is an archive of arrays: expected one array, as .npy")
     if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.integer):
         raise ForeignError(
             f"{file} holds {matrix.dtype} {matrix.shape}: expected whole numbers [samples, tokens]"

@@ -5,7 +5,10 @@ Knows the zip form of dictionaries, lists and dense tensors of plain dtypes; ref
 
 import collections
 import io
+import math
 import pickle
+import pickletools
+import struct
 import zipfile
 from typing import Any
 
@@ -24,6 +27,14 @@ STORAGES = {
     "LongStorage": "int64",
 }
 DTYPES = {*STORAGES.values(), "uint16", "uint32", "uint64"}
+
+
+UNREADABLE = (
+    *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, OSError, ValueError),
+    *(LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, NotImplementedError),
+    *(RecursionError, RuntimeError),
+)
+"""What the two libraries raise on bytes that are no such file."""
 
 
 class Tensor:
@@ -47,16 +58,37 @@ def read_tensors(data: bytes) -> Any:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_stored(archive, len(data))
             (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return _Unpickler(archive, pickled).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"no file of torch.save with plain tensors: {error}") from error
+
+
+def _check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError for members that unpack to more than the file: torch compresses nothing."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+            raise ValueError(f"its member {member.filename!r:.80} is compressed")
+
+
+def _check_memo(pickled: bytes) -> None:
+    """Raise UnpicklingError for a memo of more places than the stream has operations.
+
+    The unpickler makes room up to the highest number of a place, which may be 2^32.
+    """
+    for operations, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
+        if "PUT" in operation.name and argument is not None and argument > operations:
+            raise pickle.UnpicklingError(f"it puts something at place {argument} of its memo")
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
-        super().__init__(io.BytesIO(archive.read(name)))
+        pickled = archive.read(name)
+        _check_memo(pickled)
+        super().__init__(io.BytesIO(pickled))
         self._archive, self._folder = archive, name.removesuffix("data.pkl")
+        self._storages: dict[str, bytes] = {}
         order = self._folder + "byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise pickle.UnpicklingError("its bytes are big-endian")
@@ -83,7 +115,10 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, *_ = pid
         if kind != "storage":
             raise pickle.UnpicklingError(f"it refers to {kind!r}")
-        return _Storage(dtype, self._archive.read(f"{self._folder}data/{key}"))
+        member = f"{self._folder}data/{key}"
+        if member not in self._storages:
+            self._storages[member] = self._archive.read(member)
+        return _Storage(dtype, self._storages[member])
 
 
 def _rebuilt(
@@ -104,6 +139,8 @@ def _rebuilt(
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if all(size) and not (offset >= 0 and min(stride, default=0) >= 0 and last < len(flat)):
         raise pickle.UnpicklingError(f"a tensor of {size} lies outside its {len(flat)} numbers")
+    if math.prod(size) > len(flat):
+        raise pickle.UnpicklingError(f"a tensor of {size} repeats its {len(flat)} numbers")
     steps = [step * kept.itemsize for step in stride]
     values = np.lib.stride_tricks.as_strided(flat[offset:], size, steps, writeable=False)
     if name == "bfloat16":

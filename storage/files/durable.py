@@ -5,13 +5,47 @@ What is to be published is filled under a temporary name beside its place, and m
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from decant.storage.files.locks import Held, forget_lock, locked
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of what is not finished."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], *instead_of: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an OSError of the block that names no file this one; or one of these, temporary ones.
+
+    The kernel says of a descriptor that it cannot be written or read, and nobody adds whose.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else os.fspath(error.filename)
+        if named is not None and named not in [os.fspath(other) for other in instead_of]:
+            raise
+        if error.errno is None and type(error) is not OSError:  # our own, with all there is to say
+            raise
+        if number := _number(error):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise OSError(
+            f"{os.fspath(path)}: {error}: see that the disk has room and no fault, then run the "
+            "same command again"
+        ) from error
+
+
+def _number(error: BaseException | None) -> int | None:
+    """What the kernel said first: Arrow forgets it when it closes a file that it cannot write."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def temporary_for(target: Path) -> Path:
@@ -34,12 +68,14 @@ def publish(temporary: Path, target: Path) -> None:
 
 def publish_bytes(target: Path, data: bytes) -> None:
     """Publish a file of these bytes."""
-    temporary = temporary_for(target)
-    try:
+    with staged_file(target) as temporary:
         temporary.write_bytes(data)
-        publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary file, if it is there; where that fails, what else failed matters more."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -54,20 +90,60 @@ def staged_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.lexists(final):
         raise FileExistsError(f"{target} exists already: remove it, or choose another place")
     final.parent.mkdir(parents=True, exist_ok=True)
+    clear_left(final)
     staging = temporary_for(final)
     staging.mkdir()
     try:
-        yield staging
-        sync_tree(staging)
-        move(staging, final)
+        with locked(staging, write=False), naming(final, staging):
+            yield staging
+            sync_tree(staging)
+            move(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A file beside `target` to fill; it becomes `target` unless an exception passes.
+
+    What a killed process has left of its try at the same file is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_left(target)
+    temporary = temporary_for(target)
+    try:
+        with naming(target, temporary):
+            temporary.touch(exist_ok=False)
+            with locked(temporary, write=True):
+                yield temporary
+                publish(temporary, target)
+    finally:
+        discard(temporary)
+
+
+def clear_left(target: Path) -> None:
+    """Remove what killed processes have left of a file or directory: what nobody holds."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}")
+    for left in target.parent.iterdir():
+        if name.fullmatch(left.name):
+            with contextlib.suppress(OSError, Held), locked(left, write=left.is_file()):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def move(temporary: Path, target: Path) -> None:
     """Give what is on disk already its name, durably."""
-    os.replace(temporary, target)
-    sync(target.parent)
+    is_new = not os.path.lexists(target)
+    with naming(target, temporary):
+        os.replace(temporary, target)
+    try:
+        sync(target.parent)
+    except OSError:
+        if is_new:  # what is refused is absent; what stood in its place cannot be had again
+            with contextlib.suppress(OSError):
+                os.replace(target, temporary)
+        raise
+    if target.is_dir():
+        forget_lock(target)
 
 
 def sync_tree(folder: Path) -> None:
@@ -78,8 +154,9 @@ def sync_tree(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -51,7 +51,8 @@ def locked(path: Path, *, write: bool, shared: bool = False, wait: bool = False)
         with _flock(handle, path, how) or _lock_file(_name(path), shared=shared, wait=wait):
             yield
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # it is let go, and nothing was written through it
+            os.close(handle)
 
 
 def _flock(handle: int, path: Path, how: int) -> contextlib.AbstractContextManager[None] | None:
@@ -66,6 +67,12 @@ def _flock(handle: int, path: Path, how: int) -> contextlib.AbstractContextManag
         _say_once(path, error)
         return None
     return contextlib.nullcontext()
+
+
+def forget_lock(folder: Path) -> None:
+    """Remove the lock file of a folder that was held, and moved meanwhile."""
+    with contextlib.suppress(OSError):
+        _name(folder).unlink()
 
 
 def is_lock_file(name: str) -> bool:

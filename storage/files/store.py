@@ -19,7 +19,15 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from decant.schemas import FormatError
-from decant.storage.files.durable import TEMPORARY_SUFFIX, move, sync, temporary_for
+from decant.storage.files.durable import (
+    TEMPORARY_SUFFIX,
+    discard,
+    move,
+    naming,
+    sync,
+    temporary_for,
+)
+from decant.storage.files.links import leads_out
 from decant.storage.files.locks import Held, is_lock_file, locked
 from decant.storage.files.s3 import open_filesystem
 
@@ -63,10 +71,19 @@ class Store:
 
     @contextlib.contextmanager
     def _reaching(self, name: str) -> Iterator[None]:
-        """Turn what an object store's own library raises into an OSError that names the file."""
+        """Turn what an object store's own library raises into an OSError that names the file.
+
+        Links that lead to themselves are a FormatError.
+        """
         try:
-            yield
+            if self.is_local:
+                with naming(self.path(name)):
+                    yield
+            else:
+                yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ELOOP:
+                raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
             if self.is_local:
                 raise
             kinds = (FileNotFoundError, FileExistsError, PermissionError)
@@ -118,7 +135,8 @@ class Store:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`; fewer if the file ends before. Raises FileNotFoundError."""
         if self.is_local:
-            with open(self.regular(name), "rb", buffering=0) as file:
+            path = self.regular(name)
+            with naming(path), open(path, "rb", buffering=0) as file:
                 there = max(os.fstat(file.fileno()).st_size - offset, 0)
                 return os.pread(file.fileno(), min(length, there), offset) if there else b""
         return self._fetch(name, offset, offset + length)
@@ -133,18 +151,27 @@ class Store:
     def regular(self, name: str) -> str:
         """The path of a local file to open: no device, no pipe, and nothing outside the folder.
 
-        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone.
+        Raises FileNotFoundError, FormatError. Links are followed inside the folder alone, and from
+        a snapshot of the hub's client to its blobs.
         """
         path, parts = self.path(name), name.split("/")
         places = (self.path("/".join(parts[:i])) for i in range(1, len(parts) + 1))
         if ".." in parts or any(os.path.islink(place) for place in places):
-            path, root = os.path.realpath(path), os.path.realpath(self._root or "/")
-            if os.path.commonpath([path, root]) != root:
+            if place := leads_out(path, self._root):
                 raise FormatError(
-                    f"{self.path(name)} is a link to {path}, outside of {root}: copy the file "
-                    "here, or open the folder it is in"
+                    f"{self.path(name)} is a link to {place}, outside of {self._root}: copy the "
+                    "file here, or open the folder it is in"
                 )
-        if not stat.S_ISREG(os.stat(path).st_mode):
+            path = os.path.realpath(path)
+        try:
+            mode = os.stat(path).st_mode
+        except NotADirectoryError as error:  # a file has the name of a folder of it
+            raise FileNotFoundError(error.errno, error.strerror, path) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FormatError(f"{self.path(name)} is a link that leads to itself") from None
+        if not stat.S_ISREG(mode):
             raise FormatError(f"{self.path(name)} is no regular file")
         return path
 
@@ -197,17 +224,12 @@ class Store:
             handle, staging = tempfile.mkstemp(TEMPORARY_SUFFIX, "decant-")
             os.close(handle)
             temporary = Path(staging)
+        where = self.path(name) if self.is_local else f"{temporary}, to be {self.path(name)}"
         try:
-            yield temporary
-            if self.is_local:
-                sync(temporary)
-        except OSError as error:  # Arrow names no file, for one on a full disk
-            if error.errno is None or error.filename:
-                raise
-            message = f"{os.strerror(error.errno)} while writing"
-            where = self.path(name) if self.is_local else f"{temporary}, to be {self.path(name)}"
-            raise OSError(error.errno, message, where) from error
-        else:
+            with naming(where, temporary):
+                yield temporary
+                if self.is_local:
+                    sync(temporary)
             if self.is_local:
                 if new and target.exists():
                     raise FileExistsError(f"{target} exists already")
@@ -216,7 +238,7 @@ class Store:
                 with self._reaching(name):
                     self._upload(temporary, self.path(name), new)
         finally:
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
 
     def _upload(self, file: Path, where: str, new: bool) -> None:
         if new:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from decant.schemas.strict import UnfitError
 from decant.storage.cache import paths
 from decant.storage.cache.integrity import verify
 from decant.storage.cache.reader import CacheReader
+from decant.storage.cache.renewal import unsettled
+from decant.storage.files.store import Store
 from decant.storage.hub.card import CARD, check_license, dataset_card, stated_cache_id
 from decant.storage.hub.repository import (
     FOLDERS,
@@ -68,12 +71,18 @@ def push(
     """
     check_name(repo)
     check_license(license_id)
-    folder, cache_id = _local(url), CacheReader(url).manifest.cache_id
+    folder, reader = _local(url), CacheReader(url)
+    cache_id = reader.manifest.cache_id
     api = api or HfApi()
     check_token(api)
     report = verify(url, progress)
     if not report.ok:
         return Pushed(address="", files=0, bytes=0, problems=report.problems)
+    if unsettled(Store(url), reader.manifest):
+        raise UnfitError(
+            f"{url} has shards in {paths.RENEWAL}/ that have no places yet, as a run was ended "
+            "before it was done: run the dump again, which completes it, then push"
+        )
     files, card = plan_push(url, repo, license_id)
     with reaching(repo, "the upload"):
         api.create_repo(repo, repo_type=KIND, private=not public, exist_ok=True)
@@ -90,6 +99,7 @@ def push(
             commit_message="Add the cache",
         )
         manifest = (folder / paths.MANIFEST).read_bytes()
+        reader.refuse_rewritten()  # then what was sent before is of this manifest
         _commit(api, repo, {paths.MANIFEST: manifest}, "Complete the cache")
         found = remote_sizes(api, repo)
     wrong = [name for name, size in files.items() if found.get(name) != size]

@@ -23,6 +23,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from decant.schemas import FormatError
 from decant.storage.cache import paths
+from decant.storage.files.links import leads_out
 
 KIND = "dataset"
 FOLDERS = (
@@ -100,10 +101,9 @@ def local_files(folder: Path) -> dict[str, int]:
     every = [folder / paths.MANIFEST]
     for name in FOLDERS:
         every += sorted((folder / name).rglob("*"))
-    root = folder.resolve()
     for file in every:
-        if not file.resolve().is_relative_to(root):
-            raise FormatError(f"{file} is a link to {file.resolve()}, outside of {root}")
+        if place := leads_out(str(file), str(folder)):
+            raise FormatError(f"{file} is a link to {place}, outside of {folder}")
     return {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in every

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,10 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
     shapes += [at.teacher_entropy_histogram for at in kept.temperatures]
     if kept.sequence_length_histogram is not None:
         shapes.append(kept.sequence_length_histogram)
+    of_entries = (
+        *(kept.top1_agreement, kept.label_kept, kept.calibration_error, kept.akl_inexact),
+        *(kept.kl_error_mean, kept.kl_error_max),
+    )
     sizes, rates = kept.column_bytes.values(), kept.dump_speed.shard_rates
     return (
         counts == expected
@@ -282,6 +287,9 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
         and bool(rates) == bool(totals.shards)
         and len(kept.temperatures) in (0, len(manifest.temperatures))
         and None not in (kept.bytes_per_target, kept.times_smaller, kept.teacher_ce)
+        and (None not in of_entries or not manifest.layout.has_logprobs)
+        and (kept.label_kept is not None or not manifest.layout.slots)
+        and (kept.beyond_k is not None or not kept.truncation_curve)
         and len(kept.truncation_curve) <= manifest.layout.slots
         and [at.k for at in kept.truncation_curve] == list(range(1, len(kept.truncation_curve) + 1))
         and kept.recommended_k is None
@@ -291,6 +299,7 @@ def _is_of(kept: Report, reader: CacheReader) -> bool:
 def _keep(store: Store, key: dict[str, Any], report: Report) -> None:
     if store.is_local:
         with contextlib.suppress(OSError):  # read-only, or full: nothing depends on it
+            store.remove_temporaries(str(PurePath(paths.KEPT_REPORT).parent))  # of killed ones
             publish_json(store, paths.KEPT_REPORT, {"key": key, "report": to_json(report)})
 
 

@@ -87,7 +87,7 @@ def run_inspect(arguments: InspectArguments) -> int:
     """Inspect a cache and print the report; returns the exit code."""
     from decant.schemas import to_json
     from decant.storage.cli.terminal import WIDTH, json_text, progress_bar
-    from decant.storage.files.store import Store
+    from decant.storage.files.durable import staged_file
     from decant.storage.inspect.collect import inspect
     from decant.storage.inspect.curve import chosen_k
     from decant.storage.inspect.curve_text import NO_CURVE
@@ -112,7 +112,8 @@ def run_inspect(arguments: InspectArguments) -> int:
         from decant.storage.inspect.html import report_html
 
         file = Path(arguments.html)
-        Store(file.parent).publish(file.name, report_html(report).encode())
+        with staged_file(file) as temporary:
+            temporary.write_text(report_html(report), encoding="utf-8")
     if arguments.json:
         print(json_text(to_json(report)))
     else:

@@ -21,6 +21,7 @@ from decant.storage import CacheReader, StoredRows
 from decant.storage.cache.logprobs import decode_logprobs, of_planes
 from decant.storage.cache.same_tokenizer import same_ids
 from decant.student_train.alignment.aligner import AlignedRows
+from decant.student_train.data.generations import GENERATIONS, generations_of
 from decant.student_train.data.order import Entry
 from decant.student_train.data.stream import SequenceStream, order_of
 from decant.student_train.data.stream_config import StreamConfig, temperature_indices
@@ -130,6 +131,7 @@ class MixtureStream(SequenceStream):
             "seed": self.orders[0].seed,
             "num_sequences": [order.num_sequences for order in self.orders],
             "lanes": self.orders[0].lanes,
+            GENERATIONS: generations_of(self.readers),
             "consumed": self.consumed,
         }
 

@@ -25,6 +25,7 @@ from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
 from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.data.epoch import OnePass
+from decant.student_train.data.generations import GENERATIONS, generations_of, note_rewritten
 from decant.student_train.data.order import CacheOrder, Entry
 from decant.student_train.data.packing import deal
 from decant.student_train.data.stream_config import StreamConfig, ToEvents, temperature_indices
@@ -163,6 +164,7 @@ class SequenceStream(IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises ValueError if it is of another cache, order or part."""
         ours = self.state_dict()
+        note_rewritten(self.readers, state.get(GENERATIONS), ours.pop(GENERATIONS, None))
         for name in [name for name in ours if name != "consumed"]:
             if state.get(name) != ours[name]:
                 raise ValueError(
@@ -333,6 +335,7 @@ class CacheStream(SequenceStream):
             "seed": self.order.seed,
             "num_sequences": self.num_sequences,
             "lanes": self.order.lanes,
+            GENERATIONS: generations_of(self.readers),
             "consumed": self.consumed,
         }
 

@@ -63,7 +63,7 @@ class Alignment:
 
     def _made(self, reader: CacheReader) -> Aligner | None:
         refuse_cache(reader)
-        theirs = load_tokenizer(reader, **self._trusted)
+        theirs = load_tokenizer(reader)
         try:
             shared = reader.manifest.shared_vocab_size
             check_student_tokenizer(theirs, self.tokenizer, self.where, reader.url, shared)

@@ -146,7 +146,7 @@ def _check_tokenizer(
     is_aligned = options.tokenizer_mismatch == "align"
     if is_aligned:
         refuse_cache(reader)
-    theirs = load_tokenizer(reader, trust_remote_code=options.trust_remote_code)
+    theirs = load_tokenizer(reader)
     if theirs is None:
         log.warning("%s has no tokenizer: that of %s is not compared", reader.url, path)
         return None, None

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from decant.schemas.strict import UnfitError
@@ -48,8 +49,12 @@ FINGERPRINTED = 1024
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> Any | None:
-    """The teacher's tokenizer as kept in the cache; None if it was dumped from ready ids."""
+def load_tokenizer(reader: CacheReader) -> Any | None:
+    """The teacher's tokenizer as kept in the cache; None if it was dumped from ready ids.
+
+    The files are data: none of their code runs, whatever the student's may. One whose class is code
+    is what its `tokenizer.json` says. Raises ValueError if that is not there, or cannot be read.
+    """
     files = reader.manifest.tokenizer.files
     if not files:
         return None
@@ -57,12 +62,21 @@ def load_tokenizer(reader: CacheReader, *, trust_remote_code: bool = False) -> A
     with tempfile.TemporaryDirectory() as folder:
         kept_tokenizer.unpack(store, reader.manifest, Path(folder))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
+            tokenizer = _as_data(folder)
+        except Exception as error:  # whatever transformers and tokenizers raise on any bytes
             raise ValueError(
                 f"the tokenizer in {reader.url}/{paths.TOKENIZER} cannot be loaded: {error}"
             ) from error
         return as_fingerprinted(tokenizer, folder, reader.manifest.tokenizer.fingerprint)
+
+
+def _as_data(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or not (Path(folder) / "tokenizer.json").is_file():
+            raise
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_student(
@@ -84,7 +98,7 @@ def load_student(
     if aligned:
         tokenizer = aligned[0]
     else:
-        tokenizer = load_tokenizer(reader, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(reader)
     dtype = getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attention} if config.attention else {}
     torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from decant.storage.files.durable import publish
 from decant.student_train.config.evaluation import HIGHER_IS_BETTER, ROUGE
 from decant.student_train.outputs.metrics import METRICS
+from decant.student_train.outputs.written import writing
 from decant.student_train.runtime.distributed import of_first_process
 
 BEST = "best"
@@ -87,14 +88,17 @@ class Best:
         )
         weights = get_model_state_dict(model, options=options)
         if self.accelerator.is_main_process:
-            temporary = self.folder.with_name(f".{BEST}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            torch.save(weights, temporary / WEIGHTS)
-            record = {"step": step, "figures": metrics}
-            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            publish(temporary, self.folder)
+            with writing(self.folder, "Older checkpoints stay"):
+                self._save(weights, {"step": step, "figures": metrics})
         self.accelerator.wait_for_everyone()
+
+    def _save(self, weights: dict[str, Any], record: dict[str, Any]) -> None:
+        temporary = self.folder.with_name(f".{BEST}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save(weights, temporary / WEIGHTS)
+        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        publish(temporary, self.folder)
 
     def remove(self) -> None:
         """Drop the files, once the student is saved."""

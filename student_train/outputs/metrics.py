@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from decant.storage.files.durable import publish_bytes
+from decant.storage.files.durable import naming, publish_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -69,7 +69,7 @@ class Metrics:
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; `values` has its step."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
         step = values["step"]
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from accelerate import PartialState
 from huggingface_hub import EvalResult, ModelCardData
 
 from decant.schemas import Manifest
+from decant.storage.hub.card import escaped
 from decant.student_train.config.evaluation import NAMES, ROUGE
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.evaluation.heldout_sums import NUM_BINS
 
+PLAIN = re.compile(r"[\w./:@-]{0,200}", re.ASCII)
+"""What paths, hub ids and fingerprints are made of; none of it is markup."""
 MEANINGS = {
     "heldout_ce": "cross-entropy of the actual tokens, nats per token",
     "heldout_perplexity": "its exponential",
@@ -81,16 +85,27 @@ def model_card(config: TrainConfig, manifests: Sequence[Manifest], summary: dict
 
 def _cache_rows(manifests: Sequence[Manifest]) -> list[tuple[str, ...]]:
     rows = {
-        "teacher": lambda m: f"{m.teacher.name} ({m.teacher.architecture}, {m.teacher.dtype})",
-        "teacher fingerprint": lambda m: f"`{m.teacher.fingerprint}`",
+        "teacher": lambda m: (
+            f"{_text(m.teacher.name)} ({_text(m.teacher.architecture)}, {_text(m.teacher.dtype)})"
+        ),
+        "teacher fingerprint": lambda m: _code(m.teacher.fingerprint),
         "cache id": lambda m: f"`{m.cache_id}`",
-        "tokenizer fingerprint": lambda m: f"`{m.tokenizer.fingerprint}`",
+        "tokenizer fingerprint": lambda m: _code(m.tokenizer.fingerprint),
         "kept": lambda m: f"{_truncation(m)}, {m.precision}",
         "temperatures": lambda m: ", ".join(f"{t:g}" for t in m.temperatures),
         "sequences": lambda m: f"{m.num_sequences:,}",
         "targets": lambda m: f"{m.totals.targets if m.totals else m.num_targets:,}",
     }
     return [(name, *(value(m) for m in manifests)) for name, value in rows.items()]
+
+
+def _text(text: str) -> str:
+    """A text of a cache: a name as it is, anything else without markup, links and HTML."""
+    return text if PLAIN.fullmatch(text) else escaped(text)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if PLAIN.fullmatch(text) else escaped(text)
 
 
 def _truncation(manifest: Manifest) -> str:

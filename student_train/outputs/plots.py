@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from decant.storage.files.durable import publish
+from decant.storage.files.durable import staged_file
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,8 @@ def draw(metrics: Path, target: Path) -> bool:
         axes.grid(alpha=0.3)
         if len(names) > 1 or title in free:
             axes.legend(fontsize=8)
-    temporary = target.with_name(f".{target.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    publish(temporary, target)
+    with staged_file(target) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return True
 
 

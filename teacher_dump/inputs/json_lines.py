@@ -7,6 +7,7 @@ the fields mean.
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ def json_rows(name: str, path: Path) -> Iterator[Row]:
                 yield f"{name}:{index}", f"{name} {place}", fields
                 index += 1
     except (EOFError, zlib.error, OSError, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the machine's word
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise SourceError(
             f"{path} is damaged or cut short after {place}: {error}; copy or write it again"
         ) from error

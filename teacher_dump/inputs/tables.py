@@ -25,6 +25,8 @@ def parquet_rows(name: str, path: Path) -> Iterator[Row]:
                     yield f"{name}:{index}", f"{name} row {index}", fields
                     index += 1
     except (pa.ArrowException, OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the machine's word
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise SourceError(
             f"{path} is not readable as Parquet after {index} rows: {error}; write it again"
         ) from error

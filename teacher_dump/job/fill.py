@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from decant.schemas import ScoredSequence, ShardPlan
 from decant.storage import CacheWriter
 from decant.storage.cache import paths
-from decant.storage.cache.records import read_record
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine, open_engine
 from decant.teacher_dump.job.chat_sampler import open_kept_answers
@@ -61,9 +60,10 @@ def open_teacher(config: DumpConfig, teacher: Teacher) -> Engine:
 
 def is_done(writer: CacheWriter, shard: int, *, retry_rejected: bool = False) -> bool:
     """Whether a shard has a commit record, with `retry_rejected` one without rejected sequences."""
-    if not writer.store.exists(paths.record(shard)):
-        return False
-    return not (retry_rejected and read_record(writer.store, writer.manifest, shard).rejected)
+    if not retry_rejected:
+        return writer.store.exists(paths.record(shard))
+    record = writer.record(shard)
+    return record is not None and not record.rejected
 
 
 def fill_shard(
@@ -123,7 +123,8 @@ def fill_shards(
                     log.info("shard %d of %d is another process's", plan.shard + 1, count)
                     continue
                 files = (paths.shard(plan.shard), paths.record(plan.shard))
-                writer.store.remove_temporaries(paths.SHARDS, files)
+                for folder in (paths.SHARDS, paths.RENEWAL):  # where they have the same names
+                    writer.store.remove_temporaries(folder, files)
                 inputs = read_inputs(writer.store, plan)
                 held = claim.pop_all()
             waiting = _Waiting()
@@ -158,6 +159,7 @@ def _write(
 ) -> Filled:
     """Write a shard as its sequences arrive, and commit it."""
     rejected = 0
+    replace = replace and writer.store.exists(paths.record(plan.shard))
     try:
         with claim, writer.shard(plan.shard, replace=replace) as shard:
             for result in waiting:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from decant.schemas import Conversation
 from decant.storage import Store
-from decant.storage.files.durable import publish, temporary_for
+from decant.storage.files.durable import staged_file
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.kinds import MESSAGES, formed
 from decant.teacher_dump.inputs.messages import read_conversation
@@ -49,10 +49,8 @@ def write_messages(
     target = Path(out).expanduser().absolute()
     if target.exists():
         raise FileExistsError(f"{out} exists already: remove it, or choose another place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_for(target)
     written = read = 0
-    try:
+    with staged_file(target) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             for sample_id, text in iter_messages(config):
                 read += 1
@@ -64,7 +62,4 @@ def write_messages(
         if not written:
             place = config.output if config.source.generate.n else config.source.path
             raise SourceError(f"{place}: none of its {read} records is a conversation")
-        publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return written, read

@@ -173,8 +173,9 @@ def publish_part(store: Store, part: int, rows: list[dict[str, Any]]) -> None:
 
 def read_part(store: Store, name: str) -> pa.Table:
     """The rows of one part. Raises FormatError if they are damaged."""
+    data = store.read(name)
     try:
-        return pq.read_table(pa.BufferReader(store.read(name)), page_checksum_verification=True)
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     except Exception as error:  # whatever a damaged file may raise
         raise FormatError(
             f"{store.path(name)} is damaged: {error}; delete it, and the same command samples it "

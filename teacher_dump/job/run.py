@@ -1,15 +1,17 @@
 """The dump job: open or start the cache, score every missing shard, seal it."""
 
+import contextlib
 import dataclasses
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from decant.schemas import Manifest, ShardPlan
+from decant.schemas import FormatError, Manifest, ShardPlan
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import extension, paths
 from decant.storage.cache.records import read_manifest
+from decant.storage.cache.renewal import settle
 from decant.storage.inspect.precision import logprob_error_warning
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.engines import Engine
@@ -22,7 +24,7 @@ from decant.teacher_dump.job.ray_executor import fill_with_ray, import_ray
 from decant.teacher_dump.job.refusals import refuse_before_asking, refuse_misfits
 from decant.teacher_dump.job.sampler import check_sampler, with_sampler
 from decant.teacher_dump.job.shard_inputs import restore_inputs
-from decant.teacher_dump.job.start import is_sealed, missing_shards, open_or_create
+from decant.teacher_dump.job.start import missing_shards, open_or_create
 from decant.teacher_dump.progress import progress
 from decant.teacher_dump.teacher import Teacher, describe_teacher, hash_weights
 
@@ -78,8 +80,11 @@ def dump(
             "`decant merge` the two"
         )
     outer = Store(config.output)
-    base = Base(config.output, extend)
+    Base(config.output, extend)  # refuses what cannot be extended
     with outer.lock(shared=worker.count > 1):
+        with outer.lock(paths.SHARDS, wait=True):
+            _seal_renewed(outer)
+        base = Base(config.output, extend)
         moved = extension.moving(outer)
         if moved and moved.cache_id == base.manifest.cache_id:  # a killed run did all but this
             with outer.lock(paths.SHARDS, wait=True):
@@ -132,9 +137,11 @@ def _fill_cache(
         _await_start(store, worker)
         with _alone(store, worker):
             writer, missing = _set_up(config, store, teacher, worker, base, retry_rejected)
-            if not missing and is_sealed(writer):
+            if not missing and writer.is_sealed():
                 log.info("%s is complete already", config.output)
                 store.remove_folder(paths.INPUTS)
+                if worker.count == 1:
+                    store.remove_folder(paths.RENEWAL)  # without a commit record: of a killed run
                 return writer.manifest
         log.info(
             "%d sequences, %d targets in %d shards, %d shards to score%s",
@@ -188,6 +195,13 @@ def _fill_cache(
         return manifest
 
 
+def _seal_renewed(store: Store) -> None:
+    """Make shards that a killed run scored again part of the cache that is to be extended."""
+    if store.exists(paths.RENEWAL):
+        store.remove_temporaries(paths.RENEWAL)
+        CacheWriter(store.url).finalize()
+
+
 def _alone(store: Store, worker: Worker) -> AbstractContextManager[None]:
     """One worker at a time; a single one is alone anyway."""
     return store.lock(paths.SHARDS, wait=True) if worker.count > 1 else nullcontext()
@@ -226,6 +240,9 @@ def _set_up(
             store.remove_temporaries(folder)
         if worker.count == 1:
             store.remove_temporaries(paths.SHARDS)
+            store.remove_temporaries(paths.RENEWAL)
+        with contextlib.suppress(FormatError):  # damaged records, which are sealed anew
+            settle(store, writer.manifest)
         before = base.manifest.num_shards if base else 0
         missing = missing_shards(
             writer, worker.fills, retry_rejected=retry_rejected, inherited=before

@@ -182,13 +182,15 @@ def read_inputs(store: Store, plan: ShardPlan) -> list[TokenSequence]:
     name = paths.inputs(plan.shard)
     where = store.path(name)
     try:
+        data = store.read(name)
+    except FileNotFoundError:
+        raise FormatError(f"{where} is missing; the same command makes it again") from None
+    try:
         table = pq.read_table(
-            pa.BufferReader(store.read(name)), page_checksum_verification=True
+            pa.BufferReader(data), page_checksum_verification=True
         ).combine_chunks()
         sequences = _sequences(table)
         _, digest = _input_table(sequences)
-    except FileNotFoundError:
-        raise FormatError(f"{where} is missing; the same command makes it again") from None
     except Exception as error:  # whatever a damaged file may raise
         raise FormatError(f"{where} is damaged: {error}; {MADE_AGAIN}") from error
     if digest != plan.input_xxh3_128:

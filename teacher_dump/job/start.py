@@ -17,7 +17,7 @@ from decant.schemas import NO_LOGPROBS, FormatError, Manifest, ShardPlan, tokeni
 from decant.schemas.strict import canonical
 from decant.storage import CacheWriter, Store
 from decant.storage.cache import paths
-from decant.storage.cache.records import committed_shards, read_records
+from decant.storage.cache.records import committed_shards
 from decant.storage.files.sealed import read_json
 from decant.teacher_dump.config import DumpConfig
 from decant.teacher_dump.inputs.counts import SequenceCounts, summary, warnings
@@ -114,7 +114,12 @@ def start_over(store: Store) -> None:
 
     Whenever this is cut short, what is left is that cache or the start of one.
     """
-    for folder in (paths.SHARDS, paths.RECORDS, PurePath(paths.KEPT_REPORT).parts[0]):
+    for folder in (
+        paths.SHARDS,
+        paths.RENEWAL,
+        paths.RECORDS,
+        PurePath(paths.KEPT_REPORT).parts[0],
+    ):
         store.remove_folder(folder)
     store.remove(paths.MANIFEST)
     clear(store)
@@ -210,10 +215,12 @@ def missing_shards(
     whole, retried = set(), set()
     sizes = store.sizes(paths.SHARDS)
     try:
-        for record in writer.committed():
+        renewed = writer.renewed()
+        for record in writer.committed(renewed):
             name = paths.shard(record.shard)
             size = sizes.get(PurePath(name).name, -1)
-            if size == record.bytes or not mine(record.shard) or record.shard < inherited:
+            is_whole = size == record.bytes or record.shard in renewed
+            if is_whole or not mine(record.shard) or record.shard < inherited:
                 whole.add(record.shard)
                 if record.shard >= inherited and retry_rejected and record.rejected:
                     retried.add(record.shard)
@@ -226,19 +233,6 @@ def missing_shards(
             f"{error}; delete it, and the same command scores its shard again"
         ) from error
     return [s for s in writer.plan if s.shard not in whole - retried and mine(s.shard)]
-
-
-def is_sealed(writer: CacheWriter) -> bool:
-    """Whether the manifest is final and its sealed records are those beside the shards."""
-    if not writer.manifest.is_final or writer.missing():
-        return False
-    try:
-        sealed = read_records(writer.store, writer.manifest)
-    except FormatError:
-        return False
-    return len(sealed) == len(writer.plan) and all(
-        ours == theirs for ours, theirs in zip(sealed, writer.committed(), strict=True)
-    )
 
 
 def sequence_settings(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:

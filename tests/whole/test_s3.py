@@ -170,8 +170,8 @@ def assert_same(found: str, expected: str | Path, *, exact: bool = True) -> None
 
 
 def assert_clean(result: Result, *words: str) -> None:
-    """Exit code 2, or 1 for damaged files, one line that holds these words, and no traceback."""
-    assert result.code in (1, 2), (result.stdout, result.stderr)
+    """Exit code 2, as nothing is damaged, one line that holds these words, and no traceback."""
+    assert result.code == 2, (result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
     assert all(word in line for word in words), line

@@ -1,5 +1,7 @@
 """Caches of a stranger, sound by every hash: refused in one line that names the file, or read."""
 
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -11,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import xxhash
 import zstandard
 
-from decant.schemas import FormatError
-from decant.storage import CacheReader, verify
+from decant.schemas import FormatError, TokenizerInfo
+from decant.storage import CacheReader, CacheWriter, Store, verify
 from decant.storage.__main__ import main
 from decant.storage.cache import paths
+from decant.storage.cache.plan import plan_of
 from decant.storage.cli import process
+from decant.storage.files.sealed import publish_json
+from decant.storage.hub.card import dataset_card
+from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head
 from decant.student_train.model.student import load_tokenizer
-from tests.support import ROOT, hostile
+from tests.support import ROOT, caches, hostile
 
 TERMINAL = "\x1b[31m\x9b2J\u202e<script>alert(1)</script>"
 
@@ -247,6 +255,172 @@ def test_nothing_of_a_cache_is_obeyed(
     assert "<script>alert" not in html and "\x1b" not in html
 
 
+@pytest.fixture(scope="module")
+def planted_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose ids of samples, tokens, reasons and messages hold it. Never write to it."""
+    folder = tmp_path_factory.mktemp("planted") / "cache"
+    words = {f"w{i}{TERMINAL}": i for i in range(300)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"w0{TERMINAL}"))
+    data = tokenizer.to_str().encode()
+    files = {"tokenizer.json": xxhash.xxh3_128(data).hexdigest()}
+    settings = hostile.SETTINGS
+    draft = dataclasses.replace(
+        settings.draft(), tokenizer=TokenizerInfo(fingerprint=f"sha256:{TERMINAL}", files=files)
+    )
+    (sequences,) = caches.random_shards(settings, num_shards=1)
+    sequences = [dataclasses.replace(s, sample_id=s.sample_id + TERMINAL) for s in sequences]
+    started = CacheWriter.create(folder, draft, plan_of([sequences]))
+    with started.shard(0) as shard:
+        lost, *rest = sequences
+        shard.reject(lost.sample_id, lost.input_ids, lost.is_target, f"failed {TERMINAL}")
+        for sequence in rest:
+            shard.write(sequence)
+    Store(folder).publish(f"{paths.TOKENIZER}/tokenizer.json", data)
+    started.finalize()
+    return folder
+
+
+def test_nothing_in_rows_is_obeyed(
+    planted_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sample ids, tokens and reasons, wherever they are shown, and in errors about them."""
+    page = tmp_path / "page.html"
+    parts = tmp_path / "dump.jsonl"
+    parts.write_text(
+        json.dumps({"sample_id": TERMINAL, TERMINAL: 1, "prompt_token_ids": [1, 2]}) + "\n"
+    )
+    commands = [
+        ["verify", planted_rows],
+        ["inspect", planted_rows, "--html", page],
+        ["inspect", planted_rows, "--json"],
+        ["head", planted_rows],
+        ["head", planted_rows, "--sequence", "1"],
+        ["head", planted_rows, "--sample", TERMINAL],
+        ["head", planted_rows, "--sequence", "1", "--json"],
+        ["diff", planted_rows, planted_rows],
+        ["dedupe", planted_rows, tmp_path / "dedupe"],
+        ["subset", planted_rows, tmp_path / "subset", "--where", f"{TERMINAL} > 1"],
+        ["merge", tmp_path / "merged", planted_rows, planted_rows],
+        ["migrate", planted_rows, tmp_path / "migrated"],
+        ["import", parts, tmp_path / "made", "--format=vllm", "--vocab-size=9", "--teacher", "x"],
+    ]
+    for command in commands:
+        try:
+            main([str(word) for word in command])
+        except (ValueError, OSError) as error:
+            print(process.escaped_lines(str(error)))
+        except SystemExit:
+            pass
+        said = "".join(capsys.readouterr())
+        shown = [c for c in said if not (c.isprintable() or c == "\n")]
+        assert said and not shown, (command, said)
+    html = page.read_text()
+    assert "alert(1)" in html
+    assert "<script>alert" not in html and "\x1b" not in html
+    card = dataset_card(CacheReader(planted_rows).manifest, inspect(planted_rows), "a/b", "other")
+    assert "<script" not in card and "\x1b" not in card
+
+
+def test_whatever_is_printed_is_escaped(planted_rows: Path) -> None:
+    """By the process of every command, also where a report would forget it."""
+    code = "from decant.storage.cli import process; process.run(lambda _: print(*_) or 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"a\tb{TERMINAL}\nc\r"], cwd=ROOT, capture_output=True
+    )
+    assert done.stdout == b"a\tb\\x1b[31m\\x9b2J\\u202e<script>alert(1)</script>\nc\\r\n"
+
+
+def hub_snapshot(cache: Path, folder: Path) -> Path:
+    """As the client of the hub keeps it: links to files that have no names."""
+    repository = folder / "datasets--somebody--cache"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in cache.rglob("*") if path.is_file())):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(cache)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_snapshot_of_the_hub_is_read_where_it_lies(whole: Path, tmp_path: Path) -> None:
+    """Its links lead to the blobs beside it, and those to nowhere else."""
+    snapshot = hub_snapshot(whole, tmp_path)
+    assert verify(snapshot).ok and len(list(CacheReader(snapshot))) == 4
+    assert head(snapshot)
+    shard = snapshot / paths.shard(0)
+    blob = shard.resolve()
+    blob.rename(tmp_path / "outside")
+    blob.symlink_to(tmp_path / "outside")
+    assert "outside of" in verify(snapshot).problems[0]
+    blob.unlink()
+    os.mkfifo(blob)
+    assert "no regular file" in verify(snapshot).problems[0]
+    blob.unlink()
+    blobs = blob.parent
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    assert not verify(snapshot).ok
+
+
+@pytest.mark.parametrize("name", [paths.MANIFEST, "plan/plan-000000.jsonl.zst", paths.shard(0)])
+def test_what_is_no_file_is_one_line(cache: Path, name: str, soon: None) -> None:
+    """A directory, a link to itself, a file that nobody may read, 2 GB of nothing."""
+
+    def sparse(path: Path) -> None:
+        with open(path, "wb") as file:
+            file.truncate(1 << 31)
+
+    for make in (
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to(path.parent),
+        sparse,
+    ):
+        (cache / name).unlink()
+        make(cache / name)
+        (problem, *_) = verify(cache).problems
+        assert name.rsplit("/", 1)[-1] in problem and "\n" not in problem
+        if (cache / name).is_dir() and not (cache / name).is_symlink():
+            (cache / name).rmdir()
+            (cache / name).touch()
+
+
+@pytest.mark.parametrize("name", [paths.SHARDS, paths.PLAN, paths.RECORDS, paths.TOKENIZER])
+def test_what_is_no_folder_is_one_line(cache: Path, name: str, soon: None) -> None:
+    """A file, a pipe, a link to itself, a link that leads out."""
+    for make in (
+        lambda path: path.touch(),
+        os.mkfifo,
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to("/proc"),
+    ):
+        if (cache / name).is_dir() and not (cache / name).is_symlink():
+            shutil.rmtree(cache / name)
+        (cache / name).unlink(missing_ok=True)
+        make(cache / name)
+        problems = verify(cache).problems
+        assert problems and all("\n" not in problem for problem in problems)
+        assert any(f"{cache}/{name}" in problem for problem in problems)
+
+
+def test_a_tokenizer_of_a_cache_runs_no_code(cache: Path, tmp_path: Path) -> None:
+    """Also where its configuration names some; what its `tokenizer.json` says is taken."""
+    ran = tmp_path / "ran"
+    evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    files = {"evil.py": evil.encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+    fields = hostile.read_manifest(cache)
+    for name, data in files.items():
+        Store(cache).publish(f"{paths.TOKENIZER}/{name}", data)
+        fields["tokenizer"]["files"][name] = xxhash.xxh3_128(data).hexdigest()
+    hostile.write_manifest(cache, fields)
+    tokenizer = load_tokenizer(CacheReader(cache))
+    assert tokenizer is not None and len(tokenizer) >= 300
+    assert not ran.exists()
+
+
 def test_the_process_escapes_and_exits_with_one(cache: Path) -> None:
     """An error and a log line that quote a cache, and the code for bad data."""
     fields = hostile.read_manifest(cache)
@@ -273,3 +447,14 @@ def test_nothing_that_runs_code_is_loaded() -> None:
             for line in file.read_text().splitlines():
                 code = line.split("#")[0]
                 assert not bad.search(code) or ".eval()" in code, (file, line)
+
+
+@pytest.mark.parametrize("name", ["kl_error_max", "kl_error_mean", "calibration_error", "beyond_k"])
+def test_kept_figures_that_lack_one_are_counted_anew(cache: Path, name: str) -> None:
+    """Null where the cache has such a figure is nobody's report."""
+    expected = inspect(cache, workers=1, keep=True)
+    kept = json.loads((cache / paths.KEPT_REPORT).read_bytes())
+    del kept["checksum"]
+    kept["report"][name] = None
+    publish_json(Store(cache), paths.KEPT_REPORT, kept)
+    assert inspect(cache, workers=1, keep=True) == expected

@@ -17,7 +17,7 @@ from decant.schemas import FormatError, Manifest, Rejected, Truncation
 from decant.schemas.manifest import MAX_LISTED
 from decant.schemas.shards import REASON_LENGTH
 from decant.storage import CacheReader, CacheWriter, Store, verify
-from decant.storage.cache.writer import one_line
+from decant.storage.cache.rejected import one_line
 from decant.storage.exchange.export import export
 from decant.storage.files.sealed import publish_json, read_json
 from decant.storage.inspect.collect import inspect

@@ -294,3 +294,30 @@ def test_random_order_uses_raw_words() -> None:
         == np.argsort(np.random.Philox(key=[0, 0]).random_raw(8), kind="stable").tolist()
     )
     assert sorted(permutation(1000, 3, 2, 1).tolist()) == list(range(1000))
+
+
+def test_a_state_goes_on_with_the_next_generation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sequences that were scored again keep their places in the order; a line says it."""
+    (sequences,) = caches.random_shards(SETTINGS, num_shards=1, sequences=6)
+    writer = caches.start_cache(tmp_path / "cache", SETTINGS, [sequences])
+    lost, *rest = sequences
+    with writer.shard(0) as shard:
+        shard.reject(lost.sample_id, lost.input_ids, lost.is_target, "none")
+        for sequence in rest:
+            shard.write(sequence)
+    writer.finalize()
+    stream = CacheStream(tmp_path / "cache", batch_size=2)
+    stream.consumed = 2
+    state, before = stream.state_dict(), ids_of(stream, 5)
+    caches.write_shard(writer, 0, sequences, replace=True)
+    writer.finalize()
+    again = CacheStream(tmp_path / "cache", batch_size=2)
+    again.load_state_dict(state)
+    assert ids_of(again, 5) == before
+    assert "was rewritten since the checkpoint" in caplog.text
+    older = {name: value for name, value in state.items() if name != "generations"}
+    caplog.clear()
+    again.load_state_dict(older)
+    assert not caplog.text

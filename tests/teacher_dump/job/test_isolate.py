@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from decant.schemas import FormatError, ScoredSequence, Truncation
 from decant.storage import CacheReader, CacheWriter, verify
+from decant.storage.cache import paths
+from decant.storage.cache.records import Rewritten
 from decant.teacher_dump import DumpConfig, EngineError, TeacherConfig, dump
 from decant.teacher_dump.engines import Engine, open_engine
 from decant.teacher_dump.inputs.records import TokenSequence
@@ -194,7 +196,13 @@ def test_a_dump_goes_on_without_the_bad_ones_and_says_so(
         np.testing.assert_allclose(ours.logprobs, whole.logprobs, atol=1e-4)
         np.testing.assert_allclose(ours.log_tail, whole.log_tail, atol=1e-4)
     assert dump(config) == manifest
+    opened = CacheReader(config.output)
     again = dump(config, retry_rejected=True)
+    with pytest.raises(Rewritten, match="was rewritten while it was read"):
+        list(opened)
+    assert (opened.generation, CacheReader(config.output).generation) == (0, 1)
+    assert again.cache_id == manifest.cache_id
+    assert not (Path(config.output) / paths.RENEWAL).exists()
     assert again.totals is not None and again.totals.rejected == 0 and again.rejected == ()
     assert again.totals.targets == manifest.totals.targets + rejected.targets
     np.testing.assert_allclose(

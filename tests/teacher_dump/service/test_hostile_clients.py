@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import re
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -321,3 +322,46 @@ def test_health_says_nothing() -> None:
             }
         assert not is_served(server, f"Authorization: Bearer {KEY}x")
         assert is_served(server, f"Authorization: Bearer {KEY}")
+
+
+FLOODS = {
+    "requests without a pause": (b"", b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n" * 2000),
+    "bytes behind an upgrade": (
+        head(0, "Connection: upgrade", "Upgrade: websocket", method="GET", path="/health"),
+        bytes(1 << 16),
+    ),
+    "bytes behind CONNECT": (b"CONNECT a:1 HTTP/1.1\r\nHost: h\r\n\r\n", bytes(1 << 16)),
+    "an extension of a chunk": (
+        b"POST /health HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        b"a" * (1 << 16),
+    ),
+    "small chunks": (
+        b"POST /health HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"1\r\nx\r\n" * 8000,
+    ),
+    "trailers": (
+        b"POST /health HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"A: b\r\n" * 8000,
+    ),
+    "empty lines": (b"", b"\r\n" * 30_000),
+    "a body that nobody wants": (head(10**11, path="/health"), bytes(1 << 16)),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_takes_no_memory(server: Guarded, name: str) -> None:
+    """Of a client that reads nothing: what it may send is thrown away, or it is dropped."""
+    begins, goes_on = FLOODS[name]
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    before, sent = resident(), 0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as client:
+        client.sendall(begins)
+        with contextlib.suppress(OSError):  # dropped, or not read any more
+            while sent < 1 << 27:
+                sent += client.send(goes_on)
+    assert resident() - before < 1 << 26, (name, sent)
+    assert is_served(server)
