@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from decant.storage.cli.config import parse_config
 from decant.student_train.rounds.blocks import dump_block, replay, train_block
 from decant.student_train.rounds.config import RoundsConfig
 from decant.student_train.rounds.run import check
+from tests.support import ROOT
 from tests.support.rounds import rounds_config
 from tests.support.trainings import STUDENT
 
@@ -142,3 +144,10 @@ def test_older_caches_weigh_less_and_end(config: RoundsConfig) -> None:
         {"cache": "old", "weight": 0.5},
         {"cache": "given", "weight": 2.0},
     ]
+
+
+def test_the_example_is_taken() -> None:
+    """All but its paths, which are the reader's."""
+    (config,) = parse_config([RoundsConfig], ["--config", str(ROOT / "examples/train/rounds.yaml")])
+    config = dataclasses.replace(config, train={**config.train, "student": {"path": str(ROOT)}})
+    assert check(config).loss.kind == "rkl"

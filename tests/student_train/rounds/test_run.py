@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import random
+import re
 import shutil
 import signal
 import threading
@@ -134,8 +135,10 @@ def test_a_killed_command_is_gone_on_with(
     for phase in ("dump", "train", "dump", "train"):
         kill = functools.partial(end_before, random_.randint(1, PHASE_STEPS), config.output)
         start = Forked(lambda number, _, kill=kill: kill if number == 1 else None)
-        with pytest.raises(PhaseFailed, match=rf"the {phase}.* was killed by SIGKILL.*goes on"):
+        with pytest.raises(PhaseFailed) as failed:
             run_rounds(config, start)
+        said = f"{failed.value} {start.said}"
+        assert re.search(rf"the {phase}.* was killed by SIGKILL.*goes on", said), said
         (killed,) = start.commands
         assert killed == phase
 
@@ -286,9 +289,24 @@ def test_a_command_that_fails_is_named(config: RoundsConfig) -> None:
 
 
 def test_a_teacher_that_is_gone_is_gone_on_with(
-    config: RoundsConfig, teacher_path: Path, whole: tuple[RoundsConfig, list[Round]]
+    config: RoundsConfig,
+    teacher_path: Path,
+    whole: tuple[RoundsConfig, list[Round]],
+    tmp_path: Path,
 ) -> None:
-    """A service that dies in the middle of a round: an error; back again, the same rounds."""
+    """One that goes away in the middle of the rounds is an error; back again, the same rounds."""
+    teacher, away = tmp_path / "teacher", tmp_path / "away"
+    shutil.copytree(teacher_path, teacher)
+    dump = {**config.dump, "teacher": {**config.dump["teacher"], "path": str(teacher)}}
+    config = dataclasses.replace(config, dump=dump)
+    start = Forked(lambda number, _: (lambda: teacher.rename(away)) if number == 3 else None)
+    with pytest.raises(PhaseFailed, match="the dump of round 2 of 2 ended with code 2"):
+        run_rounds(config, start)
+    assert str(teacher) in start.said[2]
+    away.rename(teacher)
+    again = Forked()
+    run_rounds(config, again)
+    assert again.commands == ["dump", "train"] and same(config, whole)
 
 
 def test_another_config_is_refused(whole: tuple[RoundsConfig, list[Round]], tmp_path: Path) -> None:
