@@ -14,6 +14,7 @@
 # make bench-peers install the loaders that benchmarks/bench_stream.py compares with
 # make setup-browser  install the Chromium that one test renders a page in (Debian, as root)
 # make demo-rates  the rate that each of the demo's students is best at, on validation text (15 minutes)
+# make setup-compiler  install a C compiler for the tests that inject faults (Debian, as root)
 # make demo-teacher  train the demo's teacher again (about an hour)
 # make clean       remove what was built and cached, but no environment
 
@@ -45,7 +46,7 @@ has_python = test -n "$(PYTHON)" || \
   { echo "no Python 3.11, 3.12 or 3.13 here; name another one: make PYTHON=..." >&2; exit 1; }
 
 .PHONY: help demo demo-real demo-rates demo-teacher test test-main test-slow test-vllm test-llama check docs docs-serve format resolve lock \
-  bench-peers setup setup-vllm setup-browser clean
+  bench-peers setup setup-vllm setup-browser setup-compiler clean
 .DEFAULT_GOAL := help
 
 help:
@@ -155,6 +156,12 @@ setup-browser:
 	@command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core; } >/dev/null || \
 	  echo "no Chromium here: its test is left out"
+
+# Tests build the library that makes calls fail where a compiler is found.
+setup-compiler:
+	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; } >/dev/null || \
+	  echo "no C compiler here: the tests that inject faults are left out"
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .

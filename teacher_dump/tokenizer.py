@@ -6,7 +6,6 @@ with, so it decides. Knows nothing of models but the number of their output rows
 """
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from decant.schemas import TokenizerInfo, tokenizer_fingerprint
 from decant.schemas.tokenizer import first_difference, has_fingerprint
 from decant.storage import Store
 from decant.storage.cache import paths
+from decant.storage.files.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def save_tokenizer(store: Store, tokenizer: Any | None, *, new: bool = False) ->
         return TokenizerInfo(fingerprint="", files={})
     fingerprint = tokenizer_fingerprint(tokenizer)
     files = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
         _refuse_other_copy(tokenizer, folder, fingerprint)
         for path in sorted(Path(folder).rglob("*")):

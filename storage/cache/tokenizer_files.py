@@ -4,7 +4,6 @@ Reads `tokenizer.json` with the tokenizers library alone; `teacher_dump` has all
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from decant.schemas.same_tokenizer import CHOICES
 from decant.storage.cache import kept_tokenizer, paths
 from decant.storage.cache.kept_tokenizer import MAX_BYTES
 from decant.storage.cache.reader import CacheReader
+from decant.storage.files.scratch import scratch_folder
 from decant.storage.files.store import Store
 
 FILES = (
@@ -76,7 +76,7 @@ class TokenizerFiles:
     def of_cache(cls, reader: CacheReader) -> "TokenizerFiles":
         """Load the one that is kept in a cache. Raises ValueError if it has no `tokenizer.json`."""
         store = Store(reader.url)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             kept_tokenizer.unpack(store, reader.manifest, Path(folder))
             return cls.read(folder)
 

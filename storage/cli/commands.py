@@ -13,6 +13,7 @@ from decant.storage.cli import help, process
 from decant.storage.cli.arguments import parse_arguments
 from decant.storage.cli.config import parse_config, printed_config, wants_printing
 from decant.storage.cli.diagnosis import did_you_mean
+from decant.storage.cli.machine import refuse_little_memory
 
 HELP = ("-h", "--help")
 
@@ -95,6 +96,7 @@ def perform(name: str, entry: Entry, arguments: Sequence[str]) -> int:
             values = [parse_arguments(kind, arguments) for kind in kinds]
     except ValueError as error:
         raise ValueError(f"{error} (`{name} --help` lists the options)") from error
+    refuse_little_memory()
     try:
         return command.run(*values)
     except KeyboardInterrupt as interrupt:

@@ -5,8 +5,12 @@ be read. What libraries raise in classes of their own ends here too.
 """
 
 import errno
+import re
 import resource
+from pathlib import Path
 
+LEAST_MEMORY = 64 << 20
+"""Bytes of address space without which no command begins: a thread that finds none never ends."""
 AGAIN = "then run the same command again"
 ELSEWHERE = "or choose another place"
 NETWORK = f"the connection to the disk was lost: see that it is mounted, {AGAIN}"
@@ -30,6 +34,8 @@ WAYS_OUT = {
     errno.ENODEV: f"the file system there cannot do this: take one that can, {ELSEWHERE}",
 }
 """By what the kernel says."""
+OF_THE_LOADER = re.compile("failed to map segment|cannot allocate memory", re.IGNORECASE)
+"""What a library that finds no memory to be loaded into is refused with."""
 
 
 def refusal(error: BaseException) -> str:
@@ -38,6 +44,8 @@ def refusal(error: BaseException) -> str:
     said = " ".join(str(error).split()) if number else str(error)
     if isinstance(error, MemoryError):
         return f"memory is used up{f' ({said})' if said else ''}: {_memory_way_out()}"
+    if isinstance(error, ImportError) and OF_THE_LOADER.search(said):
+        return f"{said}: memory is used up: {_memory_way_out()}"
     if isinstance(error, RuntimeError) and "start new thread" in said:
         return f"{said}: `ulimit -u` allows too few threads, or {_memory_way_out()}"
     if number is None or number not in (*WAYS_OUT, errno.EMFILE, errno.ENOMEM):
@@ -45,9 +53,22 @@ def refusal(error: BaseException) -> str:
     return f"{said}: {_way_out(number)}"
 
 
+def refuse_little_memory() -> None:
+    """Raise MemoryError where `ulimit -v` leaves a command nothing to work with."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    statistics = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not statistics.exists():
+        return
+    used = int(statistics.read_text().split()[0]) * resource.getpagesize()
+    if limit - used < LEAST_MEMORY:
+        raise MemoryError(f"{used >> 20:,} MiB before anything is read")
+
+
 def is_a_library_s(error: BaseException) -> bool:
     """Whether a library raises this class for what it cannot do; if not, the fault is ours."""
-    return type(error).__module__.partition(".")[0] not in ("builtins", "decant")
+    kind = type(error)
+    # tokenizers has no class of its own; nobody here raises a plain Exception.
+    return kind is Exception or kind.__module__.partition(".")[0] not in ("builtins", "decant")
 
 
 def _way_out(number: int) -> str:

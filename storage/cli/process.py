@@ -15,6 +15,9 @@ from decant.storage.cli.terminal import escaped_lines
 
 DONE, BAD_DATA, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
+OUTPUT = "standard output"
+"""As a file is named."""
+
 GOES_ON = "what is committed stays; the same command goes on from there"
 STARTS_OVER = "nothing is left behind; the same command starts over"
 """What a KeyboardInterrupt may say of the command it ended; by default that it goes on."""
@@ -67,11 +70,28 @@ class _EscapedOutput:
         self._output = output
 
     def write(self, text: str) -> int:
-        self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
+        with _naming_output():
+            self._output.write("\t".join(map(escaped_lines, text.split("\t"))))
         return len(text)
+
+    def flush(self) -> None:
+        with _naming_output():
+            self._output.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), OUTPUT) from error
 
 
 def libraries_on_stderr() -> contextlib.AbstractContextManager[Any]:
@@ -93,6 +113,7 @@ def _exit_codes(debug: bool) -> Iterator[None]:
         is_told = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError))
         if not (is_told or is_a_library_s(error)):
             raise
+        _give_up_lost_output()
         if debug:
             traceback.print_exc()
         hint = "" if debug else "\n(--debug shows the traceback)"
@@ -101,6 +122,15 @@ def _exit_codes(debug: bool) -> Iterator[None]:
         print(f"error: {escaped_lines(refusal(error))}{hint}", file=sys.stderr)
         is_damage = isinstance(error, FormatError) and not isinstance(error, UnfitError)
         sys.exit(BAD_DATA if is_damage else USER_ERROR)
+
+
+def _give_up_lost_output() -> None:
+    """Let go of what was printed and cannot be written: Python would complain once more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def interrupt_on_terminate() -> None:

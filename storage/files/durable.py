@@ -13,8 +13,14 @@ from pathlib import Path
 
 from decant.storage.files.locks import Held, forget_lock, locked
 
+OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust say what the kernel said."""
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of what is not finished."""
+
+
+class Unfinished(OSError):
+    """A file could not be completed, and the library does not say why."""
 
 
 @contextlib.contextmanager
@@ -33,10 +39,15 @@ def naming(path: str | os.PathLike[str], *instead_of: str | os.PathLike[str]) ->
             raise
         if number := _number(error):
             raise OSError(number, os.strerror(number), os.fspath(path)) from error
-        raise OSError(
+        raise Unfinished(
             f"{os.fspath(path)}: {error}: see that the disk has room and no fault, then run the "
             "same command again"
         ) from error
+    except Exception as error:
+        if found := OF_RUST.search(str(error)):  # tokenizers and safetensors raise their own
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
 
 
 def _number(error: BaseException | None) -> int | None:

@@ -1,6 +1,5 @@
 """Put a cache into a dataset repository: verified first, its manifest last, compared afterwards."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from decant.storage.cache import paths
 from decant.storage.cache.integrity import verify
 from decant.storage.cache.reader import CacheReader
 from decant.storage.cache.renewal import unsettled
+from decant.storage.files.scratch import scratch_folder
 from decant.storage.files.store import Store
 from decant.storage.hub.card import CARD, check_license, dataset_card, stated_cache_id
 from decant.storage.hub.repository import (
@@ -127,7 +127,7 @@ def _commit(api: HfApi, repo: str, files: Mapping[str, bytes], message: str) -> 
 def _refuse_other(api: HfApi, repo: str, cache_id: str) -> None:
     """Raise ValueError unless a repository is empty, or holds this cache or a part of it."""
     names = remote_sizes(api, repo)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         theirs = ""
         if paths.MANIFEST in names:
             manifest = remote_bytes(api, repo, paths.MANIFEST, Path(scratch))

@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import (
 from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader, Store
 from decant.storage.cache import kept_tokenizer, paths
+from decant.storage.files.scratch import scratch_folder
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.model.cut import cut
 from decant.student_train.model.tokenizer import (
@@ -59,7 +59,7 @@ def load_tokenizer(reader: CacheReader) -> Any | None:
     if not files:
         return None
     store = Store(reader.url)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         kept_tokenizer.unpack(store, reader.manifest, Path(folder))
         try:
             tokenizer = _as_data(folder)
@@ -262,7 +262,7 @@ def check_savable(student: PreTrainedModel, tokenizer: Any | None) -> None:
     Raises ValueError for what would fail at the end of a run: settings that transformers refuses.
     """
     parts = [student.config, student.generation_config, tokenizer]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for part in parts:
             if part is None:
                 continue

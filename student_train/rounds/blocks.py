@@ -72,6 +72,7 @@ def train_block(
     block["optimizer"] = optimizer
     block["seed"] = number(block, "train.seed", 0) + round_number - 1
     older = [{"cache": str(path), "weight": weight} for path, weight in replayed]
+    given: dict[str, Any]
     if older or fixed:
         given = {"mixture": [{"cache": str(cache), "weight": 1.0}, *older, *fixed]}
     else:

@@ -55,7 +55,7 @@ class Round:
 
 def finished_rounds(output: Path) -> list[Round]:
     """The rounds that are complete, from the first on. Raises FormatError if one between is not."""
-    found = []
+    found: list[Round] = []
     while (folder := Places(output, len(found) + 1).folder).joinpath(DONE).exists():
         found.append(from_json(Round, read_json(Store(folder), DONE), str(folder / DONE)))
     for later in sorted(output.glob(f"round-*/{DONE}"))[len(found) :]:

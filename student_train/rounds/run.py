@@ -193,7 +193,7 @@ def _refuse_useless(manifest: Manifest | None, places: Places, done: list[Round]
 
 def _there(output: Path) -> list[int]:
     """The rounds whose caches are there."""
-    found = []
+    found: list[int] = []
     while Places(output, len(found) + 1).folder.is_dir():
         found.append(len(found) + 1)
     return [number for number in found if (Places(output, number).cache).is_dir()]

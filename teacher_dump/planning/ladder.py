@@ -4,7 +4,6 @@ Smaller k are cut out of one large one, which is the reference that their loss i
 """
 
 import dataclasses
-import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from decant.schemas import Manifest, ScoredSequence, TokenizerInfo, Truncation
 from decant.storage import CacheReader
 from decant.storage.cache.writer import write_cache
+from decant.storage.files.scratch import scratch_folder
 from decant.storage.inspect.curve import finite, shown_ks
 from decant.storage.inspect.cuts import cut
 from decant.storage.inspect.truncation_cost import LOWEST_TAIL, TruncationSums, target_costs
@@ -162,7 +162,7 @@ def shard_bytes(config: DumpConfig, teacher: Teacher, scored: list[ScoredSequenc
         messages=any(sequence.messages is not None for sequence in scored),
         sampler_logprobs=scored[0].sampler_logprobs is not None,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         write_cache(folder, draft, scored)
         (record,) = CacheReader(folder).index
     data = sum(group.data.length for group in record.row_groups)

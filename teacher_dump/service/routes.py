@@ -10,7 +10,6 @@ import contextlib
 import hmac
 import json
 import logging
-import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decant.schemas.truncation import check_temperatures
+from decant.storage.files.scratch import scratch_folder
 from decant.teacher_dump.config import ServiceLimits
 from decant.teacher_dump.engines.http.messages import (
     SCORE_PATH,
@@ -264,7 +264,7 @@ def tokenizer_files(tokenizer: Any | None) -> dict[str, bytes]:
     """The files that make this tokenizer elsewhere."""
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 

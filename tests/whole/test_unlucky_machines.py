@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,12 +163,22 @@ def test_too_few_open_files_are_one_line(
     assert [name for name in names_in(tmp_path) if is_temporary(name)] == []
 
 
-@pytest.mark.parametrize("name", ["dump", "inspect", "train"])
-@pytest.mark.parametrize("megabytes", [2, 32])
+@pytest.mark.parametrize(
+    ("name", "megabytes"),
+    [
+        ("inspect", 2),
+        ("dump", 300),
+        *(
+            pytest.param(name, megabytes, marks=pytest.mark.slow)
+            for name in ("dump", "inspect", "train")
+            for megabytes in (70, 100, 200, 400, 800)
+        ),
+    ],
+)
 def test_too_little_memory_is_one_line(
     machine: Machine, given: Given, tmp_path: Path, name: str, megabytes: int
 ):
-    """More than it has when it begins by so much; what ends it says that memory does."""
+    """It has so much more than when it begins; what ends it says that memory does."""
     scenario = BY_NAME[name]
     limits = {"AS": machine.memory() + (megabytes << 20)}
     result = machine.run(arguments(scenario, given, tmp_path), limits=limits)
@@ -227,7 +238,9 @@ UNREADABLE = ("texts.jsonl", "teacher", "cache")
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
-@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize(
+    "at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 3, 5, 9))]
+)
 def test_what_cannot_be_read_is_named(
     machine: Machine, given: Given, tmp_path: Path, what: str, at: int
 ):
@@ -259,8 +272,23 @@ PATHS = (
 )
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:24])
-@pytest.mark.parametrize("name", ["dump", "export", "merge", "import", "inspect-html", "train"])
+def crossed(*names: str) -> list[Any]:
+    """Every name with every path; all but one name for each path are slow."""
+    return [
+        pytest.param(
+            name,
+            path,
+            id=f"{name}-{ascii(path)[:24]}",
+            marks=[] if (i - j) % len(names) == 0 else pytest.mark.slow,
+        )
+        for i, path in enumerate(PATHS)
+        for j, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), crossed("export", "merge", "import", "inspect-html", "dump", "train")
+)
 def test_an_output_of_any_name_works_or_is_refused(
     machine: Machine, given: Given, tmp_path: Path, name: str, path: str
 ):
@@ -275,8 +303,7 @@ def test_an_output_of_any_name_works_or_is_refused(
         assert [name for name in names_in(tmp_path) if name.endswith(".tmp")] == []
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:24])
-@pytest.mark.parametrize("what", ["cache", "teacher", "texts.jsonl", "dump.yaml"])
+@pytest.mark.parametrize(("what", "path"), crossed("cache", "texts.jsonl", "dump.yaml", "teacher"))
 def test_an_input_of_any_name_works_or_is_refused(
     machine: Machine, given: Given, tmp_path: Path, what: str, path: str
 ):

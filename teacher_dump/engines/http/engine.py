@@ -6,7 +6,6 @@ for than `teacher.requests` per endpoint, so the memory is bounded.
 """
 
 import collections
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from decant.schemas import ScoredSequence, Truncation, tokenizer_fingerprint
+from decant.storage.files.scratch import scratch_folder
 from decant.teacher_dump.engines.batches import windows
 from decant.teacher_dump.engines.config import TeacherConfig
 from decant.teacher_dump.engines.http.client import TeacherClient
@@ -137,7 +137,7 @@ async def _describe(config: TeacherConfig) -> tuple[TeacherCard, Any | None]:
         await client.close()
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
             for name, content in unframe_files(data).items():
                 Path(folder, name).write_bytes(content)

@@ -161,6 +161,8 @@ class Scenario:
     made: str = ""
     """What a rerun may find there and refuse, once the command has done all: a command that makes
     something new, and was ended after it had its name."""
+    staging: str = ""
+    """Where it leaves what the same command goes on from."""
 
 
 def cache_in(name: str) -> Callable[[Path], Any]:
@@ -265,6 +267,7 @@ SCENARIOS = (
         name="migrate-rewrite",
         arguments=lambda given, folder: ["migrate", OLD, folder / "out", "--rewrite"],
         found=cache_in("out"),
+        staging=".out.edit.tmp",
         made="exists already",
     ),
     Scenario(
@@ -308,6 +311,7 @@ SCENARIOS = (
             *("subset", given.cache, folder / "out", "--share", "0.5", "--seed", "1"),
         ],
         found=cache_in("out"),
+        staging=".out.edit.tmp",
         made="exists already",
     ),
     Scenario(
@@ -316,12 +320,14 @@ SCENARIOS = (
             *("merge", given.folder / "part", given.folder / "others", folder / "out"),
         ],
         found=cache_in("out"),
+        staging=".out.edit.tmp",
         made="exists already",
     ),
     Scenario(
         name="dedupe",
         arguments=lambda given, folder: ["dedupe", given.cache, folder / "out"],
         found=cache_in("out"),
+        staging=".out.edit.tmp",
         made="exists already",
     ),
     Scenario(

@@ -1,4 +1,4 @@
-"""The process that forks commands: a JSON line on stdin asks for one, a line on stdout has it."""
+"""The process that forks commands: a line of JSON asks for one, a line of JSON has its end."""
 
 import contextlib
 import ctypes

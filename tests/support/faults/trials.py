@@ -55,7 +55,7 @@ class Bench:
         self._begin(scenario)
         first = self._run(scenario, fault)
         wrong = [] if fault.how == KILL and first.code == -9 else complaints(first)
-        wrong += self._left(first, fault)
+        wrong += self._left(scenario, first, fault)
         again = self._run(scenario, None)
         is_made = again.code == 2 and scenario.made and scenario.made in again.stderr
         if again.code and not is_made:
@@ -76,7 +76,7 @@ class Bench:
         environment = {"TMPDIR": str(self.temporary)}
         return self.machine.run(arguments, fault, environment=environment)
 
-    def _left(self, result: Result, fault: Fault) -> list[str]:
+    def _left(self, scenario: Scenario, result: Result, fault: Fault) -> list[str]:
         """What a command leaves that ended by itself: it has had the time to clear up."""
         if (
             result.code < 0
@@ -84,7 +84,11 @@ class Bench:
             or (fault.lasting and "rename" in fault.kinds)
         ):
             return []
-        hidden = sorted(name for name in names_in(self.folder) if is_temporary(name))
+        hidden = sorted(
+            name
+            for name in names_in(self.folder)
+            if is_temporary(name) and name.split("/")[0] != scenario.staging
+        )
         beside = sorted(names_in(self.temporary))
         return [f"left {name}" for name in hidden + beside]
 
