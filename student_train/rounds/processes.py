@@ -11,11 +11,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from decant.schemas import FormatError
+from decant.search_path import FOLDER
 from decant.storage import Busy, Store
 from decant.storage.cli.process import BAD_DATA, DONE, INTERRUPTED
 
@@ -52,9 +53,21 @@ def start_process(words: Sequence[str]) -> Process:
         words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        env=with_this_package(os.environ),
         start_new_session=True,
         preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
     )
+
+
+def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python finds the package that runs here, also that of a clone.
+
+    One that is installed is found anyway, and its folder is put before nothing.
+    """
+    if not (FOLDER / "pyproject.toml").is_file():
+        return dict(environment)
+    before = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(FOLDER), *before])}
 
 
 def command_words(name: str, config: Path) -> list[str]:

@@ -7,6 +7,7 @@ training's `--dry-run` on. Nothing is written to the output.
 import copy
 import json
 import logging
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +20,12 @@ from decant.storage.cli.terminal import megabytes
 from decant.student_train.rounds import blocks
 from decant.student_train.rounds.config import RoundsConfig, group, number
 from decant.student_train.rounds.places import Places
-from decant.student_train.rounds.processes import PhaseFailed, command_words, training_words
+from decant.student_train.rounds.processes import (
+    PhaseFailed,
+    command_words,
+    training_words,
+    with_this_package,
+)
 from decant.student_train.rounds.run import check
 
 log = logging.getLogger(__name__)
@@ -33,8 +39,14 @@ Ask = Callable[[Sequence[str]], str]
 
 def ask(words: Sequence[str]) -> str:
     """Run a command whose messages go where ours do."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    if done.returncode < 0 or done.returncode > 0:
+    done = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=with_this_package(os.environ),
+    )
+    if done.returncode:
         raise PhaseFailed(
             f"the rehearsal's `decant {words[3] if len(words) > 3 else words[-1]}` ended with code "
             f"{done.returncode}, its message is above; nothing was written"

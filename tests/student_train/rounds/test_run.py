@@ -27,6 +27,7 @@ from tests.support import models
 from tests.support.commands import command, end_before
 from tests.support.dumps import rows
 from tests.support.rounds import PROMPTS, Forked, rounds_config, save_prompts
+from tests.support.services import ServedTeacher, wait_for
 from tests.support.trainings import weights
 
 
@@ -307,6 +308,33 @@ def test_a_teacher_that_is_gone_is_gone_on_with(
     again = Forked()
     run_rounds(config, again)
     assert again.commands == ["dump", "train"] and same(config, whole)
+
+
+def test_a_service_that_is_gone_is_gone_on_with(config: RoundsConfig, teacher_path: Path) -> None:
+    """A service that dies once the student has answered: an error; back again, the same round."""
+    service = ServedTeacher(teacher_path)
+    teacher = {"engine": "http", "url": service.url, "wait_seconds": 0}
+    config = dataclasses.replace(config, rounds=1, dump={**config.dump, "teacher": teacher})
+    answers = Places(Path(config.output), 1).cache / "generated"
+    start = Forked()
+
+    def lose_teacher(words: Sequence[str]) -> Any:
+        process = start(words)
+        wait_for(lambda: any(answers.glob("part-*.parquet")))
+        process.send_signal(signal.SIGSTOP)
+        service.kill()
+        process.send_signal(signal.SIGCONT)
+        return process
+
+    with pytest.raises(PhaseFailed, match="the dump of round 1 of 1 ended with code 2.*goes on in"):
+        run_rounds(config, lose_teacher)
+    assert service.url in start.said[0]
+    sampled = {path.name: path.read_bytes() for path in answers.iterdir()}
+    service.start(teacher_path)
+    (record,) = run_rounds(config, start)
+    assert start.commands == ["dump", "dump", "train"] and record.targets > 0
+    assert {path.name: path.read_bytes() for path in answers.iterdir()} == sampled
+    assert service.stop() == 0
 
 
 def test_another_config_is_refused(whole: tuple[RoundsConfig, list[Round]], tmp_path: Path) -> None:
