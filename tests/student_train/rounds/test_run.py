@@ -326,7 +326,9 @@ def test_a_service_that_is_gone_is_gone_on_with(config: RoundsConfig, teacher_pa
         process.send_signal(signal.SIGCONT)
         return process
 
-    with pytest.raises(PhaseFailed, match="the dump of round 1 of 1 ended with code 2.*goes on in"):
+    with pytest.raises(
+        PhaseFailed, match=r"the dump of round 1 of 1 ended with code 2.*goes on in"
+    ):
         run_rounds(config, lose_teacher)
     assert service.url in start.said[0]
     sampled = {path.name: path.read_bytes() for path in answers.iterdir()}
