@@ -83,7 +83,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, output: Path) -> dict[
     """From what is prepared to what is saved; the summary."""
     started = time.monotonic()
     run = prepare(config, accelerator)
-    metrics = Metrics(output, accelerator, resumed_at=run.first_step)
+    is_trained = run.first_step == run.steps
+    metrics = Metrics(output, accelerator, resumed_at=run.first_step, is_trained=is_trained)
     best = None
     if config.eval.keep_best:
         best = Best(

@@ -34,10 +34,12 @@ def migrate(
     folders = {*MADE, *(name.split("/")[0] for name in generated)}
     source, target = Store(url), Store(out)
     with target.lock():
+        target.remove_temporaries("", [paths.MANIFEST])
         foreign = [name for name in target.names("") if name not in folders]
         if foreign:
             raise FileExistsError(f"{out} is not empty ({', '.join(foreign[:5])}): choose another")
-        target.remove_temporaries(paths.SHARDS)
+        for folder in folders:
+            target.remove_temporaries(folder)
         new = old.upgraded()
         tokenizer = [f"{paths.TOKENIZER}/{name}" for name in old.tokenizer.files]
         for name in [old.plan.name, *tokenizer, *generated]:

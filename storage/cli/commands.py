@@ -5,6 +5,7 @@ used and no other. Every command line of the product goes through `dispatch` or 
 """
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from decant.storage.cli import help, process
 from decant.storage.cli.arguments import parse_arguments
 from decant.storage.cli.config import parse_config, printed_config, wants_printing
 from decant.storage.cli.diagnosis import did_you_mean
-from decant.storage.cli.machine import refuse_little_memory
+from decant.storage.cli.machine import refuse_little_memory, refuse_names
 
 HELP = ("-h", "--help")
 
@@ -84,6 +85,7 @@ def perform(name: str, entry: Entry, arguments: Sequence[str]) -> int:
     if any(word in HELP for word in arguments):
         print(page(name, entry, command), end="")
         return process.DONE
+    refuse_names([*arguments, os.getcwd()])
     kinds = [kind for kind in (command.config, command.arguments) if kind]
     if command.config and wants_printing(arguments):
         print(printed_config(kinds, arguments), end="")

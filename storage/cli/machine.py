@@ -5,8 +5,12 @@ be read. What libraries raise in classes of their own ends here too.
 """
 
 import errno
+import io
+import os
 import re
 import resource
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 LEAST_MEMORY = 64 << 20
@@ -34,23 +38,72 @@ WAYS_OUT = {
     errno.ENODEV: f"the file system there cannot do this: take one that can, {ELSEWHERE}",
 }
 """By what the kernel says."""
+KNOWN = (*WAYS_OUT, errno.EMFILE, errno.ENOMEM)
+OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust say what the kernel said."""
 OF_THE_LOADER = re.compile("failed to map segment|cannot allocate memory", re.IGNORECASE)
 """What a library that finds no memory to be loaded into is refused with."""
 
 
 def refusal(error: BaseException) -> str:
     """What the error says, on one line, with the way out where that follows from its kind."""
-    number = error.errno if isinstance(error, OSError) else None
-    said = " ".join(str(error).split()) if number else str(error)
+    said = str(error)
     if isinstance(error, MemoryError):
         return f"memory is used up{f' ({said})' if said else ''}: {_memory_way_out()}"
     if isinstance(error, ImportError) and OF_THE_LOADER.search(said):
         return f"{said}: memory is used up: {_memory_way_out()}"
     if isinstance(error, RuntimeError) and "start new thread" in said:
         return f"{said}: `ulimit -u` allows too few threads, or {_memory_way_out()}"
-    if number is None or number not in (*WAYS_OUT, errno.EMFILE, errno.ENOMEM):
+    number = _number(error, said)
+    if number is None:
         return said or type(error).__name__
-    return f"{said}: {_way_out(number)}"
+    if isinstance(error, OSError) and error.errno == number:
+        if error.filename is None and (place := _place(error)):
+            said = f"{said}: {place!r}"
+        return f"{' '.join(said.split())}: {_way_out(number)}"
+    return f"{said}; {_way_out(number)}"  # of our own or a library's, which quotes the kernel
+
+
+def _number(error: BaseException, said: str) -> int | None:
+    """What the kernel refused, of what has a way out, where the text of the error says so."""
+    causes: BaseException | None = error
+    while causes is not None:
+        number = causes.errno if isinstance(causes, OSError) else None
+        if number in KNOWN and os.strerror(number) in said:
+            return number
+        causes = causes.__cause__ or causes.__context__
+    found = OF_RUST.search(said)
+    return int(found[1]) if found and int(found[1]) in KNOWN else None
+
+
+def _place(error: BaseException) -> str:
+    """The file that a call of Python's own was about, which does not say; "" if none is known."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        values = list(frame.f_locals.values())
+        for value in values:
+            if isinstance(value, io.IOBase) and isinstance(
+                name := getattr(value, "name", None), str
+            ):
+                return name
+        for value in values:
+            if isinstance(value, Path):
+                return str(value)
+    return ""
+
+
+def refuse_names(words: Iterable[str]) -> None:
+    """Raise ValueError for a word that holds bytes which are no UTF-8: libraries refuse such names.
+
+    They would after hours of work, and none of them says which.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{word!a}: a name that is not in UTF-8: rename it, or choose another place"
+            ) from None
 
 
 def refuse_little_memory() -> None:

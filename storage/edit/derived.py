@@ -248,7 +248,7 @@ def staging_of(final: Path) -> Path:
 def _started(store: Store, blueprint: Blueprint) -> Manifest:
     """The manifest with its plan; both and the tokenizer are what the store holds then."""
     plans = [shard.plan for shard in blueprint.shards]
-    for folder in MADE:
+    for folder in {"", *MADE, *(name.split("/")[0] for name in blueprint.files)}:
         store.remove_temporaries(folder)
     segment = publish_segment(store, paths.segment(paths.PLAN), [to_json(plan) for plan in plans])
     manifest = dataclasses.replace(

@@ -25,6 +25,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         if not given.keys() & {"retries"} and not RETRY_VARIABLES & os.environ.keys():
             given = {**given, "retries": {"mode": "standard", "total_max_attempts": S3_ATTEMPTS}}
         options["config_kwargs"] = given
+    if "://" not in url:  # a name in this machine's folders, in which :: means nothing
+        files = fsspec.filesystem("file", use_listings_cache=False)
+        return files, files._strip_protocol(url)
     files, root = fsspec.core.url_to_fs(url, **options)
     if protocol in ("s3", "s3a"):
         files.retries = S3_ROUNDS

@@ -59,12 +59,17 @@ class Recent:
 class Metrics:
     """The lines of `metrics.jsonl`, which the trackers get too."""
 
-    def __init__(self, output: Path, accelerator: Accelerator, resumed_at: int) -> None:
-        """Drop the lines after step `resumed_at`, which are to be written again; at 0 all."""
+    def __init__(
+        self, output: Path, accelerator: Accelerator, resumed_at: int, *, is_trained: bool = False
+    ) -> None:
+        """Drop the lines after step `resumed_at`, which are to be written again; at 0 all.
+
+        Where all steps `is_trained` by then, the line of the last evaluation is written again too.
+        """
         self.path, self.accelerator = output / METRICS, accelerator
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
-            _truncate(self.path, resumed_at)
+            _truncate(self.path, resumed_at, is_trained=is_trained)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line; `values` has its step."""
@@ -105,8 +110,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines after a step and a torn last line; all lines if nothing was trained yet."""
+def _truncate(path: Path, step: int, *, is_trained: bool) -> None:
+    """Drop the lines after a step and a torn last line; all lines if nothing was trained yet.
+
+    What ends a run has its number of steps; if it `is_trained`, that of this step goes too.
+    """
     if not path.exists():
         return
     kept = []
@@ -115,6 +123,7 @@ def _truncate(path: Path, step: int) -> None:
             values = json.loads(line)
         except ValueError:
             break
-        if values["step"] <= step:
+        is_last = is_trained and values["step"] == step and "steps" in values
+        if values["step"] <= step and not is_last:
             kept.append(line + "\n")
     publish_bytes(path, "".join(kept).encode())
