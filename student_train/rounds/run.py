@@ -219,7 +219,7 @@ def _remove_older(config: RoundsConfig, places: Places) -> None:
             if folder.is_dir() and not kept:
                 gone = folder.with_name(f".removed.{folder.name}")
                 shutil.rmtree(gone, ignore_errors=True)
-                os.rename(folder, gone)
+                move(folder, gone)
                 shutil.rmtree(gone)
                 log.info("removed %s: rounds before %d are not kept", folder, number + 1)
 
