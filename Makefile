@@ -13,6 +13,7 @@
 # make lock        write the pins anew (LOCK=--upgrade raises them)
 # make bench-peers install the loaders that benchmarks/bench_stream.py compares with
 # make setup-browser  install the Chromium that one test renders a page in (Debian, as root)
+# make demo-rates  the rate that each of the demo's students is best at, on validation text (15 minutes)
 # make setup-compiler  install a C compiler for the tests that inject faults (Debian, as root)
 # make demo-teacher  train the demo's teacher again (about an hour)
 # make clean       remove what was built and cached, but no environment
@@ -44,7 +45,7 @@ pip = $(1)/bin/pip --disable-pip-version-check install $(2) >$(1)/pip.log 2>&1 |
 has_python = test -n "$(PYTHON)" || \
   { echo "no Python 3.11, 3.12 or 3.13 here; name another one: make PYTHON=..." >&2; exit 1; }
 
-.PHONY: help demo demo-real demo-teacher test test-main test-slow test-vllm test-llama check docs docs-serve format resolve lock \
+.PHONY: help demo demo-real demo-rates demo-teacher test test-main test-slow test-vllm test-llama check docs docs-serve format resolve lock \
   bench-peers setup setup-vllm setup-browser setup-compiler clean
 .DEFAULT_GOAL := help
 
@@ -91,6 +92,9 @@ demo: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV_VLLM)/.installed)
 
 demo-real: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.real.run
+
+demo-rates: $(VENV)/.installed
+	$(VENV)/bin/python examples/demo/rates.py --seeds $(SEEDS)
 
 demo-teacher: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/train_teacher.py --out examples/demo/teacher --minutes 65 --batch 24

@@ -152,6 +152,8 @@ def simulated_records(manifest: Manifest, row_groups: int) -> Iterator[CommitRec
             footer=ByteRange(offset=end, length=9000, xxh3_128=digest(shard, -2)),
             kl_error_mean=3.3e-5,
             kl_error_max=9e-5,
+            logprob_error_mean=0.1,
+            logprob_error_max=0.2,
             seconds=60.0,
             worker=f"node{shard % 64}:1",
         )

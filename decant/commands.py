@@ -118,6 +118,11 @@ STUDENT = (
         "decant.student_train.command:TRAIN",
     ),
     Entry(
+        "rounds",
+        "Sample with the student, score, train, again: on-policy by rounds.",
+        "decant.student_train.rounds.command:ROUNDS",
+    ),
+    Entry(
         "evaluate",
         "How good is a student on a cache it was not trained on?",
         "decant.student_train.command:EVALUATE",

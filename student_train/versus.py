@@ -16,11 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decant.storage import CacheReader
+from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.storage.inspect.examples import Entry, read_tokenizer, target, with_texts
+from decant.student_train.alignment.aligner import Aligner
 from decant.student_train.config.loss import LossConfig
 from decant.student_train.config.verdict import ModelOptions
 from decant.student_train.data.batch import Batch
 from decant.student_train.data.collate import collate
+from decant.student_train.evaluation.chunk_figures import (
+    AlignedBatch,
+    aligned_batches,
+    chunk_figures,
+    count_chunks,
+)
 from decant.student_train.evaluation.gathered import (
     Candidate,
     Gathered,
@@ -31,6 +39,8 @@ from decant.student_train.evaluation.heldout_sums import rows_at_once
 from decant.student_train.evaluation.model_report import (
     COMPARED,
     MEANS,
+    PER_BYTE,
+    Chunks,
     Difference,
     ModelReport,
     ModelsReport,
@@ -38,6 +48,7 @@ from decant.student_train.evaluation.model_report import (
 )
 from decant.student_train.evaluation.target_figures import target_figures
 from decant.student_train.losses import SparseTargets
+from decant.student_train.model.alignment import label_bytes
 from decant.student_train.model.distiller import Distiller
 from decant.student_train.model.measured import form_of, load_measured
 
@@ -101,10 +112,13 @@ def measure_models(
                 progress(before + done, total)
 
         found.append(_measured(path, reader, options, part, chosen, batch_size, worst, step))
-    gathered = found[0][1]
+    plain = [its for report, its in found if not report.aligned]
+    gathered = plain[0] if plain else found[0][1]
     differences: dict[str, Difference] = {}
     if len(found) == 2:
-        pairs = paired_differences(found[0][1], found[1][1], COMPARED, part.seed)
+        both_plain = not any(report.aligned for report, _ in found)
+        compared = COMPARED if both_plain else PER_BYTE
+        pairs = paired_differences(found[0][1], found[1][1], compared, part.seed)
         names = {figure: key for key, figure in MEANS.items()}
         differences = {
             names[name]: Difference(mean=mean, interval=interval)
@@ -120,10 +134,10 @@ def measure_models(
         kept=manifest.truncation.text(),
         of_entries=manifest.truncation.rule.has_entries,
         exact=tail == 0,
-        estimated=manifest.truncation.rule.has_entries and tail is None,
+        estimated=bool(plain) and manifest.truncation.rule.has_entries and tail is None,
         sequences=len(chosen),
         of_sequences=len(reader),
-        targets=sum(gathered.targets),
+        targets=int(sum(gathered.counts["teacher_ce"])),
         chosen=part.text(),
         seed=part.seed,
         teacher_cross_entropy=teacher_ce,
@@ -144,21 +158,34 @@ def _measured(
     worst: int,
     step: Callable[[int], None],
 ) -> tuple[ModelReport, Gathered]:
-    model, vocab_size = load_measured(path, options, reader)
+    model, vocab_size, aligner = load_measured(path, options, reader)
     device = model.get_input_embeddings().weight.device
     distiller = Distiller(model, LossConfig(), vocab_size)
     gathered = Gathered(worst)
     done = 0
+    chunks = Chunks() if aligner else None
+    num_bytes = None
+    if not aligner and reader.manifest.tokenizer.files:
+        num_bytes = label_bytes(TokenizerFiles.of_cache(reader), vocab_size)
     with torch.no_grad():
-        for batch, indices in _batches(reader, chosen, batch_size):
-            if batch is not None:
-                _look(distiller, batch.to(device, non_blocking=False), indices, gathered)
-            done += len(indices)
-            step(done)
+        if aligner and chunks:
+            for some in aligned_batches(reader, aligner, chosen, batch_size):
+                _look_aligned(distiller, some, str(device), aligner, gathered, chunks, reader)
+                done += len(some.indices)
+                step(done)
+        else:
+            for batch, indices in _batches(reader, chosen, batch_size):
+                if batch is not None:
+                    here = batch.to(device, non_blocking=False)
+                    _look(distiller, here, indices, gathered, num_bytes)
+                done += len(indices)
+                step(done)
+    if aligner and not sum(gathered.targets):
+        aligner.refuse(aligner.figures)
     if not sum(gathered.targets):
         raise ValueError(f"{reader.url}: none of the {len(chosen)} sequences has a target")
     report = _report(path, model, str(device), reader, gathered, part.seed)
-    return report, gathered
+    return dataclasses.replace(report, aligned=chunks), gathered
 
 
 def _batches(
@@ -186,8 +213,47 @@ def _batches(
         start += group.sequences
 
 
-def _look(distiller: Distiller, batch: Batch, indices: list[int], gathered: Gathered) -> None:
-    """Gather the figures of a batch's targets."""
+def _look_aligned(
+    distiller: Distiller,
+    some: AlignedBatch,
+    device: str,
+    aligner: Aligner,
+    gathered: Gathered,
+    chunks: Chunks,
+    reader: CacheReader,
+) -> None:
+    """Gather the figures of a batch in the tokens of a model that has its own."""
+    if some.batch is None:
+        chunks.left_out += len(some.indices)
+        return
+    batch, has_entries = some.batch, reader.manifest.truncation.rule.has_entries
+    assert batch.events is not None
+    count_chunks(chunks, some.num_teacher, batch.events.sizes.numpy())
+    owner = (batch.predictors // batch.input_ids.shape[1]).numpy()
+    starts = np.searchsorted(owner, np.arange(len(some.indices) + 1))
+    here = batch.to(device, non_blocking=False)
+    found = distiller.with_logits(
+        here,
+        lambda logits_of: chunk_figures(
+            logits_of, here, some.num_teacher, distiller.vocab_size, has_entries=has_entries
+        ),
+    )
+    whole = {name: values.cpu().numpy() for name, values in found.items()}
+    whole["bytes"] = aligner.matching.student.lengths[batch.labels.numpy()].astype(np.float64)
+    _refuse_broken(whole["ce"], owner, some.indices)
+    for at, sequence in enumerate(some.indices):
+        own = {name: values[starts[at] : starts[at + 1]] for name, values in whole.items()}
+        gathered.add(sequence, own | {"teacher_ce": some.teacher_ce[at]})
+
+
+def _look(
+    distiller: Distiller,
+    batch: Batch,
+    indices: list[int],
+    gathered: Gathered,
+    num_bytes: Tensor | None,
+) -> None:
+    """Gather the figures of a batch's targets; `num_bytes` [V] of each token, if known."""
     assert batch.stored is not None
     targets = batch.targets_at(1.0) if batch.stored.topk_lo.shape[1] else None
     assert targets is None or isinstance(targets, SparseTargets)
@@ -229,6 +295,8 @@ def _look(distiller: Distiller, batch: Batch, indices: list[int], gathered: Gath
     distiller.with_logits(batch, figures)
     _refuse_broken(torch.cat([part["ce"] for part in parts]).numpy(), owner, indices)
     whole = {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
+    if num_bytes is not None:
+        whole["bytes"] = num_bytes[batch.labels.cpu()].double().numpy()
     for at, sequence in enumerate(indices):
         own = slice(starts[at], starts[at + 1])
         gathered.add(sequence, {name: values[own] for name, values in whole.items()})

@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    train_texts = [text for _, text in documents("train")]
+    train_texts = [text for _, text in documents("train", "validation")]
     heldout_texts = [text for _, text in documents("heldout")]
     tokenizer = train_tokenizer(train_texts)
     train = token_stream(tokenizer, train_texts)

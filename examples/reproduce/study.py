@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,14 +102,14 @@ def prepare(work: Path, fast: bool) -> None:
         make_student(work / "student")
 
 
-def make_student(path: Path) -> None:
-    """The student before training: the teacher without its middle layers."""
+def make_student(path: Path, kept: Sequence[int] = KEPT_LAYERS) -> None:
+    """The student before training: some of the teacher's layers."""
     teacher = ROOT / "examples/demo/teacher"
     student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    student.model.layers = torch.nn.ModuleList(student.model.layers[i] for i in KEPT_LAYERS)
+    student.model.layers = torch.nn.ModuleList(student.model.layers[i] for i in kept)
     for i, layer in enumerate(student.model.layers):
         layer.self_attn.layer_idx = i
-    student.config.num_hidden_layers = len(KEPT_LAYERS)
+    student.config.num_hidden_layers = len(kept)
     student.config.layer_types = None
     student.save_pretrained(path)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(path)

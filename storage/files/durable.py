@@ -33,7 +33,7 @@ def naming(path: str | os.PathLike[str], *instead_of: str | os.PathLike[str]) ->
         yield
     except OSError as error:
         named = None if error.filename is None else os.fspath(error.filename)
-        if named is not None and named not in map(os.fspath, instead_of):
+        if named is not None and named not in [os.fspath(other) for other in instead_of]:
             raise
         if error.errno is None and type(error) is not OSError:  # our own, with all there is to say
             raise

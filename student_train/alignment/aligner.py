@@ -43,6 +43,8 @@ class AlignedRows:
     """[C] index of the first token of each chunk among all tokens."""
     size: NDArray[np.int64]
     """[C] how many tokens it has."""
+    num_teacher: NDArray[np.int64]
+    """[C] how many the teacher has there."""
     events: Events
     sampler_logprobs: NDArray[np.float32] | None = None
     """[C] what the sampler gave the token of each chunk; of a cache of the student's own tokenizer
@@ -244,5 +246,6 @@ def _with_placeholders(both: Aligned, events: Events, sample_ids: list[str]) -> 
         chunk_starts=np.searchsorted(first, both.row_starts),
         first=first + shift[sequence],
         size=both.chunks.num_student,
+        num_teacher=both.chunks.num_teacher,
         events=events,
     )

@@ -64,7 +64,7 @@ def text_pieces(
         for part, ids in zip(parts, encoded[sequence], strict=True):
             back, expected = data[ends[at] : ends[at + len(ids)]], part.text.encode()
             at += len(ids)
-            cuts.append(int(student.puts_space and back == b" " + expected))
+            cuts.append(int(student.adds_space and back == b" " + expected))
             if back[cuts[-1] :] != expected and not changed:
                 changed = _difference(expected, back)
         if changed:
@@ -135,6 +135,11 @@ def _counterpart(
     teacher, index = matching.teacher, int(ids[row])
     if kind[row] == NO_BYTES:
         raise LeftOut(f"the teacher's token {index} stands for no bytes that are known")
+    if index == teacher.unk:
+        raise LeftOut(
+            f"the teacher's token {teacher.names[index]} stands for text that its vocabulary "
+            "cannot say, so what was there is unknown"
+        )
     if is_first and index == teacher.bos:
         return BEGIN
     if matching.pairs[index] < 0:

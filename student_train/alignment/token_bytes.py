@@ -14,7 +14,13 @@ import tokenizers
 from numpy.typing import NDArray
 
 from decant.schemas.tokenizer import PROBES
-from decant.storage.inspect.token_bytes import BROKEN, BYTE_TOKEN, writing_of, written_bytes
+from decant.storage.inspect.token_bytes import (
+    BROKEN,
+    BYTE_TOKEN,
+    SPACES,
+    writing_of,
+    written_bytes,
+)
 
 Ids = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -54,12 +60,16 @@ class TokenTable:
     """The token of this role, or -1."""
     eos: int
     """The token of this role, or -1."""
+    unk: int
+    """What stands for text that the vocabulary cannot say, unless it has another role; or -1."""
     puts_bos: bool
     """Whether it begins every text with bos by itself."""
+    adds_space: bool
+    """Whether it puts a space before a text."""
     puts_space: bool
-    """Whether it puts a space before a text, which decoding takes away."""
+    """Whether it does so, and decoding takes it away."""
     puts_space_again: bool
-    """Whether it does so behind a special token too."""
+    """Whether both hold behind a special token too."""
     names: dict[int, str]
     """The special tokens as they are written."""
 
@@ -74,7 +84,8 @@ class TokenTable:
             raise ValueError(
                 f"the tokenizer of {where} has no tokenizer.json that says which bytes a token is:"
                 " save its fast version beside it (AutoTokenizer.from_pretrained(..., "
-                "use_fast=True).save_pretrained(DIR))"
+                "use_fast=True).save_pretrained(DIR)). One of a kind that has none, such as "
+                "ByT5's, cannot be aligned"
             )
         writing = writing_of(backend)
         if not writing:
@@ -236,7 +247,7 @@ def _table(
             kind[index] = SPECIAL
             continue
         if extra is not None and not (writing == "spaces" and token in own):
-            found: bytes | None = extra.content.encode()
+            found: bytes | None = _added_bytes(backend, extra, writing)
         else:
             found = written_bytes(token, writing)
             is_byte[index] = writing != "byte-level" and bool(BYTE_TOKEN.fullmatch(token))
@@ -264,11 +275,23 @@ def _table(
         starts=starts.astype(np.int64),
         bos=special["bos"],
         eos=special["eos"],
+        unk=special["unk"] if special["unk"] not in (special["bos"], special["eos"]) else -1,
         puts_bos=special["bos"] >= 0 and framed[:1] == [special["bos"]],
+        adds_space=joined(bare) == b" a",
         puts_space=decoded == "a" and joined(bare) == b" a",
         puts_space_again=decoded == "a" and joined(behind[1:]) == b" a",
         names=names,
     )
+
+
+def _added_bytes(
+    backend: tokenizers.Tokenizer, token: tokenizers.AddedToken, writing: str
+) -> bytes | None:
+    """What an added token stands for: one that is found in normalised text begins as that does."""
+    normalizer = backend.normalizer
+    if writing == SPACES and token.normalized and normalizer is not None:
+        return written_bytes(normalizer.normalize_str(token.content), writing)
+    return token.content.encode()
 
 
 def _special(tokenizer: HasTokenizer, name: str, vocabulary: dict[str, int]) -> int:

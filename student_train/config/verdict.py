@@ -6,10 +6,7 @@ from typing import Annotated, Any, Literal
 from decant.storage.cli.options import Shown
 from decant.student_train.config.alignment import check_mismatch
 
-STUDENT_ALONE = (
-    *("heldout_fraction", "kind", "temperature", "tail", "options", "mixed_precision"),
-    *("tokenizer_mismatch", "messages"),
-)
+STUDENT_ALONE = ("heldout_fraction", "kind", "temperature", "tail", "options", "mixed_precision")
 MODEL_ALONE = (
     *("device", "quantization", "base", "tokenizer", "trust_remote_code", "limit", "sample"),
     *("seed", "worst", "html"),
@@ -34,6 +31,10 @@ class ModelOptions:
     """--model: where its tokenizer is, if it is not beside it."""
     trust_remote_code: bool = False
     """--model: run the Python code that comes with it. Only for code that you have read."""
+    tokenizer_mismatch: str = "refuse"
+    """Where its tokenizer is not the cache's: refuse, or align, as in a training."""
+    messages: Annotated[str, Shown("FILE")] = ""
+    """For align: the messages of a chat cache that does not hold them, from decant messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class EvaluateArguments(ModelOptions):
     student: Annotated[str, Shown("PATH")] = ""
     """A student: a directory, a hub id, or the output folder of a training."""
     model: Annotated[tuple[str, ...], Shown("PATH")] = ()
-    """Any model of the cache's tokenizer: a directory, a hub id, a .gguf file or a PEFT adapter.
-    Given twice, the two are compared."""
+    """Any model: a directory, a hub id, a .gguf file or a PEFT adapter. Given twice, the two are
+    compared."""
     samples: Annotated[str, Shown("DIR")] = ""
     """A cache over what a student samples: the teacher's risk of them, how they vary, ROUGE; with
     --model and --cache, the model's risk of what the teacher samples."""
@@ -71,10 +72,6 @@ class EvaluateArguments(ModelOptions):
     """Sequences per batch and process."""
     mixed_precision: str = "no"
     """--student: no | bf16 | fp16, through accelerate."""
-    tokenizer_mismatch: str = "refuse"
-    """--student: where its tokenizer is not the cache's: refuse, or align, as in a training."""
-    messages: Annotated[str, Shown("FILE")] = ""
-    """For align: the messages of a chat cache that does not hold them, from decant messages."""
     limit: int = 0
     """--model: only the first sequences of the cache, this many; 0 = all."""
     sample: int = 0
@@ -104,11 +101,11 @@ class EvaluateArguments(ModelOptions):
         given = "--model" if self.model else "--student"
         if self.samples:
             alone = tuple(name for name in MODEL_ALONE if name != "seed") if not self.model else ()
-            idle, given = (*STUDENT_ALONE, *alone, "html", "worst"), "--samples"
+            own = ("html", "worst", "tokenizer_mismatch", "messages")
+            idle, given = (*STUDENT_ALONE, *alone, *own), "--samples"
         for name in idle:
             if getattr(self, name) != defaults[name]:
-                is_aligned = name in ("tokenizer_mismatch", "messages")
-                more = ", which compares token by token: give the model as --student" * is_aligned
+                more = ", whose risks are of the teacher's tokens" * (name == "tokenizer_mismatch")
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with {given}{more}")
         if self.limit and self.sample:
             raise ValueError("--limit and --sample exclude each other: give one")

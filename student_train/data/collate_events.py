@@ -112,6 +112,7 @@ def own_events(stored: StoredRows, layout: Layout) -> AlignedRows:
         chunk_starts=rows.target_starts,
         first=np.flatnonzero(rows.is_target),
         size=np.ones(len(labels), np.int64),
+        num_teacher=np.ones(len(labels), np.int64),
         events=Events(
             token_ids=token_ids,
             log_p=log_p,

@@ -5,6 +5,7 @@ Knows no model. Shapes: S sequences looked at, R targets of a chunk, F figures.
 
 import heapq
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,8 @@ RESAMPLES = 1000
 """Of the bootstrap over sequences."""
 AT_ONCE = 50
 """Resamples whose weights are held at once."""
+PER_BYTE = {"bits_per_byte": ("ce", 1 / math.log(2)), "kl_forward_per_byte": ("kl_forward", 1.0)}
+"""Figure -> the one whose sum it is, times a factor, by the figure `bytes`."""
 SPREADS = ("kl_forward", "kl_reverse", "ce")
 """Figures whose quantiles over targets are reported."""
 
@@ -57,7 +60,10 @@ class Gathered:
     _number: itertools.count = field(default_factory=itertools.count)
 
     def add(self, sequence: int, figures: dict[str, NDArray[np.float64]]) -> None:
-        """Take the figures [n] of all targets of one sequence; NaN where one is not known."""
+        """Take the figures [n] of all targets of one sequence; NaN where one is not known.
+
+        Of a model of another tokenizer n is its own number of tokens, `teacher_ce` having another.
+        """
         self.sequences.append(sequence)
         self.targets.append(len(figures["ce"]))
         for name, values in figures.items():
@@ -66,6 +72,11 @@ class Gathered:
             self.counts.setdefault(name, []).append(float(len(known)))
             if name in SPREADS:
                 self.spreads.setdefault(name, Quantity()).add(known)
+        if "bytes" in figures:
+            for name, (of, factor) in PER_BYTE.items():
+                if of in figures:
+                    self.sums.setdefault(name, []).append(factor * self.sums[of][-1])
+                    self.counts.setdefault(name, []).append(self.sums["bytes"][-1])
         for name, confidence, correct in (
             ("model", "confidence", "correct"),
             ("teacher", "teacher_confidence", "teacher_correct"),
@@ -118,9 +129,14 @@ def binned(confidence: NDArray[np.float64], correct: NDArray[np.float64]) -> NDA
 
 
 def intervals(
-    sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int
+    sums: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    seed: int,
+    less: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> list[tuple[float, float] | None]:
     """95% intervals of the means of F figures, from sums and counts [S, F].
+
+    With `less`, other sums and counts of the same sequences, of the differences from their means.
 
     Sequences are drawn with replacement RESAMPLES times (the percentile bootstrap): the targets of
     a sequence are not independent, sequences are taken to be. None of fewer than two sequences.
@@ -136,7 +152,10 @@ def intervals(
         for row in weights:
             row += np.bincount(generator.integers(0, size, size), minlength=size)
         with np.errstate(invalid="ignore", divide="ignore"):
-            means.append((weights @ sums) / (weights @ counts))
+            drawn = (weights @ sums) / (weights @ counts)
+            if less is not None:
+                drawn = drawn - (weights @ less[0]) / (weights @ less[1])
+            means.append(drawn)
     low, high = np.nanquantile(np.concatenate(means), [0.025, 0.975], axis=0)
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
@@ -144,14 +163,21 @@ def intervals(
 def paired_differences(
     a: Gathered, b: Gathered, names: tuple[str, ...], seed: int
 ) -> dict[str, tuple[float, tuple[float, float] | None]]:
-    """Mean of B - A of each figure over targets, and its interval over sequences.
+    """Mean of B minus mean of A of each figure, and its interval over sequences.
 
-    Both must have been gathered over the same sequences.
+    Over the sequences that both were gathered over; figures that one does not have are left out.
     """
-    assert a.sequences == b.sequences
-    names = tuple(name for name in names if a.mean(name) is not None)
-    sums = np.stack([np.subtract(b.sums[n], a.sums[n]) for n in names], axis=1)
-    counts = np.stack([np.array(a.counts[n]) for n in names], axis=1)
-    means = sums.sum(axis=0) / counts.sum(axis=0)
-    found = intervals(sums, counts, seed)
+    place = {sequence: index for index, sequence in enumerate(b.sequences)}
+    of_a = [index for index, sequence in enumerate(a.sequences) if sequence in place]
+    of_b = [place[a.sequences[index]] for index in of_a]
+    names = tuple(n for n in names if a.mean(n) is not None and b.mean(n) is not None)
+    if not of_a or not names:
+        return {}
+    sums_a, counts_a, sums_b, counts_b = (
+        np.stack([np.array(values[n])[places] for n in names], axis=1)
+        for its, places in ((a, of_a), (b, of_b))
+        for values in (its.sums, its.counts)
+    )
+    means = sums_b.sum(axis=0) / counts_b.sum(axis=0) - sums_a.sum(axis=0) / counts_a.sum(axis=0)
+    found = intervals(sums_b, counts_b, seed, less=(sums_a, counts_a))
     return {n: (float(m), i) for n, m, i in zip(names, means, found, strict=True)}

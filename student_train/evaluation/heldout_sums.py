@@ -154,7 +154,7 @@ def sums_of_chunks(
         teacher = at_1[rows]
         kept_R = rest_R = 0 * ce_R
         if isinstance(teacher, EventTargets):
-            known_R, agreeing_R = _agreement_of_events(chosen_R, teacher)
+            known_R, agreeing_R = agreement_of_events(chosen_R, teacher)
             has_probs = False
         else:
             known_R, agreeing_R = _agreement(chosen_R, teacher)
@@ -193,7 +193,7 @@ def _agreement(chosen_R: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor
     return known_R, known_R & (chosen_R == targets.token_ids[:, 0])
 
 
-def _agreement_of_events(chosen_R: Tensor, targets: EventTargets) -> tuple[Tensor, Tensor]:
+def agreement_of_events(chosen_R: Tensor, targets: EventTargets) -> tuple[Tensor, Tensor]:
     """The same of events; known in the last row of each chunk, where one is more than the rest."""
     log_p_C, slot_C = targets.log_p.max(1)
     known_R, agreeing_R = (torch.zeros_like(chosen_R, dtype=torch.bool) for _ in range(2))

@@ -7,6 +7,8 @@ from decant.storage.inspect.report import Spread
 
 MEANS = {
     "cross_entropy": "ce",
+    "bits_per_byte": "bits_per_byte",
+    "kl_forward_per_byte": "kl_forward_per_byte",
     "kl_forward": "kl_forward",
     "kl_forward_upper": "kl_forward_upper",
     "kl_reverse": "kl_reverse",
@@ -18,8 +20,31 @@ MEANS = {
     "model_tail": "model_tail",
 }
 """Key of a mean -> the figure of a target that it is of."""
-COMPARED = ("ce", "kl_forward", "kl_reverse", "agreement", "correct", "acceptance")
-"""Figures whose paired difference is reported."""
+PER_BYTE = ("bits_per_byte", "kl_forward_per_byte")
+"""Figures whose paired difference is reported of models of any two tokenizers."""
+COMPARED = (
+    *("ce", "kl_forward", "kl_reverse", "agreement", "correct", "acceptance"),
+    *PER_BYTE,
+)
+"""Those of two models of the cache's tokenizer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Chunks:
+    """What a model of another tokenizer was measured on, in the sequences that were chosen."""
+
+    tokens: int = 0
+    """Its own, in chunks: what its cross-entropy, accuracy and calibration are of."""
+    chunks: int = 0
+    """What its divergences are of."""
+    one_to_one: int = 0
+    """Chunks of one token of the teacher's and one of its own: what its agreement is of."""
+    one_to_many: int = 0
+    """One of the teacher's, several of its own."""
+    many_to_one: int = 0
+    many_to_many: int = 0
+    left_out: int = 0
+    """Sequences that have no chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +81,8 @@ class ModelReport:
     reliability: list[tuple[float, float, float]]
     """Per bin of confidence: targets, mean confidence, share that is the actual token."""
     worst_targets: tuple[WorstTarget, ...]
+    aligned: Chunks | None = None
+    """None for a model of the cache's tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """What was found of models against a cache, for a terminal, at most 100 columns wide."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator
 
 from decant.storage.cli.terminal import WIDTH, clip, fit, width
@@ -67,7 +68,8 @@ def rows_of(found: ModelsReport) -> Iterator[tuple[str, list[str], str]]:
             value, interval = report.means[key], report.intervals[key]
             if value is None:
                 return "-"
-            said = f"{bound}{number(value)}"
+            is_bound = report.aligned is not None and key.startswith("kl_")
+            said = f"{'>= ' if is_bound else bound}{number(value)}"
             if interval is None:
                 return said
             return f"{said} [{number(interval[0])}, {number(interval[1])}]"
@@ -75,7 +77,12 @@ def rows_of(found: ModelsReport) -> Iterator[tuple[str, list[str], str]]:
         return cell
 
     def between(low: str, high: str) -> Cell:
-        return lambda report: f"{report.means[low]:.4f} to {report.means[high]:.4f}"
+        def cell(report: ModelReport) -> str:
+            if report.means[low] is None:
+                return "-"
+            return f"{report.means[low]:.4f} to {report.means[high]:.4f}"
+
+        return cell
 
     yield "weights", cells(lambda report: f"{report.form}, {report.device}"), ""
     yield "perplexity", cells(lambda report: f"{report.perplexity:.3f}"), ""
@@ -84,7 +91,10 @@ def rows_of(found: ModelsReport) -> Iterator[tuple[str, list[str], str]]:
         cells(with_interval("cross_entropy")),
         difference("cross_entropy"),
     )
-    has_entries = found.models[0].means["kl_reverse"] is not None
+    if any(report.means["bits_per_byte"] is not None for report in found.models):
+        yield "  bits per byte", cells(with_interval("bits_per_byte")), difference("bits_per_byte")
+    has_entries = any(report.means["kl_reverse"] is not None for report in found.models)
+    has_plain = any(report.aligned is None for report in found.models)
     bound = "" if found.exact or found.estimated else ">= "
     if found.of_entries:
         yield (
@@ -92,8 +102,11 @@ def rows_of(found: ModelsReport) -> Iterator[tuple[str, list[str], str]]:
             cells(with_interval("kl_forward", bound=bound)),
             difference("kl_forward"),
         )
-    if has_entries and not found.exact:
-        yield "  and at most", cells(lambda r: f"{r.means['kl_forward_upper']:.4f}"), ""
+    if any(report.means["kl_forward_per_byte"] is not None for report in found.models):
+        key = "kl_forward_per_byte"
+        yield "  per byte", cells(with_interval(key, bound=bound)), difference(key)
+    if has_entries and has_plain and not found.exact:
+        yield "  and at most", cells(_upper), ""
     for name, quantile in (("  median", "p50"), ("  99%", "p99"), ("  largest", "max")):
         if has_entries:
             yield name, [_quantile(report, quantile) for report in found.models], ""
@@ -105,9 +118,9 @@ def rows_of(found: ModelsReport) -> Iterator[tuple[str, list[str], str]]:
         )
         agreement = cells(with_interval("top1_agreement"))
         yield "top-1 agreement", agreement, difference("top1_agreement")
-        if found.exact:
+        if has_plain and found.exact:
             yield "acceptance", cells(with_interval("acceptance")), difference("acceptance")
-        else:
+        elif has_plain:
             cell = between("acceptance", "acceptance_upper")
             yield "acceptance", cells(cell), difference("acceptance")
     yield (
@@ -123,6 +136,11 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if abs(value) >= 0.01 or not value else f"{value:{sign}.3g}"
 
 
+def _upper(report: ModelReport) -> str:
+    value = report.means["kl_forward_upper"]
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _quantile(report: ModelReport, name: str) -> str:
     spread = report.spreads["kl_forward"]
     return "-" if spread is None else f"{getattr(spread, name):.4g}"
@@ -130,20 +148,49 @@ def _quantile(report: ModelReport, name: str) -> str:
 
 def notes_of(found: ModelsReport) -> Iterator[str]:
     """What the figures do not say."""
+    for report, letter in zip(found.models, "AB", strict=False):
+        yield from aligned_notes(report, f"{letter} " if len(found.models) > 1 else "It ")
     if found.models[0].intervals["cross_entropy"] is not None:
         yield "[ , ]: 95% intervals over sequences, resampled 1,000 times; nats throughout."
     if not found.of_entries:
         yield "The cache keeps no entries: no divergence from the teacher can be had of it."
     elif found.estimated:
         yield "The cache keeps draws: KL(teacher || model) is an unbiased estimate from them."
-    elif found.exact:
+    plain = [report for report in found.models if report.aligned is None]
+    if found.of_entries and not found.estimated and found.exact:
         yield "Every id is kept: the divergences are exact."
-    else:
-        tail = found.models[0].means["teacher_tail"]
-        outside = ", ".join(f"{report.means['model_tail']:.4f}" for report in found.models)
+    elif found.of_entries and not found.estimated and plain:
+        tail = plain[0].means["teacher_tail"]
+        outside = ", ".join(f"{report.means['model_tail']:.4f}" for report in plain)
         yield f"Unknown: how the teacher spreads {tail:.4f} of its mass over the ids not kept."
         yield f"There the model has {outside}. Lower bounds take that as one bucket; the upper one"
         yield "gives it to the ids that the model expects least. The other KL has no upper bound."
+
+
+def aligned_notes(report: ModelReport, name: str) -> Iterator[str]:
+    """What the figures of a model of another tokenizer are of."""
+    its = report.aligned
+    if its is None:
+        return
+    shares = [
+        f"{kind} {count / max(its.chunks, 1):.1%}"
+        for kind, count in (
+            ("1:1", its.one_to_one),
+            ("1:N", its.one_to_many),
+            ("M:1", its.many_to_one),
+            ("M:N", its.many_to_many),
+        )
+    ]
+    said = (
+        f"{name}is of another tokenizer, aligned in {its.chunks:,} chunks ({', '.join(shares)}); "
+        f"{its.left_out:,} sequences have none. Cross-entropy, perplexity, accuracy and "
+        f"calibration are of its own {its.tokens:,} tokens. A KL is of a chunk and from below: "
+        "over what both can say in one step, and all else. Agreement is of 1:1 chunks "
+        "where one event outweighs "
+        "all else. Upper bounds, acceptance, tails and worst targets are not had. Figures per byte "
+        "are what compares tokenizers."
+    )
+    yield from textwrap.wrap(said, WIDTH)
 
 
 def _worst(report: ModelReport, name: str) -> Iterator[str]:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from decant.schemas.strict import UnfitError
 from decant.storage import CacheReader
+from decant.student_train.alignment.aligner import Aligner, refuse_cache
+from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.config.student import AdapterConfig
 from decant.student_train.config.verdict import ModelOptions
 from decant.student_train.model.adapters import load_options, put_on
@@ -28,10 +30,11 @@ log = logging.getLogger(__name__)
 
 def load_measured(
     path: str, options: ModelOptions, reader: CacheReader
-) -> tuple[PreTrainedModel, int]:
+) -> tuple[PreTrainedModel, int, Aligner | None]:
     """The model at `path`, in evaluation mode, and how many of its ids its softmax is over.
 
-    Its tokenizer is compared with the cache's; what it has more than that belongs to the tail.
+    Its tokenizer is compared with the cache's; what it has more than that belongs to the tail. The
+    third is what aligns the cache with it, if it has another one and `options` allow that.
 
     Raises FormatError with the first difference if the ids mean something else, ValueError if the
     model cannot be loaded as asked, or not all of its weights are there.
@@ -45,7 +48,7 @@ def load_measured(
     looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
     if looks_local and not Path(folder).expanduser().exists():
         raise FileNotFoundError(f"model {folder} cannot be loaded: no such file or directory")
-    tokenizer = _check_tokenizer(folder, source, options, reader)
+    tokenizer, aligner = _check_tokenizer(folder, source, options, reader)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,8 +87,15 @@ def load_measured(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a cast at every forward
-    vocab_size = student_vocab_size(model, tokenizer, reader, "bucket")
-    return model.eval(), vocab_size
+    if aligner:
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows < aligner.vocab_size:
+            raise ValueError(
+                f"model {folder} says {rows:,} ids, but its tokenizer has {aligner.vocab_size:,}: "
+                "--tokenizer names a directory that has its own"
+            )
+        return model.eval(), aligner.vocab_size, aligner
+    return model.eval(), student_vocab_size(model, tokenizer, reader, "bucket"), None
 
 
 def form_of(model: PreTrainedModel, path: str) -> str:
@@ -127,15 +137,19 @@ def _base_of(path: str) -> str:
 
 def _check_tokenizer(
     path: str, source: dict[str, Any], options: ModelOptions, reader: CacheReader
-) -> Any | None:
+) -> tuple[Any | None, Aligner | None]:
     """The model's tokenizer, whose ids are the cache's; None where that is not to be compared.
 
-    Raises FormatError if they mean something else. A cache without a tokenizer cannot say.
+    With what aligns the two, where they mean something else and that is allowed. Raises FormatError
+    where it is not. A cache without a tokenizer cannot say.
     """
+    is_aligned = options.tokenizer_mismatch == "align"
+    if is_aligned:
+        refuse_cache(reader)
     theirs = load_tokenizer(reader)
     if theirs is None:
         log.warning("%s has no tokenizer: that of %s is not compared", reader.url, path)
-        return None
+        return None, None
     if options.tokenizer:
         source = {"pretrained_model_name_or_path": options.tokenizer}
     try:
@@ -147,19 +161,23 @@ def _check_tokenizer(
         ) from error
     if "gguf_file" in source:
         _check_vocabulary(theirs, own, path, reader)
-        return None
+        return None, None
     size = reader.manifest.shared_vocab_size
     try:
         where = options.tokenizer or path
         found, same = check_student_tokenizer(theirs, own, where, reader.url, size)
     except UnfitError as error:
+        if is_aligned:
+            align = AlignConfig(messages=options.messages)
+            share, messages = align.max_left_out, align.messages
+            return own, Aligner(reader, own, where=where, max_left_out=share, messages=messages)
         raise UnfitError(
             f"{error} Bits and divergence per byte of a model of another tokenizer are given by "
-            f"`decant evaluate --student {path} --cache {reader.url} --tokenizer-mismatch align`"
+            f"`decant evaluate --model {path} --cache {reader.url} --tokenizer-mismatch align`"
         ) from error
     if text := same.text():
         log.info("the tokenizer of %s means the same by every id; it differs in: %s", path, text)
-    return found
+    return found, None
 
 
 def _check_vocabulary(theirs: Any, own: Any, path: str, reader: CacheReader) -> None:
@@ -173,7 +191,8 @@ def _check_vocabulary(theirs: Any, own: Any, path: str, reader: CacheReader) -> 
         if index < reader.manifest.shared_vocab_size and ours.get(index) != cached[index]:
             raise UnfitError(
                 f"id {index} is {cached[index]!r} in {reader.url} and {ours.get(index)!r} in "
-                f"{path}: the model has another tokenizer"
+                f"{path}: the model has another tokenizer, of which a GGUF file holds the "
+                "vocabulary alone: --tokenizer names a directory that has it whole"
             )
 
 

@@ -5,6 +5,7 @@ matplotlib is imported here alone; without it there is a line in the log and no 
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ log = logging.getLogger(__name__)
 PLOT = "metrics.png"
 SCHEDULES = "schedules of the loss"
 BY_CACHE = "training loss of each cache"
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+Panels = Sequence[tuple[str, Sequence[str]]]
+"""Titles, and the names of the values of each."""
+PANELS: Panels = (
     ("training loss, nats per target", ("loss", "kd", "ce")),
     (BY_CACHE, ()),
     (
@@ -42,10 +45,11 @@ NO_PANEL = ("step", "epoch", "tokens_per_s", "data_wait_share")
 SMOOTHED = ("loss", "kd", "ce", "grad_norm")
 
 
-def draw(metrics: Path, target: Path) -> bool:
+def draw(metrics: Path, target: Path, panels: Panels = PANELS, along: str = "step") -> bool:
     """Draw the lines of a `metrics.jsonl` into a PNG; false if matplotlib is not there.
 
-    Panels without values are left out. A file without lines draws nothing.
+    `along` is the value of each line that the others are drawn over. Panels without values are left
+    out. A file without lines draws nothing.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,31 +58,31 @@ def draw(metrics: Path, target: Path) -> bool:
         log.info("no %s: matplotlib is not installed (pip install 'decant[plots]')", target.name)
         return False
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    named = {name for _, names in PANELS for name in names} | set(NO_PANEL)
+    named = {name for _, names in panels for name in names} | set(NO_PANEL)
     others = {name: None for line in lines if "lr" in line for name in line if name not in named}
     told = {name: None for name in others if name.startswith(("kd/", "ce/"))}
     free = {SCHEDULES: [name for name in others if name not in told], BY_CACHE: list(told)}
-    panels = [
+    drawn = [
         (title, present)
-        for title, names in PANELS
+        for title, names in panels
         if (
             present := [
                 name for name in free.get(title, names) if any(name in line for line in lines)
             ]
         )
     ]
-    if not panels:
+    if not drawn:
         return False
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (title, names) in enumerate(panels, start=1):
+    for place, (title, names) in enumerate(drawn, start=1):
         axes = figure.add_subplot(rows, columns, place)
         for name in names:
-            _curve(axes, lines, name)
+            _curve(axes, lines, name, along)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=9)
+        axes.set_xlabel(along, fontsize=9)
         axes.grid(alpha=0.3)
         if len(names) > 1 or title in free:
             axes.legend(fontsize=8)
@@ -87,8 +91,8 @@ def draw(metrics: Path, target: Path) -> bool:
     return True
 
 
-def _curve(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
-    points = [(line["step"], line[name]) for line in lines if name in line]
+def _curve(axes: Any, lines: list[dict[str, Any]], name: str, along: str) -> None:
+    points = [(line[along], line[name]) for line in lines if name in line]
     steps, values = [list(column) for column in zip(*points, strict=True)]
     if name not in SMOOTHED or len(values) < 50:
         axes.plot(steps, values, label=name, marker="o" if len(values) < 50 else None, markersize=3)

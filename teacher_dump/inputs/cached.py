@@ -75,6 +75,9 @@ def describe_cache(config: SourceConfig) -> dict[str, Any]:
         "records": manifest.records.xxh3_128,
         "limit": config.limit,
     }
-    options = {"limit": config.limit or ""}
+    options: dict[str, Any] = {"limit": config.limit or ""}
+    if config.parts > 1:
+        part = {"parts": config.parts, "part": config.part}
+        identity, options = identity | part, options | part
     described = source_of("rescore", options, [(config.path, manifest)], meaning=False)
     return {**described, "fingerprint": xxhash.xxh3_128(canonical(identity)).hexdigest()}

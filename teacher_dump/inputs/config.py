@@ -97,6 +97,12 @@ class SourceConfig:
     limit: int = 0
     """Read only this many records from the start (0 = all)."""
 
+    parts: int = 1
+    """Deal the records, those within limit, into so many parts, and read one of them."""
+
+    part: int = 0
+    """Which part, from 0: record i is in part i modulo parts."""
+
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """Let the teacher or another model answer the records, and score what it says."""
 
@@ -108,6 +114,10 @@ class SourceConfig:
             raise ValueError(f"source format is {self.format!r}: expected one of {FORMATS}")
         if self.limit < 0:
             raise ValueError(f"source limit is {self.limit}: expected 0 (all records) or more")
+        if not 0 <= self.part < self.parts:
+            raise ValueError(
+                f"source part is {self.part} of {self.parts} parts: expected 0 to parts - 1"
+            )
         if not self.id_field or not self.split:
             raise ValueError("source id_field and split must not be empty")
         if unknown := sorted(set(self.fields) - FIELDS):

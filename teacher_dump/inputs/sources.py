@@ -30,7 +30,7 @@ def iter_records(config: SourceConfig) -> Iterator[Record]:
     ids are as they are.
     """
     if is_cache(config):
-        return cached_records(config)
+        return itertools.islice(cached_records(config), config.part, None, config.parts)
     source_format, files = resolve(config)
     return _unique(config, source_format, files)
 
@@ -59,6 +59,9 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
     description: dict[str, Any] = {"path": config.path, "files": described}
     if config.fields:
         identity["fields"] = config.fields
+    if config.parts > 1:
+        identity |= {"parts": config.parts, "part": config.part}
+        description |= {"parts": config.parts, "part": config.part}
     if source_format == "hf":
         dataset = load_hf(config)
         description["rows"] = len(dataset)
@@ -108,10 +111,11 @@ def _records(config: SourceConfig, format_: str, files: list[tuple[str, Path]]) 
     if format_ == "hf":
         rows = hf_rows(config)
     else:
-        read = json_rows if format_ == "jsonl" else parquet_rows
-        rows = itertools.chain.from_iterable(read(name, path) for name, path in files)
+        of_file = json_rows if format_ == "jsonl" else parquet_rows
+        rows = itertools.chain.from_iterable(of_file(name, path) for name, path in files)
     unseen = {source for source in config.fields.values() if source}
-    for fallback_id, where, fields in itertools.islice(rows, config.limit or None):
+    read = itertools.islice(rows, config.limit or None)
+    for fallback_id, where, fields in itertools.islice(read, config.part, None, config.parts):
         unseen -= fields.keys()
         named = _named(config, where, fields) if config.fields else fields
         yield Record(_sample_id(config, fallback_id, where, fields), named, where)

@@ -149,8 +149,8 @@ def refuse_foreign(config: DumpConfig) -> None:
 def _foreign(store: Store, sampling: bool) -> list[str]:
     """What lies in the output that no start of a dump can have left there."""
     top = [name for name in store.names("") if not _is_temporary(name, paths.MANIFEST)]
-    if sampling and store.exists(paths.GENERATION):  # which says itself what it is of
-        top.remove(paths.GENERATED)
+    if sampling and _is_of_a_sampling(store):
+        top = [name for name in top if name != paths.GENERATED]
     if not store.names(paths.SHARDS):  # made to be locked
         top = [name for name in top if name != paths.SHARDS]
     foreign = [name for name in top if name not in STARTED]
@@ -166,6 +166,13 @@ def _foreign(store: Store, sampling: bool) -> list[str]:
     if top and paths.INPUTS not in top:  # a start begins with it, and ends by removing it last
         foreign += top
     return sorted(set(foreign))
+
+
+def _is_of_a_sampling(store: Store) -> bool:
+    """Whether the folder of generated text says what it is of, or a kill came before it did."""
+    if store.exists(paths.GENERATION):
+        return True
+    return all(_is_temporary(name) for name in store.names(paths.GENERATED))
 
 
 def _is_temporary(name: str, of: str = "") -> bool:

@@ -50,6 +50,8 @@ RECORD = CommitRecord(
     footer=ByteRange(offset=13, length=987, xxh3_128="f" * 32),
     kl_error_mean=0.0,
     kl_error_max=0.5,
+    logprob_error_mean=0.1,
+    logprob_error_max=0.2,
     seconds=1.5,
     worker="host:1",
 )

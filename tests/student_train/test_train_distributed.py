@@ -32,8 +32,9 @@ from decant.student_train import (
     TrainConfig,
     train,
 )
+from decant.student_train.config.alignment import AlignConfig
 from decant.student_train.runtime.launch import tell_deepspeed
-from tests.support import ROOT, caches
+from tests.support import ROOT, alignments, caches
 from tests.support.distributed_job import Job
 from tests.support.trainings import STUDENT, losses, weights
 
@@ -144,7 +145,29 @@ def assert_same_run(ours: Path, theirs: Path, first: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def ddp(folder: Path, alone: Path) -> list[dict[str, Any]]:
+def aligned(
+    folder: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, TrainConfig]:
+    """Trainings of a student of another tokenizer, by how many processes take part."""
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    alignments.save(alignments.byte_level(310, digits=True), tokenizer)
+    fields = {name: value for name, value in FIELDS.items() if name != "vocab_size"}
+    one = config(
+        folder,
+        "aligned-alone",
+        cache=str(cache),
+        student=StudentConfig(config=fields, tokenizer=str(tokenizer)),
+        tokenizer_mismatch="align",
+        align=AlignConfig(max_left_out=0.2),
+        eval=EvalConfig(heldout_fraction=0.1),
+        batch_size=6,
+    )
+    two = dataclasses.replace(one, output=str(folder / "ddp-aligned"), batch_size=3)
+    return {"one": one, "two": two}
+
+
+@pytest.fixture(scope="module")
+def ddp(folder: Path, alone: Path, aligned: dict[str, TrainConfig]) -> list[dict[str, Any]]:
     """All trainings under DDP."""
     broken = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FIELDS))
     broken.model.norm.weight.data[0] = float("nan")
@@ -155,6 +178,7 @@ def ddp(folder: Path, alone: Path) -> list[dict[str, Any]]:
         "ddp",
         [
             Job("ddp", config(folder, "ddp")),
+            Job("ddp-aligned", aligned["two"]),
             Job("ddp-on", config(folder, "ddp-on"), start_from=str(alone)),
             Job("ddp-grown", config(folder, "ddp-grown", batch_size=6), start_from=str(alone)),
             Job("ddp-changed", config(folder, "ddp-changed", batch_size=5), str(alone)),
@@ -175,6 +199,18 @@ def test_two_processes_train_like_one(ddp: Any, folder: Path, alone: Path) -> No
     """Accumulated, packed, with ragged numbers of targets: the same curve, figures and weights."""
     assert_same_run(folder / "ddp", alone)
     assert seen(ddp, "ddp") == samples(folder, 0, STEPS * SEQUENCES_PER_STEP)
+
+
+def test_two_processes_align_like_one(
+    ddp: Any, folder: Path, aligned: dict[str, TrainConfig]
+) -> None:
+    """A student of another tokenizer: the same curve, figures per byte and weights."""
+    assert all(not process["ddp-aligned"]["error"] for process in ddp), ddp
+    figures = train(aligned["one"])
+    assert_same_run(folder / "ddp-aligned", folder / "aligned-alone")
+    found = json.loads((folder / "ddp-aligned/summary.json").read_text())
+    for name in ("heldout_bits_per_byte", "heldout_divergence_per_byte"):
+        assert found[name] == pytest.approx(figures[name], rel=1e-4)
 
 
 def test_one_process_goes_on_as_two(ddp: Any, folder: Path, alone: Path) -> None:

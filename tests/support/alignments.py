@@ -220,6 +220,70 @@ def with_spaces(vocab_size: int = 330) -> Any:
     )
 
 
+def unigram(prepend_scheme: Any = "always", *, fallback: bool = True) -> Any:
+    """A Unigram as of sentencepiece, whose pre-tokenizer puts the space; perhaps byte fallback."""
+    trained = tokenizers.Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    trained.train_from_iterator(
+        SAMPLE_TEXTS[:2] * 2,
+        trainers.UnigramTrainer(
+            vocab_size=60,
+            special_tokens=["<unk>", "<s>", END],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    scores = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["vocab"]]
+    scores[3:3] = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)] if fallback else []
+    backend = tokenizers.Tokenizer(models.Unigram(scores, 0, fallback))
+    backend.pre_tokenizer = trained.pre_tokenizer
+    spaces = decoders.Metaspace(prepend_scheme=prepend_scheme)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), spaces])
+    backend.add_special_tokens(["<unk>", "<s>", END])
+    return SimpleNamespace(
+        backend_tokenizer=backend, special_tokens_map={"eos_token": END, "unk_token": "<unk>"}
+    )
+
+
+def by_regex(vocab_size: int = 330) -> Any:
+    """A byte-level BPE that cuts as those of tiktoken do: by an expression of its own."""
+    tokenizer = byte_level(vocab_size)
+    expression = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(expression), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def with_prefix_space() -> Any:
+    """A byte-level BPE that puts a space before a text, and leaves it there when it decodes."""
+    tokenizer = byte_level(330)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def with_added_tokens(tokenizer: Any) -> Any:
+    """The same with added tokens that are text."""
+    tokenizer.backend_tokenizer.add_tokens(["  ", "brown fox", "<tool>", "日本"])
+    return tokenizer
+
+
+FAMILIES = {
+    "byte-level that puts a space": with_prefix_space,
+    "byte-level by an expression": by_regex,
+    "byte-level with added tokens": lambda: with_added_tokens(byte_level(330)),
+    "spaces": with_spaces,
+    "spaces with added tokens": lambda: with_added_tokens(with_spaces()),
+    "unigram, always": lambda: unigram("always"),
+    "unigram, first": lambda: unigram("first"),
+    "unigram, never": lambda: unigram("never"),
+}
+"""Tokenizers that lose no text, but for marks of spaces."""
+
+
 def text_rows(texts: Sequence[str], tokenizer: Any) -> Any:
     """Sequences of texts, as far as their tokens go."""
     backend = tokenizer.backend_tokenizer

@@ -10,13 +10,13 @@ from tests.support import ROOT
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    """By new bytes, with no temporary file left."""
+    """By new bytes, with no temporary file left; its folder is made if it is not there."""
     for data in (b"one", b"other"):
         publish_bytes(tmp_path / "file", data)
         assert (tmp_path / "file").read_bytes() == data
-    with pytest.raises(FileNotFoundError):
-        publish_bytes(tmp_path / "absent/file", b"")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    publish_bytes(tmp_path / "absent/file", b"one")
+    assert (tmp_path / "absent/file").read_bytes() == b"one"
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from decant.storage.cache.writer import write_cache
 from decant.storage.files.store import Store
 from decant.student_train import CacheStream
 from decant.student_train.alignment.aligner import Aligner
+from decant.student_train.alignment.token_bytes import TokenTable
 from decant.student_train.data.collate_events import collate_events, own_events
 from decant.student_train.losses import (
     DIVERGENCES,
@@ -255,6 +256,38 @@ def test_caches_and_tokenizers_that_cannot_be_aligned_are_refused(tmp_path: Path
         Aligner(reader, endless, where="student")
     with pytest.raises(ValueError, match=r"no token of .* has the bytes of any token of student"):
         Aligner(reader, alignments.letters([alignments.END, "thequick"]), where="student")
+
+
+@pytest.mark.parametrize("family", alignments.FAMILIES)
+def test_tokenizers_of_other_families_are_aligned(family: str, tmp_path: Path) -> None:
+    """On either side: nothing is left out, and the student reads the text that was scored."""
+    other = alignments.FAMILIES[family]()
+    texts = [
+        "the lazy dog 2017 日本 é",
+        "two  spaces\n\n tab\t",
+        "a quick brown fox",
+        "<tool> 👩‍👩",
+    ]
+    for teacher, student in ((TEACHER, other), (other, TEACHER)):
+        reader = cache_of(tmp_path / f"cache-{teacher is other}", texts, teacher)
+        found, figures = Aligner(reader, student, where="student").measured(rows_of(reader))
+        assert figures.left_out == 0, figures.examples
+        assert figures.targets_in_chunks > 0.5 * figures.targets
+        table = TokenTable.of(student, "student")
+        for text, start, stop in zip(texts, found.row_starts, found.row_starts[1:], strict=False):
+            read = table.text_of(found.token_id[start:stop].astype(int))
+            assert read.removeprefix(b" ") == text.encode()
+
+
+def test_text_that_the_teacher_could_not_say_is_left_out(tmp_path: Path) -> None:
+    """An unknown token is text that nobody knows, whatever the student's tokenizer names so."""
+    reader = cache_of(tmp_path / "cache", ["the dog 日本"], alignments.unigram(fallback=False))
+    student = alignments.unigram()
+    aligner = Aligner(reader, student, where="student")
+    with pytest.raises(
+        ValueError, match=r"token <unk> stands for text .*what was there is unknown"
+    ):
+        aligner.refuse(aligner.measured(rows_of(reader))[1])
 
 
 def test_messages_that_are_unknown_are_asked_for(tmp_path: Path) -> None:

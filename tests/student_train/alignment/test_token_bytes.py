@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
+from transformers import ByT5Tokenizer
 
 from decant.student_train.alignment.token_bytes import BASE, NO_BYTES, SPECIAL, TokenTable
 from tests.support import alignments
@@ -102,6 +103,8 @@ def test_tokenizers_without_a_table_are_refused() -> None:
         ValueError, match=r"of student has no tokenizer\.json that says which bytes"
     ):
         TokenTable.of(SimpleNamespace(special_tokens_map={}), "student")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"of student has no tokenizer\.json"):
+        TokenTable.of(ByT5Tokenizer(), "student")
     pieces = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}))
     with pytest.raises(ValueError, match="do not say which bytes they are"):
         TokenTable.of(SimpleNamespace(backend_tokenizer=pieces, special_tokens_map={}), "student")

@@ -1,0 +1,153 @@
+"""What the configuration of rounds refuses, before anything runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decant.storage.cli.config import parse_config
+from decant.student_train.rounds.blocks import dump_block, replay, train_block
+from decant.student_train.rounds.config import RoundsConfig
+from decant.student_train.rounds.run import check
+from tests.support import ROOT
+from tests.support.rounds import rounds_config
+from tests.support.trainings import STUDENT
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RoundsConfig:
+    """Rounds whose files need not exist."""
+    places = [tmp_path / name for name in ("out", "teacher", "student", "prompts.jsonl")]
+    places[2].mkdir()
+    return rounds_config(*places)
+
+
+def changed(config: RoundsConfig, block: str, path: str, value: Any) -> dict[str, Any]:
+    """The arguments of a config with a (dotted) key of a block set."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    *groups, last = path.split(".")
+    place = fields[block]
+    for name in groups:
+        place = place.setdefault(name, {})
+    place[last] = value
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("block", "path", "value", "message"),
+    [
+        ("dump", "output", "c", "dump.output must be left out"),
+        ("dump", "num_workers", 2, "dump.num_workers must be left out"),
+        ("dump", "extend", True, "dump.extend must be left out"),
+        ("dump", "source.generate.by", "x", "dump.source.generate.by must be left out"),
+        ("dump", "source.generate.n", 0, "dump.source.generate.n is missing"),
+        ("dump", "source.generate.n", "two", "'two': expected a whole number"),
+        ("dump", "source", "path", "dump.source is 'path': expected a group of keys"),
+        ("train", "output", "o", "train.output must be left out"),
+        ("train", "cache", "c", "train.cache must be left out"),
+        ("train", "epochs", 1, "train.epochs must be left out"),
+        ("train", "steps", 0, "train.steps is missing"),
+        ("train", "student.path", "", "first_sampler: teacher"),
+        ("train", "adapter.merge", False, "saves no whole student"),
+    ],
+)
+def test_keys_that_rounds_cannot_have_are_named(
+    config: RoundsConfig, block: str, path: str, value: Any, message: str
+) -> None:
+    """With the block they stand in, and the way out."""
+    with pytest.raises(ValueError, match=message):
+        RoundsConfig(**changed(config, block, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("steeps", 5, "train: .*steeps.*steps"),
+        ("loss.kind", "fkkl", "train: .*fkkl"),
+        ("loss.temperature", 2.0, "train.loss.temperature 2 is not among dump.temperatures"),
+        ("optimizer.lr", "fast", "train.optimizer.lr is 'fast'"),
+        ("mixture", [{"cache": "no/such", "weight": 1.0}], "no/such is no cache"),
+        ("student.path", "/no/such/student", "/no/such/student is not there"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_the_dump(
+    config: RoundsConfig, path: str, value: Any, message: str
+) -> None:
+    """Its block is read as the command reads it, before anything is sampled."""
+    with pytest.raises(ValueError, match=message):
+        check(RoundsConfig(**changed(config, "train", path, value)))
+
+
+def test_numbers_out_of_range_are_refused(config: RoundsConfig) -> None:
+    """Rounds, decays, parts."""
+    for name, value in (
+        ("rounds", 0),
+        ("prompt_parts", 0),
+        ("keep_rounds", -1),
+        ("replay_decay", 1.5),
+        ("lr_decay", 0.0),
+        ("output", "s3://bucket/rounds"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(config, **{name: value})
+
+
+def test_rounds_take_the_prompts_in_turn(config: RoundsConfig, tmp_path: Path) -> None:
+    """Part by part, with another seed each; each but the first with the student before it."""
+    config = dataclasses.replace(config, prompt_parts=2, first_sampler="teacher")
+    sources = [dump_block(config, number, tmp_path)["source"] for number in (1, 2, 3)]
+    assert [(one["part"], one["parts"]) for one in sources] == [(0, 2), (1, 2), (0, 2)]
+    assert [one["generate"]["seed"] for one in sources] == [0, 1, 2]
+    assert [one["generate"].get("by") for one in sources] == [
+        None,
+        *(f"{config.output}/round-00{number}/training/student" for number in (1, 2)),
+    ]
+
+
+def test_rates_fall_and_seeds_move_from_round_to_round(config: RoundsConfig) -> None:
+    """A training without a warmup gets one, as its optimizer begins anew."""
+    config = dataclasses.replace(
+        config,
+        lr_decay=0.5,
+        first_sampler="teacher",
+        train={**config.train, "student": {"config": STUDENT}, "seed": 7},
+    )
+    first, third = (train_block(config, n, Path("c"), Path("o"), []) for n in (1, 3))
+    assert first["optimizer"] == {"lr": 1e-2, "warmup_ratio": 0.1}
+    assert third["optimizer"]["lr"] == 2.5e-3
+    assert (first["seed"], third["seed"]) == (7, 9)
+    assert "config" in first["student"]
+    assert third["student"] == {"path": f"{config.output}/round-002/training/student"}
+
+
+def test_older_caches_weigh_less_and_end(config: RoundsConfig) -> None:
+    """Powers of the decay, of as many rounds as are kept and are there."""
+    five = [1, 2, 3, 4]
+    assert [(r.number, r.weight) for r in replay(config, 5, five)] == [
+        (4, 0.5),
+        (3, 0.25),
+        (2, 0.125),
+        (1, 0.0625),
+    ]
+    kept = dataclasses.replace(config, keep_rounds=3)
+    assert [r.number for r in replay(kept, 5, five)] == [4, 3]
+    assert [r.number for r in replay(kept, 5, [1, 2, 3])] == [3]
+    assert replay(dataclasses.replace(config, replay_decay=0.0), 5, five) == []
+    fixed = {**config.train, "mixture": [{"cache": "given", "weight": 2.0}]}
+    block = train_block(
+        dataclasses.replace(config, train=fixed), 2, Path("new"), Path("o"), [(Path("old"), 0.5)]
+    )
+    assert block["mixture"] == [
+        {"cache": "new", "weight": 1.0},
+        {"cache": "old", "weight": 0.5},
+        {"cache": "given", "weight": 2.0},
+    ]
+
+
+def test_the_example_is_taken() -> None:
+    """All but its paths, which are the reader's."""
+    (config,) = parse_config([RoundsConfig], ["--config", str(ROOT / "examples/train/rounds.yaml")])
+    config = dataclasses.replace(config, train={**config.train, "student": {"path": str(ROOT)}})
+    assert check(config).loss.kind == "rkl"
