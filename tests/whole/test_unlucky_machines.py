@@ -70,7 +70,7 @@ def problems(bench: Bench, scenario: Scenario, mode: Mode, trials: int) -> list[
     """What is wrong with how a scenario takes a misfortune, at some of its calls."""
     known = bench.undisturbed(scenario).calls
     wrong = []
-    for at in chosen(known, mode.kinds, trials, SEED):
+    for at in chosen(known, mode.kinds, round(trials * scenario.share), SEED):
         wrong += bench.problems(scenario, bench.fault(mode.kinds, at, mode.how, **mode.more))
     return wrong
 

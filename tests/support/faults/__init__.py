@@ -26,7 +26,7 @@ WRITES = ("create", "write", "sync", "truncate", "rename", "link", "mkdir", "clo
 """Kinds of calls that change what is on a disk."""
 READS = ("open", "read")
 EVERYTHING = (*WRITES, *READS, "unlink", "lock")
-SECONDS = 120
+SECONDS = 400
 """That a command may take."""
 
 

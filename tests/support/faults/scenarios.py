@@ -30,6 +30,7 @@ from decant.teacher_dump.inputs.config import GenerateConfig
 from tests.support import FIXTURES, models
 from tests.support.dumps import rows, save_config, save_records
 from tests.support.faults import Result
+from tests.support.rounds import rounds_config, save_prompts
 from tests.support.trainings import STUDENT
 
 
@@ -123,6 +124,12 @@ def save_given(folder: Path) -> Given:
         "eval": {"cache": str(folder / "others"), "every_steps": 1, "keep_best": "heldout_ce"},
         "student": {"config": STUDENT, "qat": {"scheme": "int4"}},
     }
+    models.save_teacher(folder / "student", seed=5, num_hidden_layers=1)
+    save_prompts(folder / "asked.jsonl")
+    rounds = rounds_config(
+        folder / "unset", given.teacher, folder / "student", folder / "asked.jsonl"
+    )
+    (folder / "rounds.yaml").write_text(json.dumps(dataclasses.asdict(rounds)))
     (folder / "train-more.yaml").write_text(json.dumps(everything))
     return given
 
@@ -161,6 +168,8 @@ class Scenario:
     made: str = ""
     """What a rerun may find there and refuse, once the command has done all: a command that makes
     something new, and was ended after it had its name."""
+    share: float = 1.0
+    """Of the trials of other scenarios, for one that takes long."""
     staging: str = ""
     """Where it leaves what the same command goes on from."""
 
@@ -214,6 +223,15 @@ def _training(folder: Path) -> Any:
         for path in sorted((folder / "run").rglob("student*/*.safetensors"))
     ]
     return known, weights, (folder / "run" / "summary.json").exists()
+
+
+def _rounds(folder: Path) -> Any:
+    lines = [
+        json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()
+    ]
+    students = sorted((folder / "run").rglob("student/model.safetensors"))
+    weights = [{name: value.tolist() for name, value in load_file(p).items()} for p in students]
+    return [line["round"] for line in lines], weights
 
 
 def _a_cache(of: str) -> Callable[[Given, Path], None]:
@@ -353,6 +371,14 @@ SCENARIOS = (
     ),
     Scenario(name="train", arguments=_train("train.yaml"), found=_training),
     Scenario(name="train-more", arguments=_train("train-more.yaml"), found=_training),
+    Scenario(
+        name="rounds",
+        arguments=lambda given, folder: [
+            *("rounds", "--config", given.folder / "rounds.yaml", "--output", folder / "run"),
+        ],
+        found=_rounds,
+        share=0.25,
+    ),
     Scenario(
         name="examples",
         arguments=lambda given, folder: ["examples", folder / "examples"],

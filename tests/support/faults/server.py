@@ -28,6 +28,7 @@ PRELOAD = (
     "decant.storage.inspect.collect",
     "decant.storage.inspect.html",
     "decant.student_train.loop",
+    "decant.student_train.rounds.run",
     "decant.student_train.verdict",
     "decant.teacher_dump.job.run",
     "decant.teacher_dump.planning.predict",
