@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from decant.storage.cli.terminal import megabytes
+from decant.storage.files.scratch import scratch_folder
 from decant.student_train.rounds import blocks
 from decant.student_train.rounds.config import RoundsConfig, group, number
 from decant.student_train.rounds.places import Places
@@ -58,7 +58,7 @@ def rehearse(config: RoundsConfig, run: Ask = ask) -> str:
     """A report for people. Raises what a round would raise before its first step."""
     check(config)
     output = Places(Path(config.output), 1)
-    with tempfile.TemporaryDirectory(prefix="decant-rounds-") as name:
+    with scratch_folder() as name:
         folder = Path(name)
         dump, train = folder / "dump.yaml", folder / "train.yaml"
         block = blocks.dump_block(config, 1, folder / "cache")

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from decant.schemas import Manifest
 from decant.storage import Store
 from decant.storage.cli.config import parse_config
 from decant.storage.files.durable import move, publish_bytes, temporary_for
+from decant.storage.files.scratch import scratch_folder
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.outputs.plots import draw
 from decant.student_train.rounds import blocks, records
@@ -95,7 +95,7 @@ def check(config: RoundsConfig) -> TrainConfig:
 
 def _parsed(block: dict[str, Any], output: Path) -> TrainConfig:
     """A training's configuration as its command reads it."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         file = Path(folder, "train.yaml")
         file.write_text(json.dumps(block))
         try:
