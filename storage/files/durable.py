@@ -150,8 +150,9 @@ def staged_file(target: Path) -> Iterator[Path]:
 def clear_left(target: Path) -> None:
     """Remove what killed processes have left of a file or directory: what nobody holds."""
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}")
-    for left in target.parent.iterdir():
-        if name.fullmatch(left.name):
+    with contextlib.suppress(OSError):  # a folder that may be written to, and not listed
+        beside = [left for left in target.parent.iterdir() if name.fullmatch(left.name)]
+        for left in beside:
             with contextlib.suppress(OSError, Held), locked(left, write=left.is_file()):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
