@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from decant.student_train.model.student import (
     load_student,
     student_vocab_size,
 )
-from decant.student_train.outputs.checkpoint import CHECKPOINTS, Checkpoints
+from decant.student_train.outputs.best import BEST
+from decant.student_train.outputs.checkpoint import CHECKPOINTS, Checkpoints, step_name
 from decant.student_train.outputs.metrics import METRICS
 from decant.student_train.outputs.resuming import (
     batch_record,
@@ -184,6 +186,10 @@ def finished(output: Path, config: TrainConfig, num_processes: int) -> dict[str,
             )
         return None
     refuse_other_batches(record.pop("batches"), batch_record(config, num_processes), str(output))
+    # A run that is killed after its last word leaves what it would have removed then.
+    if not config.save_every_steps:
+        shutil.rmtree(output / CHECKPOINTS / step_name(record["steps"]), ignore_errors=True)
+    shutil.rmtree(output / BEST, ignore_errors=True)
     log.info(
         "%s is complete already: nothing is trained. To train again, choose another output", output
     )

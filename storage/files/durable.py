@@ -34,7 +34,11 @@ def naming(path: str | os.PathLike[str], *instead_of: str | os.PathLike[str]) ->
     except OSError as error:
         named = None if error.filename is None else os.fspath(error.filename)
         if named is not None and named not in [os.fspath(other) for other in instead_of]:
-            raise
+            if error.errno is None or os.sep in named or not os.path.isdir(path):
+                raise
+            # Python removes what is in a folder by bare names, relative to a descriptor of it.
+            whole = os.path.join(path, named)
+            raise OSError(error.errno, os.strerror(error.errno), whole) from error
         if error.errno is None and type(error) is not OSError:  # our own, with all there is to say
             raise
         if number := _number(error):

@@ -21,6 +21,11 @@ CHECKPOINTS = "checkpoints"
 STATE = "decant.json"
 
 
+def step_name(step: int) -> str:
+    """Of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 class Checkpoints:
     """The checkpoints in one directory, `step-00000100/` and so on."""
 
@@ -82,7 +87,7 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """Where the one of a step goes."""
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_name(step)
 
     def remove(self, step: int) -> None:
         """Drop the one of a step, on the first process, once what it was kept for is done."""

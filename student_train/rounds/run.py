@@ -20,6 +20,7 @@ from decant.storage.cli.config import parse_config
 from decant.storage.files.durable import move, publish_bytes, temporary_for
 from decant.storage.files.scratch import scratch_folder
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.outputs.checkpoint import CHECKPOINTS
 from decant.student_train.outputs.plots import draw
 from decant.student_train.rounds import blocks, records
 from decant.student_train.rounds.changes import refuse_other_config, rounds_record
@@ -61,6 +62,8 @@ def run_rounds(config: RoundsConfig, start: Start = start_process) -> list[Round
         done = records.finished_rounds(output)
         if done:
             refuse_other_config(done[-1].config, common, config.output)
+        for one in done:
+            _remove_checkpoints(Places(output, one.number))
         if len(done) >= config.rounds:
             log.info("%s has its %d rounds already", output, len(done))
         for number in range(len(done) + 1, config.rounds + 1):
@@ -166,8 +169,13 @@ def _round(
         },
     )
     records.publish_round(output, record)
-    shutil.rmtree(places.training / "checkpoints", ignore_errors=True)
+    _remove_checkpoints(places)
     return record
+
+
+def _remove_checkpoints(places: Places) -> None:
+    """Remove those of a finished round, which nothing goes on from."""
+    shutil.rmtree(places.training / CHECKPOINTS, ignore_errors=True)
 
 
 def _refuse_useless(manifest: Manifest | None, places: Places, done: list[Round]) -> None:
