@@ -232,11 +232,11 @@ and the calibration error: the means that a training has in metrics.jsonl.
 
 --model takes any causal LM of the cache's tokenizer: a directory or hub id,
 also with quantised weights, a .gguf file, a PEFT adapter; with
---tokenizer-mismatch align of any other one, compared by bits per byte. It says how far the
-model is from the teacher: KL both ways, with bounds where ids are not kept,
-perplexity, top-1 agreement, acceptance, calibration, intervals over sequences,
-and the worst targets in context. Given twice, the paired differences of the
-two are added.
+--tokenizer-mismatch align of any other one, compared by bits per byte. It
+says how far the model is from the teacher: KL both ways, with bounds where ids
+are not kept, perplexity, top-1 agreement, acceptance, calibration, intervals
+over sequences, and the worst targets in context. Given twice, the paired
+differences of the two are added.
 
 --samples takes a cache over what a student samples (source.generate.by of a
 dump): the teacher's negative log likelihood of the samples (likelihood risk),

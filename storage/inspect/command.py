@@ -166,7 +166,7 @@ INSPECT = Command(
   decant inspect caches/large --sample 0.05       a twentieth of it: estimates
   decant inspect caches/large --sample 20         20 row groups
   decant inspect caches/demo --max-nats 0.5       which k costs at most that?
-  decant inspect caches/demo --max-bytes 60       which k fits 60 bytes a target?
+  decant inspect caches/demo --max-bytes 60       which k fits 60 bytes?
 
 Reads the cache once. While a dump is still running it reports the shards
 committed so far and says so. The figures of a complete cache in a directory are

@@ -117,6 +117,8 @@ def _round(
     places = Places(output, number)
     of = f"round {number} of {config.rounds}"
     first = blocks.student_of(config, number)
+    for folder in (output, places.folder):
+        Store(folder).remove_temporaries("")  # of a driver that was killed
     records.refuse_changed_student(places, first)
     _remove_older(config, places)
 

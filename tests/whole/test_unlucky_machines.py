@@ -198,7 +198,7 @@ NOWHERE: dict[str, str | None] = {"HOME": None, "TMPDIR": None, "XDG_CACHE_HOME"
 
 
 @pytest.mark.parametrize("name", ["dump", "inspect", "train"])
-@pytest.mark.parametrize("where", [NOWHERE, {"HOME": "/nowhere", "TMPDIR": "/nowhere"}])
+@pytest.mark.parametrize("where", [NOWHERE, {"HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere"}])
 def test_neither_home_nor_tmpdir_is_needed(
     machine: Machine, given: Given, tmp_path: Path, name: str, where: dict[str, str | None]
 ):
