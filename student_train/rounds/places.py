@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LINES = "rounds.jsonl"
+CHECKPOINTS = "checkpoints"  # of a training, by its own name
 PLOT = "rounds.png"
 STUDENT = "student"
 """A link to the student of the last finished round."""

@@ -20,12 +20,11 @@ from decant.storage.cli.config import parse_config
 from decant.storage.files.durable import move, publish_bytes, temporary_for
 from decant.storage.files.scratch import scratch_folder
 from decant.student_train.config.run import TrainConfig
-from decant.student_train.outputs.checkpoint import CHECKPOINTS
 from decant.student_train.outputs.plots import draw
 from decant.student_train.rounds import blocks, records
 from decant.student_train.rounds.changes import refuse_other_config, rounds_record
 from decant.student_train.rounds.config import RoundsConfig
-from decant.student_train.rounds.places import LINES, PLOT, STUDENT, Places
+from decant.student_train.rounds.places import CHECKPOINTS, LINES, PLOT, STUDENT, Places
 from decant.student_train.rounds.processes import (
     Start,
     command_words,
