@@ -73,7 +73,9 @@ def _number(error: BaseException, said: str) -> int | None:
             return number
         causes = causes.__cause__ or causes.__context__
     found = OF_RUST.search(said)
-    return int(found[1]) if found and int(found[1]) in KNOWN else None
+    if found and int(found[1]) in KNOWN:
+        return int(found[1])
+    return next((number for number in KNOWN if os.strerror(number) in said), None)
 
 
 def _place(error: BaseException) -> str:

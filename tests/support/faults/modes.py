@@ -24,6 +24,6 @@ MODES = {
     "quota": Mode(WRITES, errno.EDQUOT),
     "broken disk": Mode((*WRITES, *READS), errno.EIO),
     "read-only disk": Mode(NAMES, errno.EROFS, {"lasting": True}),
-    "no open file left": Mode(("open", "create"), errno.EMFILE, {"lasting": True}),
+    "no open file left": Mode(("open", "create"), errno.EMFILE),
 }
 KILLED = Mode((*WRITES, "unlink"), KILL)
