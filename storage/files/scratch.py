@@ -1,6 +1,7 @@
 """A temporary folder: what cannot be written into it says where it is, whatever the library."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -19,5 +20,8 @@ def scratch_folder() -> Iterator[str]:
         raise OSError(
             f"{error.strerror}: choose a folder that can be written to, export TMPDIR=FOLDER"
         ) from error
-    with folder as path, naming(path):
-        yield path
+    try:
+        with folder as path, naming(path):
+            yield path
+    finally:
+        shutil.rmtree(folder.name, ignore_errors=True)  # a disk that fails may do so once
