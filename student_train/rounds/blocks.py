@@ -55,9 +55,12 @@ def train_block(
     round_number: int,
     cache: Path,
     output: Path,
-    replayed: Sequence[tuple[Path, float]],
+    replayed: Sequence[Replay],
 ) -> dict[str, Any]:
-    """The keys of the train.yaml of a round: its cache, older ones with their weights."""
+    """The keys of the train.yaml of a round: its cache, older ones with their weights.
+
+    A preset of the loss is told whose prefixes each of them holds.
+    """
     block = copy.deepcopy(config.train)
     fixed = block.pop("mixture", None) or []
     student = group(block, "train.student")
@@ -71,10 +74,18 @@ def train_block(
         optimizer["warmup_ratio"] = WARMUP_RATIO
     block["optimizer"] = optimizer
     block["seed"] = number(block, "train.seed", 0) + round_number - 1
-    older = [{"cache": str(path), "weight": weight} for path, weight in replayed]
+    has_preset = bool(group(block, "train.loss").get("preset"))
+
+    def share(number: int, path: Path, weight: float) -> dict[str, Any]:
+        side = "student" if samples_by_student(config, number) else "teacher"
+        more = {"prefixes": side} if has_preset else {}
+        return {"cache": str(path), "weight": weight, **more}
+
+    output_of = Path(config.output)
+    older = [share(one.number, Places(output_of, one.number).cache, one.weight) for one in replayed]
     given: dict[str, Any]
-    if older or fixed:
-        given = {"mixture": [{"cache": str(cache), "weight": 1.0}, *older, *fixed]}
+    if older or fixed or has_preset:
+        given = {"mixture": [share(round_number, cache, 1.0), *older, *fixed]}
     else:
         given = {"cache": str(cache)}
     return {**given, "output": str(output), **block}

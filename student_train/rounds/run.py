@@ -139,7 +139,7 @@ def _round(
             str(one.number): one.weight for one in blocks.replay(config, number, _there(output))
         }
         mixture = records.pinned_mixture(places, wanted)
-        older = [(Places(output, int(one)).cache, weight) for one, weight in mixture.items()]
+        older = [blocks.Replay(int(one), weight) for one, weight in mixture.items()]
         block = blocks.train_block(config, number, places.cache, places.training, older)
         said = f" and those of rounds {', '.join(mixture)}" if mixture else ""
         log.info("%s: trains on its cache%s: %s", of, said, places.training)

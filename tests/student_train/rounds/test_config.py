@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from decant.storage.cli.config import parse_config
-from decant.student_train.rounds.blocks import dump_block, replay, train_block
+from decant.student_train.rounds.blocks import Replay, dump_block, replay, train_block
 from decant.student_train.rounds.config import RoundsConfig
 from decant.student_train.rounds.run import check
 from tests.support import ROOT
@@ -136,14 +136,28 @@ def test_older_caches_weigh_less_and_end(config: RoundsConfig) -> None:
     assert [r.number for r in replay(kept, 5, [1, 2, 3])] == [3]
     assert replay(dataclasses.replace(config, replay_decay=0.0), 5, five) == []
     fixed = {**config.train, "mixture": [{"cache": "given", "weight": 2.0}]}
-    block = train_block(
-        dataclasses.replace(config, train=fixed), 2, Path("new"), Path("o"), [(Path("old"), 0.5)]
-    )
+    config = dataclasses.replace(config, train=fixed)
+    block = train_block(config, 2, Path("new"), Path("o"), [Replay(1, 0.5)])
     assert block["mixture"] == [
         {"cache": "new", "weight": 1.0},
-        {"cache": "old", "weight": 0.5},
+        {"cache": f"{config.output}/round-001/cache", "weight": 0.5},
         {"cache": "given", "weight": 2.0},
     ]
+
+
+def test_a_preset_is_told_whose_prefixes_a_round_has(config: RoundsConfig) -> None:
+    """Those of the student, or of the teacher where that answered; the preset says what it lacks."""
+    train = {**config.train, "loss": {"preset": "rkl"}}
+    alone = dataclasses.replace(config, train=train)
+    assert check(alone).mixture[0].prefixes == "student"
+    with pytest.raises(ValueError, match="rkl is a loss of student prefixes"):
+        check(dataclasses.replace(alone, first_sampler="teacher"))
+    both = dataclasses.replace(config, train={**train, "loss": {"preset": "js"}})
+    with pytest.raises(ValueError, match="js needs caches of teacher prefixes and student"):
+        check(both)
+    warmed = dataclasses.replace(both, first_sampler="teacher")
+    block = train_block(warmed, 2, Path("new"), Path("o"), [Replay(1, 0.5)])
+    assert [one["prefixes"] for one in block["mixture"]] == ["student", "teacher"]
 
 
 def test_the_example_is_taken() -> None:
