@@ -146,7 +146,7 @@ def test_older_caches_weigh_less_and_end(config: RoundsConfig) -> None:
 
 
 def test_a_preset_is_told_whose_prefixes_a_round_has(config: RoundsConfig) -> None:
-    """Those of the student, or of the teacher where that answered; the preset says what it lacks."""
+    """Of the student, or of the teacher where that answered; the preset says what it lacks."""
     train = {**config.train, "loss": {"preset": "rkl"}}
     alone = dataclasses.replace(config, train=train)
     assert check(alone).mixture[0].prefixes == "student"
