@@ -73,11 +73,11 @@ def microbatch(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> 
     """Forward and backward of one microbatch: the step's last one exchanges gradients.
 
     FSDP exchanges them in each: without, every device would collect those of the whole student.
+    Accelerate's optimizer takes no step otherwise, and what it goes by is one for the process: a
+    trainer that stopped within a step may have left it so.
     """
-    if is_deepspeed(accelerator):
-        accelerator.sync_gradients = is_last
-        yield
-    elif is_last or shards_weights(accelerator):
+    accelerator.sync_gradients = is_last
+    if is_deepspeed(accelerator) or is_last or shards_weights(accelerator):
         yield
     else:
         with accelerator.no_sync(model):
@@ -114,7 +114,7 @@ def refuse_differing(ours: Mapping[str, Any]) -> None:
     said = gather_object([(socket.gethostname(), dict(ours))])
     where, first = said[0]
     for process, (host, theirs) in enumerate(said):
-        for name in sorted(first.keys() | theirs.keys()):
+        for name in (*first, *(name for name in theirs if name not in first)):
             if first.get(name) != theirs.get(name):
                 raise ValueError(
                     f"the processes do not agree: {name} is {first.get(name)!r} for process 0 (on "

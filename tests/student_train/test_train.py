@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decant.schemas import FormatError
@@ -114,6 +114,15 @@ def test_a_rerun_of_a_finished_run_changes_nothing(cache: Path, tmp_path: Path) 
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="seed: was 0, this run gives 3"):
         train(dataclasses.replace(done, seed=3))
+
+
+def test_what_another_trainer_has_left_changes_nothing(cache: Path, tmp_path: Path) -> None:
+    """One that stopped within a step leaves accelerate's optimizers of the process waiting."""
+    train(config(cache, tmp_path / "alone"))
+    GradientState()._set_sync_gradients(False)
+    train(config(cache, tmp_path / "after"))
+    alone, after = (weights(tmp_path / name) for name in ("alone", "after"))
+    assert all((alone[name] == after[name]).all() for name in alone)
 
 
 def test_a_checkpoint_of_another_config_is_refused(cache: Path, tmp_path: Path) -> None:
