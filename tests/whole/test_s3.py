@@ -502,9 +502,12 @@ def test_opening_takes_two_requests_and_a_row_group_one(server: Server, url: str
     written = [line for line in server.take() if line.startswith("PUT")]
     assert written == [f"PUT {name}.{end}" for name in names for end in ("parquet", "json")]
     assert writer.missing() == []
-    assert server.take() == ["LIST"]
+    none_renewed = ["LIST", "LIST"]  # s3fs looks twice for a folder that is not there
+    assert server.take() == ["LIST", *none_renewed]
     assert len(list(writer.committed())) == 7
-    assert sorted(server.take()) == sorted(["LIST", *(f"GET {name}.json" for name in names)])
+    assert sorted(server.take()) == sorted(
+        ["LIST", *none_renewed, *(f"GET {name}.json" for name in names)]
+    )
     writer.finalize()
     server.take()
     reader = CacheReader(url)
@@ -517,7 +520,8 @@ def test_opening_takes_two_requests_and_a_row_group_one(server: Server, url: str
         assert server.take() == expected
     assert verify(url).ok
     of_shard = 1 + 1 + 2  # its record, its size, its footer and the magic before the row groups
-    assert len(server.take()) == 4 + 2 + 7 * of_shard + len(groups)  # two listings
+    of_cache = 3 + 2  # its manifest, records and plan; a look for an extension's manifest
+    assert len(server.take()) == of_cache + 2 + 7 * of_shard + len(groups)  # two listings
 
 
 def test_what_others_write_is_seen_at_once(server: Server, url: str) -> None:
