@@ -313,7 +313,7 @@ def test_a_teacher_that_is_gone_is_gone_on_with(
 def test_a_service_that_is_gone_is_gone_on_with(config: RoundsConfig, teacher_path: Path) -> None:
     """A service that dies once the student has answered: an error; back again, the same round."""
     service = ServedTeacher(teacher_path)
-    teacher = {"engine": "http", "url": service.url, "wait_seconds": 0}
+    teacher = {"engine": "http", "endpoints": [service.url], "wait_seconds": 1}
     config = dataclasses.replace(config, rounds=1, dump={**config.dump, "teacher": teacher})
     answers = Places(Path(config.output), 1).cache / "generated"
     start = Forked()
