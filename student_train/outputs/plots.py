@@ -54,6 +54,7 @@ def draw(metrics: Path, target: Path, panels: Panels = PANELS, along: str = "ste
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         log.info("no %s: matplotlib is not installed (pip install 'decant[plots]')", target.name)
         return False
@@ -83,6 +84,7 @@ def draw(metrics: Path, target: Path, panels: Panels = PANELS, along: str = "ste
             _curve(axes, lines, name, along)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(along, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
         if len(names) > 1 or title in free:
             axes.legend(fontsize=8)

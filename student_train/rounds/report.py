@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decant.storage.cli.terminal import megabytes
+from decant.student_train.rounds.config import group
 from decant.student_train.rounds.places import STUDENT, Places
 from decant.student_train.rounds.records import Round
 
@@ -87,6 +88,11 @@ def closing_text(output: Path, records: Sequence[Round]) -> str:
     lines += ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     if not present:
         lines.append("no held-out figures: give train.eval.cache, the same for all rounds")
+    elif not group(group(last.config, "train"), "train.eval").get("cache"):
+        lines.append(
+            "held out of each round's own cache, so rounds are not measured on the same targets; "
+            "give train.eval.cache"
+        )
     return "\n".join(lines)
 
 

@@ -141,7 +141,7 @@ def _round(
         mixture = records.pinned_mixture(places, wanted)
         older = [blocks.Replay(int(one), weight) for one, weight in mixture.items()]
         block = blocks.train_block(config, number, places.cache, places.training, older)
-        said = f" and those of rounds {', '.join(mixture)}" if mixture else ""
+        said = f" and on those of earlier rounds ({', '.join(mixture)})" if mixture else ""
         log.info("%s: trains on its cache%s: %s", of, said, places.training)
         _write(places.train_config, block)
         words = training_words(config.launcher, places.train_config)
