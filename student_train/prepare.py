@@ -129,8 +129,8 @@ def refuse_disagreement(config: TrainConfig, accelerator: Accelerator) -> None:
             **{name: value for name, value in options.items() if not name.endswith(PATHS)},
             "the caches' ids": [reader.manifest.cache_id for reader in readers],
             "the caches' generations": generations_of(readers),
-            "summary.json in output": (output / SUMMARY).exists(),
             "checkpoints in output": [p.name for p in sorted(output.glob(f"{CHECKPOINTS}/step-*"))],
+            "summary.json in output": (output / SUMMARY).exists(),
         }
     )
 
