@@ -177,24 +177,35 @@ class TokenTable:
         return self.hashes[ids], ids
 
     @functools.cached_property
-    def _is_near(self) -> tuple[NDArray[np.bool_], np.uint64]:
-        """Whether a token's hash begins with these bits, and by how many others they are followed.
+    def _places(self) -> tuple[NDArray[np.int32], NDArray[np.bool_], np.uint64]:
+        """By the first bits of a hash: its place among those of text tokens, or -1; if several.
 
-        There are so many that few strings which are no token pass.
+        Also by how many other bits those are followed: so many are first that few strings which
+        are no token have a place.
         """
         known, _ = self._by_hash
         behind = np.uint64(64 - (16 * len(known) + 16).bit_length())
-        is_near = np.zeros(1 << (64 - int(behind)), np.bool_)
-        is_near[known >> behind] = True
-        return is_near, behind
+        places = np.full(1 << (64 - int(behind)), -1, np.int32)
+        bits = known >> behind
+        places[bits] = np.arange(len(known))
+        is_several = np.zeros(len(places), np.bool_)
+        is_several[bits[1:][bits[1:] == bits[:-1]]] = True
+        return places, is_several, behind
 
     def find(self, hashes: Hashes) -> Ids:
         """The token that has these bytes, or -1."""
-        is_near, behind = self._is_near
-        place = np.flatnonzero(is_near[hashes >> behind])
-        found = np.full(len(hashes), -1)
+        places, is_several, behind = self._places
         known, ids = self._by_hash
-        found[place] = _found(hashes[place], known, ids)
+        found = np.full(len(hashes), -1)
+        bits = hashes >> behind
+        at = places[bits]
+        near = np.flatnonzero(at >= 0)
+        at = at[near]
+        is_same = known[at] == hashes[near]
+        found[near[is_same]] = ids[at[is_same]]
+        others = near[~is_same]
+        others = others[is_several[bits[others]]]
+        found[others] = _found(hashes[others], known, ids)
         return found
 
     def paired_with(self, other: "TokenTable") -> NDArray[np.int32]:
