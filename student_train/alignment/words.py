@@ -26,6 +26,9 @@ LONGEST = 48
 MOST_ALONE = 64
 """Of a tokenizer with more added tokens that texts may spell out, whole texts are encoded."""
 
+MADE_BY_NFC = frozenset("K;`")
+"""The ASCII characters that it puts in place of others: the Kelvin sign, and marks of Greek."""
+
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -92,6 +95,8 @@ class Cuts:
         model, normalizer = described["model"], described["normalizer"]
         if model["type"] != "BPE" or model.get("dropout") or model.get("unk_token"):
             return None
+        if model.get("byte_fallback"):
+            return None
         if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             return None
         if normalizer not in (None, {"type": "NFC"}):
@@ -100,6 +105,8 @@ class Cuts:
         alone = [t["content"] for t in described["added_tokens"] if not t["special"]]
         if not words or len(alone) > MOST_ALONE or not all(text.isascii() for text in alone):
             return None
+        if normalizer and any(MADE_BY_NFC & {*text} for text in alone):
+            return None  # texts may spell them out in other characters
         pairs = _NO_WHITE[:, None] & _is(" ")
         pairs |= _LETTERS[:, None] & (_UNQUOTED | _WHITE)
         if words == "GPT-2":
@@ -227,11 +234,14 @@ class Words:
         text = b"".join(segments)
         if self._cuts.is_alone(text):
             return self._each(words)
-        (encoding,) = self._backend.encode_batch_fast([text.decode()], add_special_tokens=False)
+        said, normalizer = text.decode(), self._backend.normalizer
+        if normalizer is not None and normalizer.normalize_str(said) != said:
+            return self._each(words)  # whose bytes are not those of their tokens
+        (encoding,) = self._backend.encode_batch_fast([said], add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         ends = np.append(0, np.cumsum(self._lengths[ids]))
         wanted = np.cumsum([0, *map(len, segments)])
-        if ends[-1] != len(text):  # a normaliser changes it, or the vocabulary lacks a byte
+        if ends[-1] != len(text):  # the vocabulary lacks a byte
             return self._each(words)
         places = np.searchsorted(ends, wanted)
         assert (ends[places] == wanted).all(), "a token crosses a cut"
