@@ -155,7 +155,11 @@ def _part(
 
 def _absent(layout: Layout, cache: CacheReader) -> str:
     method = cache.manifest.truncation.method
-    return f"truncation.method {method!r} stores no log probs of kept entries"
+    return (
+        f"{cache.url} is of truncation.method {method!r}, which stores no log probs of kept "
+        f"entries: choose by {', '.join(sorted(known_figures(layout)))}, or score it again with "
+        "`decant rescore --method topk`"
+    )
 
 
 def _with_ids(hashes: NDArray, ids: Iterable[str], url: str) -> NDArray[np.bool_]:

@@ -43,6 +43,7 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
     """
     manifest = CacheReader(url).manifest
     sequences = manifest.sequences
+    _refuse_for_method(url, manifest.truncation, changes)
     truncation = _truncation(manifest.truncation, changes)
     without = not truncation.rule.has_logprobs
     more: dict[str, Any] = {}
@@ -93,6 +94,26 @@ def teacher_of(manifest: Manifest, teacher: TeacherConfig) -> TeacherConfig:
 
 OF_CACHE = "the cache's"
 """Path of a teacher that the cache names."""
+
+
+def _refuse_for_method(url: str, old: Truncation, changes: Changes) -> None:
+    """Raise ValueError, naming the cache, for changes that need entries where none are to be."""
+    rule = METHODS.get(changes.method or old.method)
+    if rule is None or rule.has_entries:
+        return
+    asked = [
+        f"--{name.replace('_', '-')}"
+        for name in ("k", "p", "min_k", "draws", "seed")
+        if getattr(changes, name) is not None
+    ]
+    if {*(changes.temperatures or ()), *changes.more_temperatures} - {1.0}:
+        asked.append("a temperature other than 1")
+    if asked:
+        what = f"{url} has" if changes.method is None else f"--method {changes.method} keeps"
+        raise ValueError(
+            f"{what} {rule.kept}, so {', '.join(asked)} would have no effect: keep entries, with "
+            "`decant rescore --method topk`"
+        )
 
 
 def _truncation(old: Truncation, changes: Changes) -> Truncation:
