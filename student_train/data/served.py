@@ -2,7 +2,7 @@
 
 import logging
 
-from decant.schemas import Manifest
+from decant.schemas import Manifest, Truncation
 from decant.storage import CacheReader
 from decant.storage.cache.lineage import SAMPLER
 from decant.student_train.config.loss import LossConfig
@@ -21,10 +21,18 @@ def refuse_unserved(loss: LossConfig, reader: CacheReader, *, aligned: bool = Fa
     `aligned` says that the student has another tokenizer. What is only unwise is logged.
     """
     manifest, url = reader.manifest, reader.url
-    rule, text = manifest.truncation.rule, manifest.truncation.text()
     if loss.kind in SAMPLED:
         _refuse_unsampled(loss, manifest, url, aligned=aligned)
-        return
+    else:
+        refuse_unkept(loss, manifest.truncation, url)
+
+
+def refuse_unkept(loss: LossConfig, truncation: Truncation, url: str) -> None:
+    """Raise ValueError, naming cache and kind, if so truncated targets lack what a kind looks at.
+
+    Not for kinds that look at the sampled token alone, which every cache has.
+    """
+    rule, text = truncation.rule, truncation.text()
     if rule.has_draws and (loss.kind != "fkl" or loss.tail != "bucket"):
         raise ValueError(
             f"{url} holds {text}, and sampled targets serve kind fkl with tail bucket (and opd), "

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -260,6 +261,30 @@ def test_a_student_that_changed_since_is_refused(
     assert start.commands == ["train"]
 
 
+def test_a_student_that_never_answered_may_be_another_one(
+    config: RoundsConfig, student_path: Path, tmp_path: Path
+) -> None:
+    """One without a tokenizer is refused; mended, or another, the same command goes on with it."""
+    student = tmp_path / "student"
+    models.build_model(seed=6, num_hidden_layers=1).save_pretrained(student)
+    config = dataclasses.replace(
+        config, rounds=1, train={**config.train, "student": {"path": str(student)}}
+    )
+    start = Forked(lambda number, name: _fail if name == "train" else None)
+    with pytest.raises(PhaseFailed):
+        run_rounds(config, start)
+    assert "its tokenizer must lie beside its weights" in start.said[0]
+    models.build_tokenizer().save_pretrained(student)
+    with pytest.raises(PhaseFailed, match="the training of round 1"):
+        run_rounds(config, start)
+    assert start.commands == ["dump", "dump", "train"]
+    other = dataclasses.replace(
+        config, train={**config.train, "student": {"path": str(student_path)}}
+    )
+    with pytest.raises(ValueError, match=rf"began with the student {student}, .* {student_path} n"):
+        run_rounds(other, start)
+
+
 def test_a_round_without_an_accepted_sample_is_an_error(
     config: RoundsConfig, tmp_path: Path
 ) -> None:
@@ -286,6 +311,19 @@ def test_a_command_that_fails_is_named(config: RoundsConfig) -> None:
     with pytest.raises(PhaseFailed, match="the dump of round 1 of 2 ended with code 2"):
         run_rounds(bad, start)
     assert "nowhere.jsonl" in start.said[0]
+
+
+def test_a_launcher_that_fails_says_nothing_of_the_data(config: RoundsConfig) -> None:
+    """Its code 1 is that of any failure of its processes, ours would be damaged data."""
+    config = dataclasses.replace(config, rounds=1, launcher="accelerate launch")
+    start = Forked(lambda number, _: functools.partial(sys.exit, 1) if number == 2 else None)
+
+    def through(words: Sequence[str]) -> Any:
+        is_launched = words[1] == "launch"
+        return start([sys.executable, *words[2:]] if is_launched else words)
+
+    with pytest.raises(PhaseFailed, match="the training of round 1 of 1 ended with code 1"):
+        run_rounds(config, through)
 
 
 def test_a_teacher_that_is_gone_is_gone_on_with(
