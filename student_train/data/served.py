@@ -21,6 +21,11 @@ def refuse_unserved(loss: LossConfig, reader: CacheReader, *, aligned: bool = Fa
     `aligned` says that the student has another tokenizer. What is only unwise is logged.
     """
     manifest, url = reader.manifest, reader.url
+    if loss.gap is not None and aligned:
+        raise ValueError(
+            f"loss.gap compares the probabilities of whole samples, and {url} is of another "
+            "tokenizer than the student's: leave it out there"
+        )
     if loss.kind in SAMPLED:
         _refuse_unsampled(loss, manifest, url, aligned=aligned)
     else:
@@ -40,6 +45,11 @@ def refuse_unkept(loss: LossConfig, truncation: Truncation, url: str) -> None:
         )
     if rule.has_entries:
         return
+    if loss.gap is not None:
+        raise ValueError(
+            f"loss.gap moves how p and q are mixed, and {url} holds {text}: leave it out, or dump "
+            "with truncation.method topk"
+        )
     if loss.kind in OF_SEVERAL_IDS:
         raise ValueError(
             f"loss.kind {loss.kind} compares several kept ids of a target, and {url} holds {text}: "

@@ -24,6 +24,7 @@ from decant.student_train.rounds.config import RoundsConfig
 from decant.student_train.rounds.places import Places
 from decant.student_train.rounds.processes import PhaseFailed
 from decant.student_train.rounds.records import Round
+from decant.student_train.rounds.rehearse import rehearse
 from decant.student_train.rounds.run import run_rounds
 from tests.support import models
 from tests.support.commands import command, end_before
@@ -108,6 +109,22 @@ def test_each_round_trains_the_student_that_answered(
     assert [line["round"] for line in lines] == [1, 2]
     assert (output / "rounds.png").stat().st_size > 1000
     assert not list(output.glob("round-*/training/checkpoints"))
+
+
+def test_a_rehearsal_tells_what_a_round_costs(config: RoundsConfig) -> None:
+    """Answers, bytes, and the training tried on a few; nothing stays, and nothing is started."""
+
+    def ask(words: Sequence[str]) -> str:
+        result = command(words[2], *words[3:])
+        assert result.code == 0, result.stderr
+        return result.stdout
+
+    report = rehearse(dataclasses.replace(config, rounds=3, keep_rounds=2), ask)
+    assert re.search(r"^rounds +3, each:\nanswers +about 12, 1 to a prompt$", report, re.M), report
+    assert re.search(r"^ +[0-9.]+ MB of caches on disk, of 2 rounds$", report, re.M), report
+    assert f"{Places(Path(config.output), 1).cache}\n" in report
+    assert "steps        4 of 4 sequences" in report and "epoch" not in report
+    assert not Path(config.output).exists()
 
 
 def test_done_rounds_are_not_done_again(
