@@ -17,6 +17,7 @@ from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
 from decant.student_train.losses.divergences import OUTSIDE, Divergence, outside_means
 from decant.student_train.losses.events import row_slices
+from decant.student_train.losses.kinds import SAMPLED
 from decant.student_train.losses.targets import MASKED_LOGIT
 
 NUM_BINS = 15
@@ -144,6 +145,8 @@ def sums_of_chunks(
         logits_RV = logits_of(rows)[:, :vocab_size].float()
         weights = [w[rows] if isinstance(w, Tensor) else w for w in weights_N]
         targets, options = part.targets[inside], part.terms.divergence()
+        if part.terms.kind in SAMPLED:
+            options |= {"clip": 0.0}  # nobody trains on these, and they may have no sampler
         kd_R = sparse_divergence(
             logits_RV, targets, labels=batch.labels[rows], vocab_size=vocab_size, **options
         )
