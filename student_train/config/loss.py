@@ -38,10 +38,6 @@ class LossTerms:
             f" + {self.ce_weight:g} cross-entropy"
         )
 
-    def default(self, option: str) -> Any:
-        """What an option of the kind is where it is not given."""
-        return KINDS[self.kind][option]
-
     def divergence(self) -> dict[str, Any]:
         """What `sparse_divergence` is asked for."""
         return {

@@ -13,6 +13,7 @@ from torch import Tensor
 from decant.student_train.config.loss import LossTerms, Terms, of_source
 from decant.student_train.data.batch import Batch
 from decant.student_train.evaluation.heldout_sums import rows_at_once
+from decant.student_train.losses.kinds import KINDS
 from decant.student_train.losses.skew import TEACHER_FIRST, lam_of_sequences
 
 
@@ -36,7 +37,8 @@ def with_lam(
         its = of_source(terms, source)
         if its.kind not in TEACHER_FIRST or run.start == run.stop:
             continue
-        lam_N[run] = its.options["lam"] if "lam" in its.options else its.default("lam")
+        lam = float(its.options.get("lam", KINDS[its.kind]["lam"]))
+        lam_N[run] = lam
         if its.gap is None:
             continue
         found = []
@@ -50,7 +52,7 @@ def with_lam(
             torch.cat(found),
             sequence_N,
             kind=its.kind,
-            lam=float(lam_N[run.start]),
+            lam=lam,
             gap=its.gap,
         )
     return dataclasses.replace(batch, lam=lam_N)

@@ -169,7 +169,7 @@ def aligned(
 
 def mixed(folder: Path, name: str, **changes: Any) -> TrainConfig:
     """A training on two caches, each with a loss of its own."""
-    own = OwnLoss(kind="skew_rkl", options={"lam": 0.2}, kd_weight=0.5, ce_weight=0.1)
+    own = OwnLoss(kind="skew_fkl", options={"lam": 0.2}, gap=0.05, kd_weight=0.5, ce_weight=0.1)
     shares = [
         CacheShare(cache=str(folder / "cache"), weight=5),
         CacheShare(cache=str(folder / "heldout"), weight=3, loss=own),
