@@ -4,6 +4,7 @@ Sums over targets, so that chunks, batches and processes add up; `metrics` turns
 Shape letters: N targets, R rows of a chunk, K slots, V vocabulary.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,13 @@ class HeldoutSums:
             }
         )
 
+    def without_agreement(self) -> "HeldoutSums":
+        """Without top-1 agreement: labels alone tell it only where the label is the likeliest."""
+        nothing = torch.zeros_like(self.agreeing)
+        return dataclasses.replace(self, agreeing=nothing, with_top1=nothing)
+
     def metrics(self) -> dict[str, float]:
-        """The means; without what draws alone do not tell: acceptance and top-1 agreement."""
+        """The means, without what draws or labels do not tell: acceptance, top-1 agreement."""
         count = max(float(self.targets), 1.0)
         ce = float(self.ce) / count
         gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
