@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 60.0
 """Between two lines where there is no terminal."""
+PAUSE_SECONDS = 1.0
+"""So long without news, and what comes next is a burst: a window of batches that is done at once.
+In the middle of one the rate says nothing: what is done has yet to be counted."""
 
 
 class Progress:
@@ -28,7 +31,7 @@ class Progress:
         self.done = self._initial = initial
         self._what, self._unit, self._total, self._bar = what, unit, total, bar
         self._every, self._note = every, ""
-        self._start = self._said = time.monotonic()
+        self._start = self._said = self._burst = self._last = time.monotonic()
 
     def add(self, number: int) -> None:
         """So much more is done."""
@@ -40,10 +43,17 @@ class Progress:
         if self._bar is not None:
             self._bar.total = self._total
             self._bar.update(done - self.done)
-        self.done = done
-        if self._bar is None and time.monotonic() - self._said >= self._every:
-            self._said = time.monotonic()
-            log.info("%s", self._line())
+            self.done = done
+            return
+        now, pause = time.monotonic(), min(PAUSE_SECONDS, self._every)
+        due = now - self._said >= self._every
+        if 0 < pause < now - self._last:
+            if due and self.done > self._initial:
+                self._say(self._last)  # of the burst before, at its end
+            self._burst, due = now, False
+        self.done, self._last = done, now
+        if due and now - self._burst >= pause:
+            self._say(now)
 
     def note(self, text: str) -> None:
         """Something to say beside the numbers, from now on."""
@@ -51,8 +61,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
-    def _line(self) -> str:
-        rate = (self.done - self._initial) / max(1e-9, time.monotonic() - self._start)
+    def _say(self, at: float) -> None:
+        """Log what was done at a time."""
+        self._said = time.monotonic()
+        log.info("%s", self._line(at))
+
+    def _line(self, at: float) -> str:
+        rate = (self.done - self._initial) / max(1e-9, at - self._start)
         text = f"{self._what}: {self.done:,}"
         if self._total:
             text += f" of {self._total:,} {self._unit} ({self.done / self._total:.0%})"

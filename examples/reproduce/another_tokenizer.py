@@ -13,6 +13,14 @@ of labels alone (labels), events with the forward KL (fkl), and these with half 
 with, gold and gold-even train by the rule of `gold.py`, which ranks what has no counterpart.
 Printed are bits per byte on held-out text, over all of it and over the tokens that hold digits, by
 mean and spread.
+
+With --student, a trained model goes on with its own tokenizer, as SmolLM2 with a part of its layers
+from a cache of another family's teacher. The ceiling is then `--ways own` with --train a cache of
+the same text by a teacher of that tokenizer, and the way none measures the student as it begins:
+
+    python -m examples.real.cut_student --teacher SMOLLM2 --out CUT --layers 0 7 14 22 29
+    python -m examples.reproduce.another_tokenizer --train CACHE --heldout CACHE --student CUT \
+        --steps 40 --batch-size 4 --lr 2e-4 --ways none ce fkl both gold
 """
 
 import argparse
@@ -67,23 +75,31 @@ def main() -> None:
     parser.add_argument("--heldout", default="build/real/cache-text-heldout", help="another one")
     parser.add_argument("--out", type=Path, default=Path("build/reproduce/another-tokenizer"))
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 16384], help="sizes")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *GOLD, "own"], default=[*WAYS, "own"])
+    parser.add_argument("--student", default="", help="a model to go on from, in place of BPEs")
+    choices = [*WAYS, *GOLD, "own", "none"]
+    parser.add_argument("--ways", nargs="+", choices=choices, default=[*WAYS, "own"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hidden", type=int, default=256, help="size of the students")
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
+    if "none" in args.ways and not args.student:
+        parser.error("--ways none measures a --student as it begins: name one")
     args.out.mkdir(parents=True, exist_ok=True)
     labels = args.out / "cache-labels"
     if "labels" in args.ways and not (labels / "manifest.json").exists():
         labels_alone(args.train, labels)
     print(f"{'tokenizer':<12}{'way':<10}{'bits per byte':>16}{'on digits':>16}")
-    for vocab, way in itertools.product(args.vocab, args.ways):
-        if way == "own" and vocab != args.vocab[0]:
+    for vocab, way in itertools.product([0] if args.student else args.vocab, args.ways):
+        if way == "own" and vocab not in (0, args.vocab[0]):
             continue
-        found = [one(args, vocab, way, seed, labels) for seed in args.seeds]
-        name = "teacher's" if way == "own" else f"BPE {vocab:,}"
+        if way == "none":
+            found = [bits(args.student, args.heldout)]
+        else:
+            found = [one(args, vocab, way, seed, labels) for seed in args.seeds]
+        name = "its own" if args.student else "teacher's" if way == "own" else f"BPE {vocab:,}"
         shown = [spread([values[i] for values in found]) for i in range(2)]
         print(f"{name:<12}{way:<10}{shown[0]:>16}{shown[1]:>16}", flush=True)
 
@@ -92,9 +108,7 @@ def one(
     args: argparse.Namespace, vocab: int, way: str, seed: int, labels: Path
 ) -> tuple[float, float]:
     """Train one student; its bits per byte on held-out text, and on the digits in it."""
-    tokenizer = str(args.out / f"tokenizer-{vocab}")
-    if way != "own" and not Path(tokenizer).exists():
-        save_tokenizer(args.train, vocab, tokenizer)
+    own = way == "own"
     config: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": args.hidden,
@@ -104,10 +118,17 @@ def one(
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     }
-    own = way == "own"
-    student = StudentConfig(config=config, tokenizer="" if own else tokenizer)
-    output = args.out / f"{way}-{vocab}-{seed}-{args.steps}"
-    optimizer = OptimizerConfig(lr=1e-3, warmup_ratio=0.05)
+    if args.student:
+        student = StudentConfig(path=args.student, tokenizer=args.student)
+    elif own:
+        student = StudentConfig(config=config)
+    else:
+        tokenizer = str(args.out / f"tokenizer-{vocab}")
+        if not Path(tokenizer).exists():
+            save_tokenizer(args.train, vocab, tokenizer)
+        student = StudentConfig(config=config, tokenizer=tokenizer)
+    output = args.out / f"{way}-{Path(args.student).name or vocab}-{seed}-{args.steps}"
+    optimizer = OptimizerConfig(lr=args.lr, warmup_ratio=0.05)
     trained = output / "student"
     if way in GOLD:
         if not trained.exists():

@@ -156,9 +156,8 @@ def _part(
 def _absent(layout: Layout, cache: CacheReader) -> str:
     method = cache.manifest.truncation.method
     return (
-        f"{cache.url} is of truncation.method {method!r}, which stores no log probs of kept "
-        f"entries: choose by {', '.join(sorted(known_figures(layout)))}, or score it again with "
-        "`decant rescore --method topk`"
+        f"truncation.method {method!r} stores no log probs of kept entries; {cache.url} gives "
+        f"{', '.join(known_figures(layout))}"
     )
 
 

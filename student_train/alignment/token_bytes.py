@@ -72,6 +72,9 @@ class TokenTable:
     """Whether both hold behind a special token too."""
     names: dict[int, str]
     """The special tokens as they are written."""
+    swallows: Ids
+    """Tokens that take the white space beside them along, without saying so; bos and eos, which
+    stand around texts, are not among them."""
 
     @staticmethod
     def of(tokenizer: HasTokenizer, where: str, at_least: int = 0) -> "TokenTable":
@@ -292,6 +295,14 @@ def _table(
         puts_space=decoded == "a" and joined(bare) == b" a",
         puts_space_again=decoded == "a" and joined(behind[1:]) == b" a",
         names=names,
+        swallows=np.array(
+            [
+                index
+                for index, token in added.items()
+                if (token.lstrip or token.rstrip) and index not in (special["bos"], special["eos"])
+            ],
+            np.int64,
+        ),
     )
 
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ PATTERNS = (
 The pattern of GPT-2, which `ByteLevel` has, does neither."""
 
 
-def _is(characters: str | bytes | range) -> NDArray[np.bool_]:
+def _is(characters: Iterable[str | int]) -> NDArray[np.bool_]:
     found = np.zeros(256, np.bool_)
     found[np.array([ord(c) if isinstance(c, str) else c for c in characters], np.int64)] = True
     return found

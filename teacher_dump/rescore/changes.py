@@ -43,9 +43,15 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
     """
     manifest = CacheReader(url).manifest
     sequences = manifest.sequences
-    _refuse_for_method(url, manifest.truncation, changes)
-    truncation = _truncation(manifest.truncation, changes)
+    truncation = _truncation(manifest.truncation, changes, url)
     without = not truncation.rule.has_logprobs
+    if without and [*changes.more_temperatures, *(changes.temperatures or [])] not in ([], [1.0]):
+        raise ValueError(
+            f"{url} holds {manifest.truncation.text()}"
+            + f", and method {truncation.method} would be stored" * bool(changes.method)
+            + ": other temperatures than 1 need log probs of kept entries. `decant rescore` with "
+            "--method topk and each --temperature scores it with both"
+        )
     more: dict[str, Any] = {}
     if shard_targets := changes.shard_targets or sequences.get("shard_targets"):
         more["shard_targets"] = int(shard_targets)
@@ -96,28 +102,10 @@ OF_CACHE = "the cache's"
 """Path of a teacher that the cache names."""
 
 
-def _refuse_for_method(url: str, old: Truncation, changes: Changes) -> None:
-    """Raise ValueError, naming the cache, for changes that need entries where none are to be."""
-    rule = METHODS.get(changes.method or old.method)
-    if rule is None or rule.has_entries:
-        return
-    asked = [
-        f"--{name.replace('_', '-')}"
-        for name in ("k", "p", "min_k", "draws", "seed")
-        if getattr(changes, name) is not None
-    ]
-    if {*(changes.temperatures or ()), *changes.more_temperatures} - {1.0}:
-        asked.append("a temperature other than 1")
-    if asked:
-        what = f"{url} has" if changes.method is None else f"--method {changes.method} keeps"
-        raise ValueError(
-            f"{what} {rule.kept}, so {', '.join(asked)} would have no effect: keep entries, with "
-            "`decant rescore --method topk`"
-        )
-
-
-def _truncation(old: Truncation, changes: Changes) -> Truncation:
+def _truncation(old: Truncation, changes: Changes, url: str) -> Truncation:
     """The old truncation with the changes; of another method what that has no effect on is left."""
+    if changes.k is not None and not changes.method and not old.rule.has_entries:
+        raise ValueError(f"--k {changes.k}: {url} holds {old.text()}; name --method topk beside it")
     given = {
         name: getattr(changes, name)
         for name in ("k", "p", "min_k", "draws", "seed")

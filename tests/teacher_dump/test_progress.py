@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
@@ -67,6 +68,23 @@ def test_off_a_terminal_lines_say_rate_and_time_left(
     assert re.fullmatch(
         r"score: 2,000 of 4,000 targets \(50%\), [\d,]+ targets/s, 0 s left; 3 sequences", line
     )
+
+
+def test_what_comes_in_bursts_is_said_at_their_ends(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of one, ten times as much would seem to be left as there is."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level(logging.INFO)
+    with progress("score", "sequences", total=40, every=0.05) as bar:
+        for _ in range(4):
+            time.sleep(0.2)
+            for _ in range(10):
+                bar.add(1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" sequences")[0] for line in lines] == [
+        f"score: {done} of 40" for done in (10, 20, 30)
+    ]
 
 
 def test_without_a_total_the_rate_alone_is_said(

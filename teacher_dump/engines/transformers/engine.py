@@ -6,7 +6,8 @@ Shapes: B sequences in a batch, L padded length, H hidden, N targets of a batch,
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ WINDOW_BATCHES = 16
 """Sequences are sorted by length within windows of this many batches, then put back in order."""
 WINDOW_BYTES = 128 << 20
 """Kept entries of a window, which wait for its end: it has fewer batches where K is large."""
+SAY_EVERY_SECONDS = 60.0
+"""Between two lines that say how far a window has come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +131,7 @@ class TransformersEngine:
             left = sorted(window, key=lambda i: -len(sequences[i].input_ids))
             done: dict[int, ScoredSequence] = {}
             flying: Flight | None = None
+            said = started = time.monotonic()
             while left or flying:
                 launched = self._launch(sequences, left, first_sequence) if left else None
                 # The device is at work on the next batch while this one is taken apart.
@@ -135,6 +139,9 @@ class TransformersEngine:
                     done.update(_landed(flying, sequences))
                 flying = launched
                 left = left[len(launched.batch) :] if launched else []
+                if left and done and time.monotonic() - said >= SAY_EVERY_SECONDS:
+                    said = time.monotonic()
+                    _say(done.values(), len(members), said - started)
             for index in window:
                 yield done.pop(index)
 
@@ -255,6 +262,12 @@ class TransformersEngine:
         if self._head is not None:
             return self._model.base_model(**inputs).last_hidden_state
         return self._model(**inputs).logits
+
+
+def _say(done: Collection[ScoredSequence], total: int, seconds: float) -> None:
+    """Log how far a window has come, which is given whole, on a slow teacher after minutes."""
+    rate = sum(scored.num_targets for scored in done) / seconds
+    log.info("teacher: %d of the next %d sequences scored, %.0f targets/s", len(done), total, rate)
 
 
 def _landed(flight: Flight, sequences: Sequence[TokenSequence]) -> dict[int, ScoredSequence]:
