@@ -135,7 +135,12 @@ def _swallowing(rows: StoredRows, sequences: list[int], teacher: TokenTable) -> 
     if not len(teacher.swallows):
         return {}
     found: dict[int, str] = {}
-    places = np.flatnonzero(np.isin(rows.token_id, teacher.swallows))
+    is_frame = np.zeros(len(rows.token_id), np.bool_)
+    starts = rows.row_starts[:-1][np.diff(rows.row_starts) > 0]
+    ends = rows.row_starts[1:][np.diff(rows.row_starts) > 0] - 1
+    is_frame[starts] = rows.token_id[starts] == teacher.bos
+    is_frame[ends] |= rows.token_id[ends] == teacher.eos
+    places = np.flatnonzero(np.isin(rows.token_id, teacher.swallows) & ~is_frame)
     wanted = set(sequences)
     for place in places.tolist():
         sequence = int(np.searchsorted(rows.row_starts, place, side="right")) - 1

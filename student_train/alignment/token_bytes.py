@@ -73,8 +73,8 @@ class TokenTable:
     names: dict[int, str]
     """The special tokens as they are written."""
     swallows: Ids
-    """Tokens that take the white space beside them along, without saying so; bos and eos, which
-    stand around texts, are not among them."""
+    """Tokens that take the white space beside them along, without saying so, where a text spells
+    them out; not where bos or eos is put around a text."""
 
     @staticmethod
     def of(tokenizer: HasTokenizer, where: str, at_least: int = 0) -> "TokenTable":
@@ -296,12 +296,7 @@ def _table(
         puts_space_again=decoded == "a" and joined(behind[1:]) == b" a",
         names=names,
         swallows=np.array(
-            [
-                index
-                for index, token in added.items()
-                if (token.lstrip or token.rstrip) and index not in (special["bos"], special["eos"])
-            ],
-            np.int64,
+            [index for index, token in added.items() if token.lstrip or token.rstrip], np.int64
         ),
     )
 

@@ -306,6 +306,19 @@ def test_a_token_that_swallows_white_space_leaves_a_text_out(side: str, tmp_path
         assert figures.examples[0].startswith(f"text-0: {reason}")
 
 
+def test_an_end_token_that_swallows_white_space_is_known_only_at_the_end(tmp_path: Path) -> None:
+    """Put behind a text it takes nothing; inside one, nobody knows what was beside it."""
+    greedy = alignments.byte_level(380)
+    end = alignments.END
+    greedy.backend_tokenizer.add_special_tokens([AddedToken(end, rstrip=True)])
+    reader = cache_of(tmp_path / "cache", [f"the{end}  dog", "the lazy dog"], greedy, end=True)
+    aligner = Aligner(reader, STUDENT, where="student")
+    assert len(aligner.matching.teacher.swallows) == 1
+    figures = aligner.measured(rows_of(reader))[1]
+    assert figures.left_out == 1
+    assert figures.examples[0].startswith(f"text-0: the teacher's token {end} swallows")
+
+
 def test_messages_that_are_unknown_are_asked_for(tmp_path: Path) -> None:
     """A special token of a chat template has no counterpart: it never becomes text."""
     chatty = alignments.byte_level(380)
