@@ -104,13 +104,18 @@ OF_CACHE = "the cache's"
 
 def _truncation(old: Truncation, changes: Changes, url: str) -> Truncation:
     """The old truncation with the changes; of another method what that has no effect on is left."""
-    if changes.k is not None and not changes.method and not old.rule.has_entries:
-        raise ValueError(f"--k {changes.k}: {url} holds {old.text()}; name --method topk beside it")
     given = {
         name: getattr(changes, name)
         for name in ("k", "p", "min_k", "draws", "seed")
         if getattr(changes, name) is not None
     }
+    if given and not changes.method and not old.rule.has_entries:
+        asked = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        able = [name for name, rule in METHODS.items() if {*given} <= {*rule.options}]
+        able = able or [name for name, rule in METHODS.items() if rule.has_entries]
+        raise ValueError(
+            f"{asked}: {url} holds {old.text()}; name --method {' or '.join(able)} beside it"
+        )
     method = changes.method or old.method
     if method not in METHODS:
         raise ValueError(f"--method {method!r} is not one of {tuple(METHODS)}")

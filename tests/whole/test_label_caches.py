@@ -30,6 +30,7 @@ REFUSED = {
     "subset {cache} {out} --where mean_entropy<3": "cross_entropy",
     "merge {cache} {entries} {out}": "truncation.method",
     "rescore {cache} {out} --k 8 --dry-run": "--method topk",
+    "rescore {cache} {out} --draws 8 --dry-run": "--method sample",
     "rescore {cache} {out} --temperature 1 --temperature 2 --dry-run": "--method topk",
     "add-temperature {cache} {out} --temperature 2 --dry-run": "--method topk",
 }
