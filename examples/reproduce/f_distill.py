@@ -1,4 +1,4 @@
-"""f-DISTILL (arXiv 2307.15190): its four divergences, its baselines, its risks, its offline samples.
+"""f-DISTILL (arXiv 2307.15190): its four divergences, baselines, risks and offline samples.
 
     python -m examples.reproduce.f_distill --seeds 3
     python -m examples.reproduce.f_distill --work build/f-distill-real --seeds 1 --rate 1e-4 \
@@ -14,7 +14,7 @@ mle, seqkd    cross-entropy on the data, and on the teacher's samples
 kl-data, kl   forward KL on the prefixes of the data, and of the teacher's samples
 rkl           reverse KL on the student's samples
 js, tvd       half of each; on twice as many samples
-kl-anew       kl whose samples are passed once: the teacher answers as often as there are passes
+kl-anew       kl on about as many samples of each prompt as kl passes its one
 rkl-rounds    rkl by `decant rounds`, which answers each prompt once, a part of them in each round
 
 The rate of each is the one, of a grid that follows its best, at which it makes its own objective
