@@ -2,7 +2,7 @@
 
 Differences are of pairs: the same seed, so the same prompts. A claim holds where the difference has
 the claimed sign with every seed, fails where it has it with none, and is open otherwise; an
-equality holds where the difference has both signs.
+equality holds where the difference has both signs. One seed leaves all of them open.
 """
 
 import argparse
@@ -137,6 +137,8 @@ def verdict(gaps: Sequence[float], sign: int) -> str:
         ahead = sum(gap > 0 for gap in gaps)
         said = "open" if len(gaps) < 2 else "no" if ahead in (0, len(gaps)) else "yes"
         return f"{said}, {ahead} of {len(gaps)} above"
+    if len(gaps) < 2:
+        return "open, it does" if sign * gaps[0] > 0 else "open, it does not"
     agree = sum(sign * gap > 0 for gap in gaps)
     said = "yes" if agree == len(gaps) else "open" if agree else "no"
     return f"{said}, {agree} of {len(gaps)}"
@@ -155,7 +157,7 @@ def report(lines: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
         scored = round(statistics.mean(x.get("scored", 0) for x in its))
         rows.append([variant, len(its), f"{its[-1]['rate']:g}", f"{scored:,}", *cells])
     header = ["variant", "seeds", "rate", "scored targets", *[NAMES[name] for name in shown]]
-    parts = [table(header, rows), "a minus b, of the same seed; yes: with every seed"]
+    parts = [table(header, rows), "a minus b, of the same seed; yes: with every seed, of several"]
     compared: list[list[object]] = []
     for claim in claims():
         gaps = differences(runs, claim)

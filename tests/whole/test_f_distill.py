@@ -53,6 +53,7 @@ def test_the_report_is_of_its_log(
         ([0.1, -0.2], 0, "yes"),
         ([0.1, 0.2], 0, "no"),
         ([0.1], 0, "open"),
+        ([0.1], 1, "open"),
     ],
 )
 def test_a_claim_holds_where_every_seed_agrees(gaps: list[float], sign: int, expected: str):
