@@ -59,6 +59,7 @@ def run(*words: object) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_a_training_its_card_and_its_evaluation(planted: Path, tmp_path: Path) -> None:
     """No log line, no report and no file beside the student holds one as it is."""
     fields = {
