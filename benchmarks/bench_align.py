@@ -4,14 +4,18 @@
     python benchmarks/bench_align.py --cache CACHE --tokenizer examples/demo/teacher
 
 Stream: targets of the cache per second of processor time, from files to targets that a loss takes,
-over whole passes, in pairs within one process, plain and aligned in turn; one thread reads. Of an
-aligned stream the first pass encodes every text, later ones remember the tokens. Step: forward and
-backward of the fused head on hidden states drawn at random, plain and aligned, with equally many
-rows; memory is the peak of resident memory above the inputs, gradients included. The vocabulary of
-both steps is `--vocab`, so that only the targets differ.
+over whole passes. Plain and aligned take turns at every row group, in one process and one thread.
+In the first pass of an aligned stream no text and no word was met before. The longer it is, the
+more words are known, until all are; in later passes all texts are, and their tokens are remembered.
+Tables of the vocabularies, which are made once, are no part of any. What the tokenizer alone takes
+for the texts, each encoded whole, is shown beside it. Step: forward and backward of the fused head
+on hidden states drawn at random, plain and aligned, with equally many rows; memory is the peak of
+resident memory above the inputs, gradients included. The vocabulary of both steps is `--vocab`, so
+that only the targets differ.
 """
 
 import argparse
+import copy
 import dataclasses
 import os
 import statistics
@@ -22,6 +26,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from common import peak_mb, save, status_mb
 
@@ -29,6 +34,8 @@ from decant.storage import CacheReader
 from decant.storage.cache.tokenizer_files import TokenizerFiles
 from decant.student_train import Batch, CacheStream
 from decant.student_train.alignment.aligner import Aligner
+from decant.student_train.alignment.encoder import REMEMBERED, Encoder
+from decant.student_train.data.stream import Found
 from decant.student_train.losses import EventTargets, SparseTargets, fused_linear_divergence
 
 
@@ -41,27 +48,38 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", required=True, help="the student's: a directory")
     parser.add_argument("--repeats", type=int, default=2, help="pairs of each measurement")
-    parser.add_argument("--passes", type=int, default=4, help="of each run of a stream")
-    parser.add_argument("--rows", type=int, default=2048, help="targets of a step")
+    parser.add_argument("--rows", type=int, default=2048, help="targets of a step; 0: no step")
     parser.add_argument("--vocab", type=int, default=8_000, help="of the student, in a step")
     parser.add_argument("--hidden", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(1)
     reader = CacheReader(args.cache)
     tokenizer = TokenizerFiles.read(args.tokenizer)
-    forgetful = Aligner(reader, tokenizer, where=args.tokenizer, remembered=0)
     aligner = Aligner(reader, tokenizer, where=args.tokenizer)
     rows: list[list[Any]] = []
-    for what, one in (("the first pass", forgetful), ("later passes", aligner)):
-        options: dict[str, dict[str, Any]] = {
-            "plain": {},
-            "aligned": {"alignment": lambda _, one=one: one, "vocab_size": one.vocab_size},
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in options}
-        for _ in range(args.repeats):
-            for name, given in options.items():
-                speeds[name].append(stream_speed(args, given))
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "aligned": {"alignment": lambda _: aligner, "vocab_size": aligner.vocab_size},
+    }
+    passes(args, options)
+    found: dict[str, list[dict[str, float]]] = {
+        what: [] for what in ("the first pass", "its words known", "later passes")
+    }
+    whole = []
+    for _ in range(args.repeats):
+        aligner = forgetful(aligner, tokenizer, 0)
+        found["the first pass"].append(passes(args, options))
+        found["its words known"].append(passes(args, options))
+        aligner = forgetful(aligner, tokenizer, REMEMBERED)
+        passes(args, options)
+        found["later passes"].append(passes(args, options))
+        whole.append(encoding_speed(reader, aligner, tokenizer))
+    for what, each in found.items():
+        speeds = {name: [one[name] for one in each] for name in options}
         report(rows, f"stream, targets/s of a core, {what}", speeds)
+    print(f"{'the tokenizer alone, texts whole':<44}{statistics.median(whole):>28,.2f}")
+    if not args.rows:
+        return
 
     batches = {name: rows_of(args, given) for name, given in options.items()}
     seconds: dict[str, list[float]] = {name: [] for name in options}
@@ -84,22 +102,43 @@ def report(rows: list[list[Any]], what: str, found: dict[str, list[float]]) -> N
     print(f"{what:<44}{values[0]:>14,.2f}{values[1]:>14,.2f}  aligned/plain {ratio:.2f}")
 
 
-def stream_speed(args: argparse.Namespace, options: dict[str, Any]) -> float:
-    """Targets of the cache per second of processor time, after a pass that is not timed."""
-    stream = CacheStream(args.cache, batch_size=16, threads=1, **options)
-    targets = stream.reader.manifest.num_targets
-    batches = iter(stream)
+def forgetful(aligner: Aligner, tokenizer: TokenizerFiles, room: int) -> Aligner:
+    """The same with its tables, without a memory of words and texts; room is for texts to come."""
+    other = copy.copy(aligner)
+    other._encode = Encoder(tokenizer, special_as_text=True, remembered=room)
+    return other
 
-    def take(sequences: int) -> None:
-        for _ in range(-(-sequences // stream.batch_size)):
-            _ = next(batches).targets
 
-    take(stream.num_sequences)
+def encoding_speed(reader: CacheReader, aligner: Aligner, tokenizer: TokenizerFiles) -> float:
+    """Targets of the cache per second of processor time that encoding its texts takes."""
+    teacher, backend = aligner.matching.teacher, tokenizer.backend_tokenizer
+    texts = []
+    for group in reader.row_groups():
+        rows = reader.read_stored(group)
+        ids = np.split(rows.token_id.astype(np.int64), rows.row_starts[1:-1])
+        texts.append([teacher.text_of(one).decode(errors="ignore") for one in ids])
     started = time.process_time()
-    take(args.passes * stream.num_sequences)
-    seconds = time.process_time() - started
-    batches.close()
-    return args.passes * targets / seconds
+    for some in texts:
+        backend.encode_batch_fast(some, add_special_tokens=False)
+    return reader.manifest.num_targets / (time.process_time() - started)
+
+
+def passes(args: argparse.Namespace, options: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Targets of the cache per second of processor time, of each kind of stream."""
+    streams = {
+        name: CacheStream(args.cache, batch_size=16, **given) for name, given in options.items()
+    }
+    seconds = dict.fromkeys(streams, 0.0)
+    for group in streams["plain"].reader.row_groups():
+        for name, stream in streams.items():
+            started = time.process_time()
+            rows = stream.read(group)
+            every = [Found(rows, member, 0) for member in range(len(rows))]
+            for first in range(0, len(every), stream.batch_size):
+                _ = stream.collate(every[first : first + stream.batch_size]).targets
+            seconds[name] += time.process_time() - started
+    targets = streams["plain"].reader.manifest.num_targets
+    return {name: targets / spent for name, spent in seconds.items()}
 
 
 def rows_of(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, torch.Tensor]:

@@ -11,6 +11,8 @@ way of their block. What would not fit into memory is left out and listed.
     naive          linear, then sparse_divergence (or cross_entropy) on all [N, V] logits
     checkpointed   the same over chunks of rows, each recomputed in backward
     ours           fused_linear_divergence
+    two_losses     fused_linear_divergences: half of the targets with the case's kind, half with rkl
+    four_losses    likewise a quarter each with that, rkl, skew_fkl and tvd
     liger_jsd      Liger's chunked LigerFusedLinearJSDLoss, beta 0, not compiled; a dense teacher
     trl            TRL's ChunkedDivergenceFunction, beta 0; a dense teacher
     torch_ce       torch.nn.functional.linear_cross_entropy, chunked
@@ -40,8 +42,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from decant.student_train.losses import (
+    LossPart,
     SparseTargets,
     fused_linear_divergence,
+    fused_linear_divergences,
     sparse_divergence,
 )
 from decant.student_train.losses.fused import CHUNK_BYTES, MIN_CHUNK_ROWS
@@ -54,7 +58,9 @@ CASES = {  # kind, temperature, kd_weight, ce_weight, dtype
     "ce": ("fkl", 1.0, 0.0, 1.0, torch.float32),
 }
 HIDDEN = 256
-GROUPS = ("loss", "peers", "slots", "rows")
+GROUPS = ("loss", "peers", "slots", "rows", "mixture")
+MIXED = {"two_losses": ("rkl",), "four_losses": ("rkl", "skew_fkl", "tvd")}
+"""Ways with several losses, and those beside the case's own."""
 # Copies of the logits that the naive way holds at its peak, to tell beforehand what cannot fit.
 NAIVE_COPIES = 7
 COLUMNS = ("vocab", "targets", "slots", "hidden", "case", "way", "seconds", "time_ratio", "mib")
@@ -93,6 +99,11 @@ def blocks_of(vocab: int, groups: list[str], rounds: int) -> list[Block]:
         blocks += [
             Block(vocab, targets, 64, HIDDEN, "fkl", ("naive", "ours"))
             for targets in (4096, 8192, 16384)
+        ]
+    if "mixture" in groups:
+        blocks += [
+            Block(vocab, targets, 64, HIDDEN, "fkl", ("ours", *MIXED), rounds)
+            for targets in (2048, 512)
         ]
     return blocks
 
@@ -233,6 +244,25 @@ def step_of(block: Block, chunk: int | None) -> Callable[[], None]:
             chunk_size=chunk,
         ).loss
 
+    def mixed() -> Tensor:
+        kinds = (kind, *MIXED[way])
+        size = block.targets // len(kinds)
+        parts = [
+            LossPart(targets=targets[i * size : (i + 1) * size], kind=one)
+            for i, one in enumerate(kinds)
+        ]
+        source = torch.arange(len(kinds)).repeat_interleave(size)
+        weights = torch.linspace(0.5, 1.0, len(kinds)).index_select(0, source)
+        return fused_linear_divergences(
+            hidden,
+            weight,
+            parts,
+            kd_weight=weights,
+            chunk_size=chunk,
+            source=source,
+            num_sources=len(kinds),
+        ).loss
+
     def torch_ce() -> Tensor:
         return F.linear_cross_entropy(
             hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions()
@@ -242,6 +272,7 @@ def step_of(block: Block, chunk: int | None) -> Callable[[], None]:
         "naive": naive,
         "checkpointed": checkpointed,
         "ours": ours,
+        **dict.fromkeys(MIXED, mixed),
         "torch_ce": torch_ce,
     }
     if way in ("liger_jsd", "trl"):

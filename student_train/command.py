@@ -205,6 +205,7 @@ def _risks(arguments: EvaluateArguments) -> str:
             cache=report.cache,
             coverage_risk=its.means["cross_entropy"],
             coverage_risk_interval=its.intervals["cross_entropy"],
+            coverage_gap=its.sequence_gap,
             targets=report.targets,
         )
     return json_text(to_json(found)) if arguments.json else escaped_lines(risks_text(found))

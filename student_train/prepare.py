@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from decant.schemas import Manifest
 from decant.storage import CacheReader, Store
 from decant.storage.cache import paths
+from decant.student_train.config.evaluation import OF_ENTRIES
 from decant.student_train.config.run import TrainConfig
 from decant.student_train.data.generations import generations_of
 from decant.student_train.data.served import refuse_unserved, warn_of_prefixes
@@ -249,6 +250,13 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     if one and (len(heldout) < 2 or one not in heldout):
         raise ValueError(
             f"eval.keep_best {metric}/{one}: the held-out parts are {', '.join(heldout) or 'none'}"
+        )
+    compared = [r for stream in heldout.values() for r in stream.readers]
+    has_entries = any(r.manifest.truncation.rule.has_entries for r in compared)
+    if metric in OF_ENTRIES and not has_entries:
+        raise ValueError(
+            f"eval.keep_best {metric} needs the teacher's entries, and {compared[0].url} holds "
+            f"{compared[0].manifest.truncation.text()}: take heldout_ce, top1_accuracy or another"
         )
     if config.eval.keep_best and is_deepspeed(accelerator):
         raise ValueError("eval.keep_best cannot be had with DeepSpeed: use DDP or FSDP2")

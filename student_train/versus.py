@@ -185,7 +185,9 @@ def _measured(
     if not sum(gathered.targets):
         raise ValueError(f"{reader.url}: none of the {len(chosen)} sequences has a target")
     report = _report(path, model, str(device), reader, gathered, part.seed)
-    return dataclasses.replace(report, aligned=chunks), gathered
+    if chunks:
+        report = dataclasses.replace(report, aligned=chunks, sequence_gap=None)
+    return report, gathered
 
 
 def _batches(
@@ -337,6 +339,7 @@ def _report(
             (float(n), float(total / n), float(correct / n)) if n else (0.0, 0.0, 0.0)
             for n, correct, total in bins
         ],
+        sequence_gap=gathered.sequence_gap(),
         worst_targets=_worst_targets(reader, gathered),
     )
 

@@ -1,10 +1,10 @@
-"""f-DISTILL (arXiv 2307.15190): its four divergences, its baselines, risks and offline samples.
+"""f-DISTILL (arXiv 2307.15190): its four divergences, baselines, risks and offline samples.
 
     python -m examples.reproduce.f_distill --seeds 3
-    python -m examples.reproduce.f_distill --work build/f-distill-real --seeds 1 --rate 2e-4 \
+    python -m examples.reproduce.f_distill --work build/f-distill-real --seeds 1 --rate 1e-4 \
         --teacher build/real/teacher --student build/real/student-run/student \
         --prompts examples/real/prompts-train.jsonl --heldout examples/real/prompts-heldout.jsonl \
-        --variants kl rkl tvd
+        --variants kl rkl tvd --steps 12 --batch-size 8 --tokens 40 --samples 2 --without-speed
 
 Without --prompts, prompts and their continuations are windows of the demo's text, of other files
 for each seed, and the student is the demo's teacher cut to two of five layers and taught by the
@@ -14,7 +14,7 @@ mle, seqkd    cross-entropy on the data, and on the teacher's samples
 kl-data, kl   forward KL on the prefixes of the data, and of the teacher's samples
 rkl           reverse KL on the student's samples
 js, tvd       half of each; on twice as many samples
-kl-anew       kl whose samples are passed once: the teacher answers as often as there are passes
+kl-anew       kl on about as many samples of each prompt as kl passes its one
 rkl-rounds    rkl by `decant rounds`, which answers each prompt once, a part of them in each round
 
 The rate of each is the one, of a grid that follows its best, at which it makes its own objective
@@ -94,7 +94,7 @@ def fill(runs: Runs, args: argparse.Namespace) -> bool:
     The warm student is measured once, as the variant `warm`, and so is what samples cost.
     """
     until = time.monotonic() + 60 * args.minutes
-    if not any(x["variant"] == "speed" for x in runs.lines):
+    if not args.without_speed and not any(x["variant"] == "speed" for x in runs.lines):
         runs.add({"variant": "speed", "seed": 0, "rate": 0.0} | runs.bench.speed())
     if not any(x["variant"] == "warm" for x in runs.lines):
         folder = runs.bench.work / "runs/warm"
@@ -133,6 +133,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="answers per held-out prompt")
     parser.add_argument("--k", type=int, default=64, help="kept ids of a target")
     parser.add_argument("--warm-steps", type=int, default=300)
+    parser.add_argument("--without-speed", action="store_true", help="measure no times")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--report", action="store_true", help="tables and plot of what there is")
     args = parser.parse_args()

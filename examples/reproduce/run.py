@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ("akl_toy", "gaussians", "softmax_layer", "convergence", "calibration_toy")
-OF_A_LANGUAGE_MODEL = ("study", "selection", "loss_order")
+OF_A_LANGUAGE_MODEL = ("study", "selection", "loss_order", "f_distill")
 
 
 def main() -> None:

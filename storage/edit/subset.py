@@ -155,7 +155,10 @@ def _part(
 
 def _absent(layout: Layout, cache: CacheReader) -> str:
     method = cache.manifest.truncation.method
-    return f"truncation.method {method!r} stores no log probs of kept entries"
+    return (
+        f"truncation.method {method!r} stores no log probs of kept entries; {cache.url} gives "
+        f"{', '.join(known_figures(layout))}"
+    )
 
 
 def _with_ids(hashes: NDArray, ids: Iterable[str], url: str) -> NDArray[np.bool_]:

@@ -83,6 +83,19 @@ class DiffArguments:
     """Print one JSON object."""
 
 
+def _refuse_labels(url: str) -> None:
+    """Raise ValueError for a cache that has no k to choose."""
+    from decant.storage import CacheReader
+
+    truncation = CacheReader(url, allow_incomplete=True).manifest.truncation
+    if not truncation.rule.has_entries:
+        raise ValueError(
+            f"{url} holds {truncation.text()}: --max-bytes and --max-nats choose how many entries "
+            "to keep, of a cache that has some; dump or rescore it with --method topk, or ask "
+            "`decant plan` for a source"
+        )
+
+
 def run_inspect(arguments: InspectArguments) -> int:
     """Inspect a cache and print the report; returns the exit code."""
     from decant.schemas import to_json
@@ -94,6 +107,8 @@ def run_inspect(arguments: InspectArguments) -> int:
     from decant.storage.inspect.text import report_text
 
     refuse_missing(arguments.url)
+    if arguments.budget():
+        _refuse_labels(arguments.url)
     with progress_bar("inspect", "row groups") as progress:
         report = inspect(
             arguments.url,

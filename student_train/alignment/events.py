@@ -17,6 +17,8 @@ from decant.student_train.alignment.pieces import Aligned
 from decant.student_train.alignment.token_bytes import TEXT, TokenTable, ranges
 
 Ids = NDArray[np.int64]
+_FIRST_BYTES = np.array([0, 0xFF, 0xFFFF], np.int32)
+"""The bits of none, of one and of two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,9 +49,11 @@ class Matching:
         # Tables of kept ids: the last entry is that of -1, an unused slot.
         self._pairs_of_kept = np.append(self.pairs, np.int32(-1))
         lengths = np.where(teacher.kind == TEXT, teacher.lengths, 0)
-        self._lengths_of_kept = np.append(lengths, 0).astype(np.int32)
-        data = np.append(teacher.data, np.uint8(0))
-        self._first_of_kept = np.append(data[teacher.starts[:-1]], np.uint8(0))
+        data = np.append(teacher.data, np.zeros(2, np.uint8)).astype(np.int64)
+        first, second = (data[teacher.starts[:-1] + i] for i in (0, 1))
+        # The first two bytes in the low bits, the length in the high ones.
+        heads = np.minimum(lengths, 0x7FFF) << 16 | second << 8 | first
+        self._heads_of_kept = np.append(heads, 0).astype(np.int32)
 
     def with_ends(self, ends: dict[int, int]) -> "Matching":
         """The same where these tokens of the teacher's and the student's end turns."""
@@ -81,9 +85,12 @@ class Matching:
         teacher, student = self.teacher, self.student
         # Bytes that v has to begin with, which are those of t_M; below 0: bytes that go before it.
         ahead = ends.student_before - ends.teacher_before + ends.teacher_cut
-        usable = self._lengths_of_kept[kept] > np.maximum(ahead, 0)[:, None]
-        starts_alike = self._first_of_kept[kept] == self._first_of_kept[ends.teacher_id][:, None]
-        usable &= starts_alike | (ahead <= 0)[:, None]
+        heads = np.take(self._heads_of_kept, kept, mode="wrap")
+        longer = np.maximum(ahead, 0) << 16 | 0xFFFF
+        usable = heads > longer.astype(np.int32)[:, None]
+        heads ^= self._heads_of_kept[ends.teacher_id][:, None]
+        heads &= _FIRST_BYTES[np.clip(ahead, 0, 2)][:, None]
+        usable &= heads == 0
         place = np.flatnonzero(usable)
         row = np.repeat(np.arange(len(kept)), np.count_nonzero(usable, axis=1))
         v = kept.ravel()[place].astype(np.int64)

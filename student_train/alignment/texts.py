@@ -14,7 +14,7 @@ from decant.storage import StoredRows
 from decant.student_train.alignment.encoder import Encoder
 from decant.student_train.alignment.events import Matching
 from decant.student_train.alignment.pieces import Pieces
-from decant.student_train.alignment.token_bytes import NO_BYTES, TEXT, ranges
+from decant.student_train.alignment.token_bytes import NO_BYTES, TEXT, TokenTable, ranges
 
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8."""
@@ -105,8 +105,10 @@ def _planned(
     ends = np.append(0, np.cumsum(lengths))
     places = np.searchsorted(borders, rows.row_starts)
     planned: dict[int, list[_Part]] = {}
-    reasons: dict[int, str] = {}
+    reasons = _swallowing(rows, sequences, teacher)
     for sequence in sequences:
+        if sequence in reasons:
+            continue
         mine = borders[places[sequence] : places[sequence + 1] + 1].tolist()
         parts: list[_Part] = []
         try:
@@ -126,6 +128,26 @@ def _planned(
         else:
             planned[sequence] = parts
     return planned, reasons
+
+
+def _swallowing(rows: StoredRows, sequences: list[int], teacher: TokenTable) -> dict[int, str]:
+    """Sequences with a token that takes white space along, so that the text is not known."""
+    if not len(teacher.swallows):
+        return {}
+    found: dict[int, str] = {}
+    places = np.flatnonzero(np.isin(rows.token_id, teacher.swallows))
+    wanted = set(sequences)
+    for place in places.tolist():
+        sequence = int(np.searchsorted(rows.row_starts, place, side="right")) - 1
+        index = int(rows.token_id[place])
+        name = teacher.names.get(index) or teacher.text_of(np.array([index])).decode()
+        if sequence in wanted:
+            found.setdefault(
+                sequence,
+                f"the teacher's token {name} swallows white space beside it (lstrip or rstrip in "
+                "its tokenizer), so what was there is unknown",
+            )
+    return found
 
 
 def _counterpart(

@@ -72,6 +72,9 @@ class TokenTable:
     """Whether both hold behind a special token too."""
     names: dict[int, str]
     """The special tokens as they are written."""
+    swallows: Ids
+    """Tokens that take the white space beside them along, without saying so; bos and eos, which
+    stand around texts, are not among them."""
 
     @staticmethod
     def of(tokenizer: HasTokenizer, where: str, at_least: int = 0) -> "TokenTable":
@@ -177,24 +180,35 @@ class TokenTable:
         return self.hashes[ids], ids
 
     @functools.cached_property
-    def _is_near(self) -> tuple[NDArray[np.bool_], np.uint64]:
-        """Whether a token's hash begins with these bits, and by how many others they are followed.
+    def _places(self) -> tuple[NDArray[np.int32], NDArray[np.bool_], np.uint64]:
+        """By the first bits of a hash: its place among those of text tokens, or -1; if several.
 
-        There are so many that few strings which are no token pass.
+        Also by how many other bits those are followed: so many are first that few strings which
+        are no token have a place.
         """
         known, _ = self._by_hash
         behind = np.uint64(64 - (16 * len(known) + 16).bit_length())
-        is_near = np.zeros(1 << (64 - int(behind)), np.bool_)
-        is_near[known >> behind] = True
-        return is_near, behind
+        places = np.full(1 << (64 - int(behind)), -1, np.int32)
+        bits = known >> behind
+        places[bits] = np.arange(len(known))
+        is_several = np.zeros(len(places), np.bool_)
+        is_several[bits[1:][bits[1:] == bits[:-1]]] = True
+        return places, is_several, behind
 
     def find(self, hashes: Hashes) -> Ids:
         """The token that has these bytes, or -1."""
-        is_near, behind = self._is_near
-        place = np.flatnonzero(is_near[hashes >> behind])
-        found = np.full(len(hashes), -1)
+        places, is_several, behind = self._places
         known, ids = self._by_hash
-        found[place] = _found(hashes[place], known, ids)
+        found = np.full(len(hashes), -1)
+        bits = hashes >> behind
+        at = places[bits]
+        near = np.flatnonzero(at >= 0)
+        at = at[near]
+        is_same = known[at] == hashes[near]
+        found[near[is_same]] = ids[at[is_same]]
+        others = near[~is_same]
+        others = others[is_several[bits[others]]]
+        found[others] = _found(hashes[others], known, ids)
         return found
 
     def paired_with(self, other: "TokenTable") -> NDArray[np.int32]:
@@ -281,6 +295,14 @@ def _table(
         puts_space=decoded == "a" and joined(bare) == b" a",
         puts_space_again=decoded == "a" and joined(behind[1:]) == b" a",
         names=names,
+        swallows=np.array(
+            [
+                index
+                for index, token in added.items()
+                if (token.lstrip or token.rstrip) and index not in (special["bos"], special["eos"])
+            ],
+            np.int64,
+        ),
     )
 
 

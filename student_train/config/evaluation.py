@@ -54,6 +54,8 @@ class GenerationConfig:
             raise ValueError("eval.generation: the other keys have no effect without path")
 
 
+OF_ENTRIES = ("top1_agreement", "acceptance_lower", "acceptance_upper")
+"""Metrics that labels alone do not tell."""
 HIGHER_IS_BETTER = ("top1_accuracy", "top1_agreement", "acceptance_lower", "acceptance_upper")
 
 

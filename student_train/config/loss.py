@@ -1,5 +1,6 @@
 """What is minimised: the configuration of the loss, and its numbers at one step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +26,13 @@ class LossTerms:
     tail: str
     scale_by_t2: bool
     options: dict[str, Any]
+    gap: float | None = None
 
     def text(self) -> str:
         """For people."""
         options = "".join(f", {name} {value}" for name, value in self.options.items())
+        if self.gap is not None:
+            options += f", lam by sequence from gap {self.gap:g}"
         return (
             f"{self.kd_weight:g} {self.kind} (T={self.temperature:g}, {self.tail}{options})"
             f" + {self.ce_weight:g} cross-entropy"
@@ -92,6 +96,10 @@ class LossConfig:
     kl, rkl, js or tvd, or DistiLLM-2's contrastive pair."""
     clip: float | None = None
     """opd: how far the ratio of student to sampler may go from 1, as in PPO; 0 = no ratio."""
+    gap: float | None = None
+    """skew_fkl, skew_rkl: give each sequence a lam of its own, at most the kind's, as DistiLLM-2
+    does; this is how much more probable, on average where the training begins, the sampling side
+    finds its samples than the other does: sequence_gap of decant evaluate."""
     kd_weight: Weight = 1.0
     """Weight of the divergence to the teacher; a number or a schedule, for example
     {values: [1.0, 0.5], at: [0, 1]}."""
@@ -124,6 +132,8 @@ class LossConfig:
                 raise ValueError(f"loss.clip is of kind opd, and has no effect with {self.kind}")
             if "clip" in self.options:
                 raise ValueError("give loss.clip or loss.options.clip, not both")
+        if self.gap is not None:
+            self._check_gap(self.gap)
         kd, ce = values_of(self.kd_weight), values_of(self.ce_weight)
         if min(kd) < 0 or min(ce) < 0 or max(kd) + max(ce) == 0:
             raise ValueError(
@@ -153,6 +163,16 @@ class LossConfig:
         for temperature in self.temperatures:
             for at_knot in _knots(parsed):
                 check(self.kind, temperature, self.tail, at_knot)
+
+    def _check_gap(self, gap: float) -> None:
+        if not self.kind.startswith("skew"):
+            which = f"loss.preset {self.preset}" if self.preset else f"kind {self.kind}"
+            way = "give each entry of the mixture its own, or a kind" if self.preset else "leave it"
+            raise ValueError(f"loss.gap is of skew_fkl and skew_rkl, and not of {which}: {way}")
+        if not (math.isfinite(gap) and 0 <= gap < 1):
+            raise ValueError(f"loss.gap is {gap}: expected a difference of probabilities in [0, 1)")
+        if 0 in values_of(parse_option(self.options.get("lam", 0.1), "loss.options.lam")):
+            raise ValueError("loss.gap moves lam below loss.options.lam, which is 0: leave it")
 
     def _check_preset(self) -> None:
         if self.preset not in PRESETS:
@@ -194,6 +214,7 @@ class LossConfig:
             temperature=value_at(self.temperature, step, steps),
             tail=self.tail,
             scale_by_t2=self.scale_by_t2,
+            gap=self.gap,
             options={
                 name: value.value(step, steps) if isinstance(value, Schedule) else value
                 for name, value in options.items()

@@ -33,6 +33,8 @@ class OwnLoss:
     """As in loss."""
     clip: float | None = None
     """As in loss, for kind opd."""
+    gap: float | None = None
+    """As in loss, for skewed kinds; also with a preset that takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads defaults through vars()
@@ -97,6 +99,7 @@ def own_loss(common: LossConfig, share: CacheShare) -> LossConfig:
         "preset": "",
         "options": {**options, **own.get("options", {})},
         "clip": own.get("clip"),
+        "gap": own.get("gap", None if "kind" in own else common.gap),
     }
     try:
         return dataclasses.replace(common, **changed)

@@ -169,6 +169,9 @@ class Batch:
     source: Tensor | None = None
     """[N] int64: which cache of a mixture each target is of; None for one cache."""
 
+    lam: Tensor | None = None
+    """[N] float32: that of each target of a skewed divergence, where it is not its option's."""
+
     @property
     def num_targets(self) -> int:
         """N."""
@@ -254,6 +257,13 @@ class Batch:
         )
         return dataclasses.replace(targets, checked_for=(self.vocab_size, 1.0))
 
+    def sequence_of_targets(self) -> Tensor:
+        """[N] int64: a number for the sequence of each target, another one for each sequence."""
+        if self.position_ids is None:
+            return self.predictors // self.input_ids.shape[1]
+        begun = (self.position_ids.flatten() == 0).cumsum(0)
+        return begun.index_select(0, self.predictors)
+
     def runs(self) -> list[tuple[int, slice]]:
         """Which cache the targets are of, by runs of targets of one; (0, all) of one cache."""
         if self.source is None:
@@ -279,7 +289,14 @@ class Batch:
         )
         per_target = {
             name: value.index_select(0, rows)
-            for name in ("predictors", "labels", "label_logprob", "sampler_logprobs", "source")
+            for name in (
+                "predictors",
+                "labels",
+                "label_logprob",
+                "sampler_logprobs",
+                "source",
+                "lam",
+            )
             if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, stored=stored, **per_target)

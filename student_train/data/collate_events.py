@@ -7,6 +7,7 @@ import torch
 
 from decant.schemas import Layout
 from decant.storage import StoredRows
+from decant.storage.cache.logprobs import empty
 from decant.storage.cache.rows import decode_rows
 from decant.student_train.alignment.aligner import AlignedRows
 from decant.student_train.alignment.events import Events, log_complement
@@ -35,13 +36,15 @@ def collate_events(
     sizes = np.concatenate([span.sizes for span in spans])
     slots = max(span.rows.events.token_ids.shape[1] for span in spans)
 
-    def joined(name: str, fill: float) -> torch.Tensor:
+    def joined(name: str, fill: float, dtype: Any = None) -> torch.Tensor:
         parts = [getattr(span.rows.events, name)[span.chunks] for span in spans]
         if parts[0].ndim == 2 and any(part.shape[1] < slots for part in parts):
             parts = [
                 np.pad(p, ((0, 0), (0, slots - p.shape[1])), constant_values=fill) for p in parts
             ]
-        return torch.from_numpy(np.concatenate(parts))
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        out = empty(shape, dtype or np.result_type(*parts))
+        return torch.from_numpy(np.concatenate(parts, out=out))
 
     samplers = [span.rows.sampler_logprobs for span in spans]
     sampler_logprobs = None
@@ -60,7 +63,7 @@ def collate_events(
         predictors=torch.from_numpy(predictors),
         labels=labels,
         events=EventTargets(
-            token_ids=joined("token_ids", -1).long(),
+            token_ids=joined("token_ids", -1, np.int64),
             log_p=joined("log_p", -np.inf),
             log_rest=joined("log_rest", 0.0),
             labels=labels,

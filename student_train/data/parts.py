@@ -3,6 +3,7 @@
 Shapes: N targets of a batch.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,12 @@ def parts_of(batch: Batch, terms: Terms) -> list[BatchPart]:
 
 def targets_for(batch: Batch, terms: LossTerms) -> SparseTargets | EventTargets:
     """What a kind looks at, of all targets of a batch."""
-    return batch.sampled_targets if terms.kind in SAMPLED else batch.targets_at(terms.temperature)
+    if terms.kind in SAMPLED:
+        return batch.sampled_targets
+    targets = batch.targets_at(terms.temperature)
+    if batch.lam is None or not isinstance(targets, SparseTargets):
+        return targets
+    return dataclasses.replace(targets, lam=batch.lam)
 
 
 def weights_of(batch: Batch, terms: Terms) -> tuple[float | Tensor, float | Tensor]:

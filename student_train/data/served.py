@@ -2,7 +2,7 @@
 
 import logging
 
-from decant.schemas import Manifest
+from decant.schemas import Manifest, Truncation
 from decant.storage import CacheReader
 from decant.storage.cache.lineage import SAMPLER
 from decant.student_train.config.loss import LossConfig
@@ -21,10 +21,23 @@ def refuse_unserved(loss: LossConfig, reader: CacheReader, *, aligned: bool = Fa
     `aligned` says that the student has another tokenizer. What is only unwise is logged.
     """
     manifest, url = reader.manifest, reader.url
-    rule, text = manifest.truncation.rule, manifest.truncation.text()
+    if loss.gap is not None and aligned:
+        raise ValueError(
+            f"loss.gap compares the probabilities of whole samples, and {url} is of another "
+            "tokenizer than the student's: leave it out there"
+        )
     if loss.kind in SAMPLED:
         _refuse_unsampled(loss, manifest, url, aligned=aligned)
-        return
+    else:
+        refuse_unkept(loss, manifest.truncation, url)
+
+
+def refuse_unkept(loss: LossConfig, truncation: Truncation, url: str) -> None:
+    """Raise ValueError, naming cache and kind, if so truncated targets lack what a kind looks at.
+
+    Not for kinds that look at the sampled token alone, which every cache has.
+    """
+    rule, text = truncation.rule, truncation.text()
     if rule.has_draws and (loss.kind != "fkl" or loss.tail != "bucket"):
         raise ValueError(
             f"{url} holds {text}, and sampled targets serve kind fkl with tail bucket (and opd), "
@@ -32,6 +45,11 @@ def refuse_unserved(loss: LossConfig, reader: CacheReader, *, aligned: bool = Fa
         )
     if rule.has_entries:
         return
+    if loss.gap is not None:
+        raise ValueError(
+            f"loss.gap moves how p and q are mixed, and {url} holds {text}: leave it out, or dump "
+            "with truncation.method topk"
+        )
     if loss.kind in OF_SEVERAL_IDS:
         raise ValueError(
             f"loss.kind {loss.kind} compares several kept ids of a target, and {url} holds {text}: "

@@ -67,6 +67,8 @@ def evaluate(
             if counts:
                 sums += its
         sums = sums.map(lambda flat: accelerator.reduce(flat, reduction="sum").cpu())
+        if not any(reader.manifest.truncation.rule.has_entries for reader in stream.readers):
+            sums = sums.without_agreement()
         total += sums
         if len(streams) > 1:
             found |= {f"{key}/{name}": value for key, value in sums.metrics().items()}

@@ -107,6 +107,25 @@ class Gathered:
         count = sum(self.counts.get(name, ()))
         return sum(self.sums[name]) / count if count else None
 
+    def sequence_gap(self) -> float | None:
+        """Mean over sequences of the teacher's likelihood less the model's (loss.gap).
+
+        A likelihood is the geometric mean of the probabilities of a sequence's actual tokens. None
+        for a model of another tokenizer.
+        """
+        found = [
+            math.exp(-teacher / n) - math.exp(-ours / n)
+            for teacher, ours, n, m in zip(
+                self.sums["teacher_ce"],
+                self.sums["ce"],
+                self.counts["teacher_ce"],
+                self.counts["ce"],
+                strict=True,
+            )
+            if n and n == m
+        ]
+        return sum(found) / len(found) if len(found) == len(self.sequences) > 0 else None
+
     def spread(self, name: str) -> Spread | None:
         """Its quantiles over targets."""
         return self.spreads[name].result() if name in self.spreads else None

@@ -4,6 +4,7 @@ Sums over targets, so that chunks, batches and processes add up; `metrics` turns
 Shape letters: N targets, R rows of a chunk, K slots, V vocabulary.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from decant.student_train.data.parts import parts_of, weights_of
 from decant.student_train.losses import EventTargets, SparseTargets, sparse_divergence
 from decant.student_train.losses.divergences import OUTSIDE, Divergence, outside_means
 from decant.student_train.losses.events import row_slices
+from decant.student_train.losses.kinds import SAMPLED
 from decant.student_train.losses.targets import MASKED_LOGIT
 
 NUM_BINS = 15
@@ -84,8 +86,13 @@ class HeldoutSums:
             }
         )
 
+    def without_agreement(self) -> "HeldoutSums":
+        """Without top-1 agreement: labels alone tell it only where the label is the likeliest."""
+        nothing = torch.zeros_like(self.agreeing)
+        return dataclasses.replace(self, agreeing=nothing, with_top1=nothing)
+
     def metrics(self) -> dict[str, float]:
-        """The means; without what draws alone do not tell: acceptance and top-1 agreement."""
+        """The means, without what draws or labels do not tell: acceptance, top-1 agreement."""
         count = max(float(self.targets), 1.0)
         ce = float(self.ce) / count
         gaps = (self.bins[:, 1] - self.bins[:, 2]).abs().sum()
@@ -144,6 +151,8 @@ def sums_of_chunks(
         logits_RV = logits_of(rows)[:, :vocab_size].float()
         weights = [w[rows] if isinstance(w, Tensor) else w for w in weights_N]
         targets, options = part.targets[inside], part.terms.divergence()
+        if part.terms.kind in SAMPLED:
+            options |= {"clip": 0.0}  # nobody trains on these, and they may have no sampler
         kd_R = sparse_divergence(
             logits_RV, targets, labels=batch.labels[rows], vocab_size=vocab_size, **options
         )

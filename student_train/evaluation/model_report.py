@@ -81,6 +81,9 @@ class ModelReport:
     reliability: list[tuple[float, float, float]]
     """Per bin of confidence: targets, mean confidence, share that is the actual token."""
     worst_targets: tuple[WorstTarget, ...]
+    sequence_gap: float | None = None
+    """Mean over sequences of the geometric mean of the teacher's probabilities of the actual
+    tokens, less that of the model's: loss.gap. None for a model of another tokenizer."""
     aligned: Chunks | None = None
     """None for a model of the cache's tokenizer."""
 

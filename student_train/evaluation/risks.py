@@ -50,6 +50,9 @@ class Samples:
     """Mean of log q - log p: an unbiased estimate of KL(sampler, teacher) per token where the
     samples were drawn at T=1 from all ids."""
     reverse_kl_interval: Interval
+    sequence_gap: float | None
+    """Mean over samples of the geometric mean of the sampler's probabilities of the tokens, less
+    that of the teacher's (loss.gap); None without the sampler's."""
     is_unbiased: bool
     """Whether they were."""
     distinct: dict[str, float] | None
@@ -74,6 +77,8 @@ class Risks:
     coverage_risk: float | None = None
     """Mean of -log q of its actual tokens, q being the model's."""
     coverage_risk_interval: Interval = None
+    coverage_gap: float | None = None
+    """As `sequence_gap`, of the teacher's probabilities less the model's on that cache."""
     targets: int = 0
     """Of that cache, those that were looked at."""
 
@@ -119,6 +124,7 @@ def measure_samples(
         sampler_cross_entropy=means["sampler"] if by else None,
         reverse_kl=means["teacher"] - means["sampler"] if by else None,
         reverse_kl_interval=_negated(high) if by else None,
+        sequence_gap=_gap(sums, scored) if by else None,
         is_unbiased=by and (sampler.get("temperature"), sampler.get("top_p")) == (1.0, 1.0),
         distinct=distinct(text for _, text in texts) if texts else None,
         rouge=_mean_rouge(texts, known.texts, is_asked=bool(references)),
@@ -127,11 +133,16 @@ def measure_samples(
     )
 
 
+def _gap(sums: dict[str, NDArray[np.float64]], scored: NDArray[np.bool_]) -> float:
+    means = {name: sums[name][scored] / sums["targets"][scored] for name in ("sampler", "teacher")}
+    return float((np.exp(-means["sampler"]) - np.exp(-means["teacher"])).mean())
+
+
 def distinct(texts: Iterable[str]) -> dict[str, float]:
     """distinct-n for n = 1 to 4: the share of different ones among all n-grams of words.
 
-    Words are what spaces part; n-grams lie within a text. 0 where no text is as long (Li et al.,
-    arXiv 1510.03055, over all texts together).
+    Words are what spaces part; n-grams lie within a text. Without n where no text is as long (Li et
+    al., arXiv 1510.03055, over all texts together).
     """
     seen: dict[int, set[tuple[str, ...]]] = {n: set() for n in ORDERS}
     counts = dict.fromkeys(ORDERS, 0)
@@ -141,7 +152,7 @@ def distinct(texts: Iterable[str]) -> dict[str, float]:
             grams = list(zip(*(words[i:] for i in range(n)), strict=False))
             counts[n] += len(grams)
             seen[n].update(grams)
-    return {f"distinct_{n}": len(seen[n]) / counts[n] if counts[n] else 0.0 for n in ORDERS}
+    return {f"distinct_{n}": len(seen[n]) / counts[n] for n in ORDERS if counts[n]}
 
 
 def _gathered(
@@ -222,6 +233,9 @@ def risks_text(found: Risks) -> str:
                 f"samples{biased}",
             ),
         ]
+    gaps = [("samples", its.sequence_gap), ("teacher's", found.coverage_gap)]
+    if told := [f"{value:.4f} of the {of}" for of, value in gaps if value is not None]:
+        rows.append(("sequence gap", f"{', '.join(told)}: what loss.gap takes"))
     if its.distinct is not None:
         said = "  ".join(f"{n[9:]}: {value:.4f}" for n, value in its.distinct.items())
         rows.append(("distinct-n", said))

@@ -163,11 +163,18 @@ class Divergence:
                 self.kind,
                 torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1),
                 torch.cat([log_q_NK, log_q_tail_N[:, None]], dim=1),
-                self.options,
+                self._options_for(targets),
                 has_bucket=True,
             )
         log_p_NK = torch.where(real_NK, log_p_NK, MASKED_LOGIT).log_softmax(1).clamp(min=LOG_FLOOR)
-        return self.scale * divergence_of_classes(self.kind, log_p_NK, log_q_NK, self.options)
+        options = self._options_for(targets)
+        return self.scale * divergence_of_classes(self.kind, log_p_NK, log_q_NK, options)
+
+    def _options_for(self, targets: SparseTargets) -> dict[str, Any]:
+        """The options, lam [N] being the targets' own where they have one."""
+        if targets.lam is None or not self.kind.startswith("skew"):
+            return self.options
+        return {**self.options, "lam": targets.lam}
 
     def of_dense(self, x_NV: Tensor, targets: SparseTargets) -> Tensor:
         """Return the loss [N] from all student logits / T, for tail='uniform'."""
@@ -178,7 +185,8 @@ class Divergence:
         log_p_NV = log_each_N.clamp(min=LOG_FLOOR)[:, None].expand_as(x_NV)
         log_p_NV = log_p_NV.scatter(1, targets.filled_ids(), log_p_NK)
         log_q_NV = x_NV.log_softmax(1)
-        return self.scale * divergence_of_classes(self.kind, log_p_NV, log_q_NV, self.options)
+        options = self._options_for(targets)
+        return self.scale * divergence_of_classes(self.kind, log_p_NV, log_q_NV, options)
 
     @torch.no_grad()
     def outside(self, x_NK: Tensor, lse_tail_N: Tensor, targets: AnyTargets) -> Tensor:

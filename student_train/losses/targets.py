@@ -59,6 +59,8 @@ class SparseTargets:
     """[N] float32 nats of the whole distribution at T=1; where there are no log probs."""
     sampler_logprobs: Tensor | None = None
     """[N] float32 nats: what the model that sampled the label gave it; of `of_labels` alone."""
+    lam: Tensor | None = None
+    """[N] float32 in [0, 1): of each target, in place of the option lam of a skewed divergence."""
     of_label_alone: bool = False
     """Whether the one kept id is the label, as `of_labels` makes them."""
     checked_for: tuple[int, float] | None = None
@@ -181,6 +183,7 @@ class SparseTargets:
             "draws": self.token_ids.shape,
             "entropy": (num_targets,),
             "sampler_logprobs": (num_targets,),
+            "lam": (num_targets,),
         }
         if self.logprobs is None and (self.draws is None or self.entropy is None):
             raise ValueError("targets without log probs need draws and the teacher's entropy")

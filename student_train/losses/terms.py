@@ -149,8 +149,11 @@ def _jeffreys_terms(log_p: Tensor, log_q: Tensor, lam: float) -> Tensor:
     return (1 - lam) * _kl_terms(log_p, log_q) + lam * _kl_terms(log_q, log_p)
 
 
-def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return log(weight_a · a + (1 - weight_a) · b), for 0 <= weight_a < 1."""
+def _log_mix(weight_a: float | Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return log(weight_a · a + (1 - weight_a) · b), for 0 <= weight_a < 1, or [N] of them."""
+    if isinstance(weight_a, Tensor):
+        weight_a = weight_a[:, None]
+        return torch.logaddexp(log_a + weight_a.log(), log_b + (-weight_a).log1p())
     if weight_a == 0:
         return log_b
     return torch.logaddexp(log_a + math.log(weight_a), log_b + math.log1p(-weight_a))

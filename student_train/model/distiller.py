@@ -29,6 +29,7 @@ from decant.student_train.model.hooks import Sealed, call_as, opened
 from decant.student_train.model.probes import refuse_sight_of_later_tokens
 from decant.student_train.model.routers import routers_of
 from decant.student_train.model.selection import by_student, highest, teacher_entropy
+from decant.student_train.model.skewing import wants_lam, with_lam
 from decant.student_train.model.student import layer_classes
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,8 @@ class Distiller(nn.Module):
             return self._fused(inputs, batch, terms, num_targets, self.head, share)
         outputs = self.student(**inputs)
         logits_NV = outputs.logits.flatten(0, 1).index_select(0, batch.predictors)
+        if wants_lam(terms):
+            batch = with_lam(batch, logits_NV.detach().__getitem__, terms, self.vocab_size)
         if self.selection.by in BY_STUDENT:
             rows = self._rows_by_student(logits_NV.detach().__getitem__, batch, terms)
             batch, logits_NV = batch.of_targets(rows), logits_NV.index_select(0, rows)
@@ -195,10 +198,13 @@ class Distiller(nn.Module):
     ) -> FusedLoss:
         def loss_of(hidden_NH: Tensor, head: nn.Linear) -> FusedLoss:
             chosen = batch
+            if wants_lam(terms):
+                logits_of = self._logits_of(hidden_NH.detach(), head)
+                chosen = with_lam(batch, logits_of, terms, self.vocab_size)
             if self.selection.by in BY_STUDENT:
                 logits_of = self._logits_of(hidden_NH.detach(), head)
-                rows = self._rows_by_student(logits_of, batch, terms)
-                chosen, hidden_NH = batch.of_targets(rows), hidden_NH.index_select(0, rows)
+                rows = self._rows_by_student(logits_of, chosen, terms)
+                chosen, hidden_NH = chosen.of_targets(rows), hidden_NH.index_select(0, rows)
             kd_weight, ce_weight = weights_of(chosen, terms)
             differ = not isinstance(terms, LossTerms)
             return fused_linear_divergences(

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decant.schemas import Truncation
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.served import refuse_unkept
+from decant.student_train.losses.kinds import SAMPLED
 from decant.student_train.rounds.config import RoundsConfig, group, number
 from decant.student_train.rounds.places import Places
 
@@ -113,6 +116,24 @@ def refuse_misfit(config: RoundsConfig, training: TrainConfig) -> None:
             f"train.loss.temperature {missing[0]:g} is not among dump.temperatures {stored}: add "
             "it there"
         )
+    loss = training.losses[0]
+    truncation = _truncation(config)
+    if loss.kind not in SAMPLED and truncation is not None:
+        refuse_unkept(loss, truncation, "a round's cache (dump.truncation)")
+    elif config.first_sampler == "teacher" and loss.of_kind.get("clip"):
+        raise ValueError(
+            "train.loss.clip needs the log probs of the student that sampled, and "
+            "first_sampler: teacher has the teacher answer in the first round: warm up in a "
+            "training of its own, or set clip to 0"
+        )
+
+
+def _truncation(config: RoundsConfig) -> Truncation | None:
+    """What the dump keeps; None if it is none that there is, which its command says best."""
+    try:
+        return Truncation(**group(config.dump, "dump.truncation"))
+    except (TypeError, ValueError):
+        return None
 
 
 def _rate(optimizer: dict[str, Any]) -> float:

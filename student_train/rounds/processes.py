@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,12 +80,34 @@ def training_words(launcher: str, config: Path) -> list[str]:
     """The words of a training, through a launcher if there is one."""
     if not launcher:
         return command_words("train", config)
-    return [*shlex.split(launcher), "-m", "decant.student_train", "--config", str(config)]
+    return [*launcher_words(launcher), "-m", "decant.student_train", "--config", str(config)]
 
 
-def run_phase(start: Start, words: Sequence[str], folder: Path, what: str) -> None:
+def launcher_words(launcher: str) -> list[str]:
+    """The words of a launcher, its program that beside this Python if there is one.
+
+    Raises ValueError if they are none, or if there is no such program.
+    """
+    try:
+        program, *options = shlex.split(launcher)
+    except ValueError as error:
+        raise ValueError(f"launcher {launcher!r} is no command: {error}") from error
+    beside = os.path.dirname(sys.executable)
+    found = shutil.which(program, path=beside) or shutil.which(program)
+    if found is None:
+        raise ValueError(
+            f"launcher: {program} is neither beside this Python ({beside}) nor on the path: give "
+            "the program's full path"
+        )
+    return [found, *options]
+
+
+def run_phase(
+    start: Start, words: Sequence[str], folder: Path, what: str, *, is_launched: bool = False
+) -> None:
     """Run a command that writes to a folder to its end, once nobody else does.
 
+    One that `is_launched` ends with its launcher's code, which says no more than that it failed.
     Raises PhaseFailed if it fails, FormatError if it found damaged data, KeyboardInterrupt if this
     process is interrupted, which the command is then as well.
     """
@@ -115,7 +138,7 @@ def run_phase(start: Start, words: Sequence[str], folder: Path, what: str) -> No
             "command goes on from there"
         )
     told = f"{what} ended with code {code}, its message is above"
-    if code == BAD_DATA:
+    if code == BAD_DATA and not is_launched:
         raise FormatError(f"{told}: {folder} is damaged")
     raise PhaseFailed(f"{told}: once its cause is mended, the same command goes on in {folder}")
 

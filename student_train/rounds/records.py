@@ -111,24 +111,33 @@ def hash_student(path: str) -> str:
 
 
 def refuse_changed_student(places: Places, path: str) -> str:
-    """Pin the student that a round begins with, at its first call; returns its hash.
+    """Pin the student that a round begins with, until its cache begins; returns its hash.
 
     Raises ValueError if it is another one by now, or gone.
     """
     found = hash_student(path)
     store = Store(places.folder)
-    if not store.exists(BEGUN):
+    if not store.exists(BEGUN) or not _has_files(places.cache):
         places.folder.mkdir(parents=True, exist_ok=True)
         publish_json(store, BEGUN, {"student": path, "xxh3_128": found})
         return found
-    known = str(read_json(store, BEGUN)["xxh3_128"])
+    begun = read_json(store, BEGUN)
+    known, before = str(begun["xxh3_128"]), str(begun["student"])
     if found != known:
-        what = "changed" if found else "is gone"
+        what = f"the student {path} " + ("changed" if Path(path).is_dir() else "is gone")
+        what += f" since round {places.number} began"
+        if before != path:
+            what = f"round {places.number} began with the student {before}, and it is {path} now"
         raise ValueError(
-            f"the student {path} {what} since round {places.number} began (hash {known}, now "
-            f"{found or 'none'}): put it back, or remove {places.folder} to begin the round again"
+            f"{what} (hash {known or 'none'}, now {found or 'none'}): put it back, or remove "
+            f"{places.folder} to begin the round again"
         )
     return known
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether anything but what is hidden lies in a folder."""
+    return any(not file.name.startswith(".") and file.is_file() for file in folder.rglob("*"))
 
 
 def pinned_mixture(places: Places, wanted: dict[str, float]) -> dict[str, float]:

@@ -85,6 +85,11 @@ def _few(block: dict[str, Any]) -> dict[str, Any]:
     return few
 
 
+def _of_few(line: str) -> bool:
+    """Whether it tells epochs, which are those of a few answers."""
+    return line.startswith("epochs") or line.endswith("sequences an epoch")
+
+
 def _report(config: RoundsConfig, plan: dict[str, Any], tried: str) -> str:
     counts, engine = plan["counts"], plan["engines"][0]
     rounds = config.rounds
@@ -103,6 +108,6 @@ def _report(config: RoundsConfig, plan: dict[str, Any], tried: str) -> str:
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += ["", "the training of the first round, tried on a few answers:"]
-    lines += [f"  {line}" for line in tried.strip().splitlines()]
+    lines += [f"  {line}" for line in tried.strip().splitlines() if not _of_few(line)]
     lines += [f"warning: {text}" for text in plan["warnings"]]
     return "\n".join(lines)

@@ -15,11 +15,13 @@ from typing import Any
 import yaml
 
 from decant.schemas import Manifest
-from decant.storage import Store
+from decant.storage import CacheReader, Store
 from decant.storage.cli.config import parse_config
 from decant.storage.files.durable import move, publish_bytes, temporary_for
 from decant.storage.files.scratch import scratch_folder
 from decant.student_train.config.run import TrainConfig
+from decant.student_train.data.served import refuse_unserved
+from decant.student_train.data.stream_config import temperature_indices
 from decant.student_train.outputs.plots import draw
 from decant.student_train.rounds import blocks, records
 from decant.student_train.rounds.changes import refuse_other_config, rounds_record
@@ -28,6 +30,7 @@ from decant.student_train.rounds.places import CHECKPOINTS, LINES, PLOT, STUDENT
 from decant.student_train.rounds.processes import (
     Start,
     command_words,
+    launcher_words,
     run_phase,
     start_process,
     training_words,
@@ -85,14 +88,27 @@ def check(config: RoundsConfig) -> TrainConfig:
         block = blocks.train_block(config, number, places.cache, places.training, [])
         parsed.append(_parsed(block, places.output))
     blocks.refuse_misfit(config, parsed[0])
-    for share in parsed[0].mixture:
-        is_given = share.cache != str(places.cache) and "://" not in share.cache
-        if is_given and not Path(share.cache, "manifest.json").is_file():
-            raise ValueError(f"train.mixture: {share.cache} is no cache")
+    for share, loss in zip(parsed[0].mixture, parsed[0].losses, strict=False):
+        if share.cache != str(places.cache) and "://" not in share.cache:
+            reader = _given("train.mixture", share.cache)
+            temperature_indices(reader, loss.temperatures)
+            refuse_unserved(loss, reader)
+    heldout = parsed[0].eval.cache
+    if heldout and "://" not in heldout:
+        _given("train.eval.cache", heldout)
+    if config.launcher:
+        launcher_words(config.launcher)
     path = blocks.student_of(config, 1)
     if path and (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
         raise ValueError(f"train.student.path {path} is not there")
     return parsed[0]
+
+
+def _given(key: str, path: str) -> CacheReader:
+    """A cache that the configuration names. Raises ValueError if it is none."""
+    if not Path(path, "manifest.json").is_file():
+        raise ValueError(f"{key}: {path} is no cache")
+    return CacheReader(path)
 
 
 def _parsed(block: dict[str, Any], output: Path) -> TrainConfig:
@@ -145,7 +161,9 @@ def _round(
         log.info("%s: trains on its cache%s: %s", of, said, places.training)
         _write(places.train_config, block)
         words = training_words(config.launcher, places.train_config)
-        run_phase(start, words, places.training, f"the training of {of}")
+        is_launched = bool(config.launcher)
+        what = f"the training of {of}"
+        run_phase(start, words, places.training, what, is_launched=is_launched)
     summary = json.loads((places.training / "summary.json").read_text())
     sampler = manifest.source.get("sampler") or {"path": first}
     record = Round(

@@ -43,8 +43,15 @@ def rescore_config(url: str, out: str, teacher: TeacherConfig, changes: Changes)
     """
     manifest = CacheReader(url).manifest
     sequences = manifest.sequences
-    truncation = _truncation(manifest.truncation, changes)
+    truncation = _truncation(manifest.truncation, changes, url)
     without = not truncation.rule.has_logprobs
+    if without and [*changes.more_temperatures, *(changes.temperatures or [])] not in ([], [1.0]):
+        raise ValueError(
+            f"{url} holds {manifest.truncation.text()}"
+            + f", and method {truncation.method} would be stored" * bool(changes.method)
+            + ": other temperatures than 1 need log probs of kept entries. `decant rescore` with "
+            "--method topk and each --temperature scores it with both"
+        )
     more: dict[str, Any] = {}
     if shard_targets := changes.shard_targets or sequences.get("shard_targets"):
         more["shard_targets"] = int(shard_targets)
@@ -95,8 +102,10 @@ OF_CACHE = "the cache's"
 """Path of a teacher that the cache names."""
 
 
-def _truncation(old: Truncation, changes: Changes) -> Truncation:
+def _truncation(old: Truncation, changes: Changes, url: str) -> Truncation:
     """The old truncation with the changes; of another method what that has no effect on is left."""
+    if changes.k is not None and not changes.method and not old.rule.has_entries:
+        raise ValueError(f"--k {changes.k}: {url} holds {old.text()}; name --method topk beside it")
     given = {
         name: getattr(changes, name)
         for name in ("k", "p", "min_k", "draws", "seed")

@@ -33,6 +33,7 @@ from decant.student_train import (
     train,
 )
 from decant.student_train.config.alignment import AlignConfig
+from decant.student_train.config.mixture import CacheShare, OwnLoss
 from decant.student_train.runtime.launch import tell_deepspeed
 from tests.support import ROOT, alignments, caches
 from tests.support.distributed_job import Job
@@ -166,6 +167,16 @@ def aligned(
     return {"one": one, "two": two}
 
 
+def mixed(folder: Path, name: str, **changes: Any) -> TrainConfig:
+    """A training on two caches, each with a loss of its own."""
+    own = OwnLoss(kind="skew_fkl", options={"lam": 0.2}, gap=0.05, kd_weight=0.5, ce_weight=0.1)
+    shares = [
+        CacheShare(cache=str(folder / "cache"), weight=5),
+        CacheShare(cache=str(folder / "heldout"), weight=3, loss=own),
+    ]
+    return config(folder, name, cache="", mixture=shares, eval=EvalConfig(), **changes)
+
+
 @pytest.fixture(scope="module")
 def ddp(folder: Path, alone: Path, aligned: dict[str, TrainConfig]) -> list[dict[str, Any]]:
     """All trainings under DDP."""
@@ -184,6 +195,7 @@ def ddp(folder: Path, alone: Path, aligned: dict[str, TrainConfig]) -> list[dict
             Job("ddp-changed", config(folder, "ddp-changed", batch_size=5), str(alone)),
             Job("ddp-broken", config(folder, "ddp-broken", student=student)),
             Job("ddp-bart", config(folder, "ddp-bart", **BART)),
+            Job("ddp-mixed", mixed(folder, "ddp-mixed")),
             Job("ddp-apart", config(folder, "ddp-apart"), second=config(folder, "ddp-apart-1")),
             Job(
                 "ddp-caches",
@@ -211,6 +223,24 @@ def test_two_processes_align_like_one(
     found = json.loads((folder / "ddp-aligned/summary.json").read_text())
     for name in ("heldout_bits_per_byte", "heldout_divergence_per_byte"):
         assert found[name] == pytest.approx(figures[name], rel=1e-4)
+
+
+def test_two_processes_take_the_losses_of_a_mixture_like_one(ddp: Any, folder: Path) -> None:
+    """Each cache with its own: the same curve, parts of each cache, gradients and weights."""
+    assert all(not process["ddp-mixed"]["error"] for process in ddp), ddp
+    train(mixed(folder, "mixed", batch_size=6))
+    ours, theirs = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ddp-mixed", "mixed")
+    )
+    names = ("loss", "kd/cache", "kd/heldout", "ce/cache", "ce/heldout", "grad_norm")
+    assert len(ours) == len(theirs) == STEPS
+    for our, their in zip(ours, theirs, strict=True):
+        expected = [their[name] for name in names]
+        assert [our[name] for name in names] == pytest.approx(expected, rel=1e-4)
+    alone = weights(folder / "mixed")
+    for name, value in weights(folder / "ddp-mixed").items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
 
 
 def test_one_process_goes_on_as_two(ddp: Any, folder: Path, alone: Path) -> None:

@@ -204,11 +204,18 @@ def test_presets_train(made: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sampled_labels", "sampled", "drawn"])
 def test_opd_trains_from_any_cache(made: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Labels alone, entries, draws: log q - log p of the actual tokens is what is measured."""
+    """Labels alone, entries, draws: log q - log p of the actual tokens is what is measured.
+
+    Also on held-out text that nobody sampled, whatever the clip.
+    """
     clip = 0.0 if name == "drawn" else 0.2
-    loss = LossConfig(kind="opd", clip=clip)
-    train(config(made[name], tmp_path / "run", loss=loss, steps=3, packing="rows"))
+    loss, held = LossConfig(kind="opd", clip=clip), EvalConfig(cache=str(made["cold"]))
+    train(config(made[name], tmp_path / "run", loss=loss, eval=held, steps=3, packing="rows"))
     assert all(np.isfinite(losses(tmp_path / "run")))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["heldout_divergence"] == pytest.approx(
+        summary["teacher_ce"] - summary["heldout_ce"], abs=1e-4
+    )
     verdict = evaluate_student(
         StudentConfig(path=str(tmp_path / "run/student")), str(made[name]), LossConfig(kind="opd")
     )

@@ -108,7 +108,7 @@ class TransformersGenerator:
             what=f"what {name} answers to a prompt",
         )
         log.info(
-            "teacher %s on %s, %s, samples responses",
+            "%s on %s, %s, samples responses",
             name,
             placement(self._model),
             self._model.dtype,

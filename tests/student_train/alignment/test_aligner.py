@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
 from decant.schemas import TokenizerInfo, Truncation
 from decant.storage import CacheReader
@@ -288,6 +288,22 @@ def test_text_that_the_teacher_could_not_say_is_left_out(tmp_path: Path) -> None
         ValueError, match=r"token <unk> stands for text .*what was there is unknown"
     ):
         aligner.refuse(aligner.measured(rows_of(reader))[1])
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_a_token_that_swallows_white_space_leaves_a_text_out(side: str, tmp_path: Path) -> None:
+    """The teacher's: its text is not known. The student's: it changes the text. Never silently."""
+    greedy = alignments.byte_level(380)
+    greedy.backend_tokenizer.add_tokens([AddedToken("<tool>", **{side: True})])
+    texts = ["the  <tool>  dog", "the lazy dog"]
+    for teacher, student, reason in (
+        (greedy, STUDENT, "the teacher's token <tool> swallows white space beside it"),
+        (TEACHER, greedy, "the student's tokenizer changes the text"),
+    ):
+        reader = cache_of(tmp_path / f"cache-{teacher is greedy}", texts, teacher)
+        figures = Aligner(reader, student, where="student").measured(rows_of(reader))[1]
+        assert figures.left_out == 1
+        assert figures.examples[0].startswith(f"text-0: {reason}")
 
 
 def test_messages_that_are_unknown_are_asked_for(tmp_path: Path) -> None:

@@ -153,6 +153,19 @@ def test_drawn_targets_have_no_top_token_of_the_teacher(tmp_path: Path) -> None:
         assert values["top1_accuracy"] == 1
 
 
+def test_labels_alone_tell_no_agreement(tmp_path: Path) -> None:
+    """They know the teacher's top token only where it is the label: a share of those misleads."""
+    size = models.VOCAB_SIZE
+    label = Truncation(method="label")
+    form = caches.Settings(truncation=label, vocab_size=size, temperatures=(1.0,))
+    caches.write_cache(tmp_path / "labels", form, caches.random_shards(form, num_shards=1))
+    loss = LossConfig()
+    model = Distiller(models.build_model(seed=5), loss, size)
+    stream = CacheStream(tmp_path / "labels", batch_size=4)
+    found = evaluate(model, {"": stream}, Accelerator(cpu=True), loss.at(0, 1))
+    assert "top1_accuracy" in found and "top1_agreement" not in found
+
+
 def test_several_caches_are_told_apart_and_together(cache: Path) -> None:
     """Overall means weigh by targets; each cache's loss has its own weights."""
     student = models.build_model(seed=5)

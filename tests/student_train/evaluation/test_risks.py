@@ -58,6 +58,17 @@ def rows_of(cache: Path) -> list[dict[str, Any]]:
 
 def nll(path: Path, cache: Path) -> np.ndarray:
     """Of all responses of a cache, token by token, in a plain forward in float64."""
+    return np.concatenate(nll_of_each(path, cache))
+
+
+def likelihoods(path: Path, cache: Path) -> np.ndarray:
+    """Of each response: the geometric mean of its tokens' probabilities."""
+    return np.array(
+        [np.exp(-tokens).prod() ** (1 / len(tokens)) for tokens in nll_of_each(path, cache)]
+    )
+
+
+def nll_of_each(path: Path, cache: Path) -> list[np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     found = []
     for row in rows_of(cache):
@@ -66,7 +77,7 @@ def nll(path: Path, cache: Path) -> np.ndarray:
             logp = model(ids).logits[0, :, : models.VOCAB_SIZE].log_softmax(-1)
         first = len(row["prompt_ids"])
         found.append(-logp[first - 1 : -1].gather(1, ids[0, first:, None])[:, 0].numpy())
-    return np.concatenate(found)
+    return found
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, Any]:
@@ -101,6 +112,13 @@ def test_risks_are_those_of_plain_forwards(kept: Kept, capsys: pytest.CaptureFix
     assert found["coverage_risk"] == pytest.approx(expected.mean(), abs=1e-3)
     assert found["coverage_risk_interval"][0] < found["coverage_risk"]
     assert found["targets"] == len(expected)
+    for name, value, cache in (
+        ("by_student", -samples["sequence_gap"], kept.by_student),
+        ("by_teacher", found["coverage_gap"], kept.by_teacher),
+    ):
+        gaps = likelihoods(kept.teacher, cache) - likelihoods(kept.student, cache)
+        assert value == pytest.approx(gaps.mean(), abs=1e-4), name
+        assert abs(value) > 1e-2
 
 
 def test_samples_are_compared_with_references(
@@ -136,7 +154,7 @@ def test_distinct_n_counts_different_ones_among_all() -> None:
     """By hand, and by counting; texts too short for it have none."""
     found = distinct(["a b a b", "a b"])
     assert list(found.values()) == [2 / 6, 2 / 4, 2 / 2, 1 / 1]
-    assert list(distinct(["", "one"]).values()) == [1, 0, 0, 0]
+    assert distinct(["", "one"]) == {"distinct_1": 1}
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(models.WORDS, 30)) for _ in range(5)]
     pairs = collections.Counter(

@@ -88,6 +88,7 @@ class Batch:
     labels: Tensor
     targets: SparseTargets | EventTargets
     position_ids: Tensor | None = None
+    lam: Tensor | None = None
 
     @property
     def num_targets(self) -> int:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from decant.schemas import Truncation
 from decant.storage.cli.config import parse_config
 from decant.student_train.rounds.blocks import Replay, dump_block, replay, train_block
 from decant.student_train.rounds.config import RoundsConfig
+from decant.student_train.rounds.processes import training_words
 from decant.student_train.rounds.run import check
-from tests.support import ROOT
+from tests.support import ROOT, caches
 from tests.support.rounds import rounds_config
 from tests.support.trainings import STUDENT
 
@@ -68,7 +71,13 @@ def test_keys_that_rounds_cannot_have_are_named(
         ("loss.kind", "fkkl", "train: .*fkkl"),
         ("loss.temperature", 2.0, "train.loss.temperature 2 is not among dump.temperatures"),
         ("optimizer.lr", "fast", "train.optimizer.lr is 'fast'"),
+        ("loss", {"kind": "opd", "clip": -0.1}, r"train: .*clip must be in \[0, 1\)"),
+        ("loss.preset", "jss", "train: .*loss.preset 'jss' is not one of"),
+        ("loss.kd_weight", 0.0, "train: .*not both 0"),
         ("mixture", [{"cache": "no/such", "weight": 1.0}], "no/such is no cache"),
+        ("mixture", [{"cache": "c", "weight": 0.0}], "train: .*weight of c must be > 0"),
+        ("mixture", [{"cache": "c", "weight": -1}], "train: .*weight of c must be > 0"),
+        ("eval.cache", "no/such", "train.eval.cache: no/such is no cache"),
         ("student.path", "/no/such/student", "/no/such/student is not there"),
     ],
 )
@@ -78,6 +87,57 @@ def test_a_training_that_cannot_be_is_refused_before_the_dump(
     """Its block is read as the command reads it, before anything is sampled."""
     with pytest.raises(ValueError, match=message):
         check(RoundsConfig(**changed(config, "train", path, value)))
+
+
+def test_what_a_round_s_cache_will_lack_is_told_before_it_is_made(config: RoundsConfig) -> None:
+    """A kind that labels or draws cannot serve; a ratio to a sampler that is the teacher."""
+    for truncation, kind, message in (
+        ({"method": "label"}, "hinge", r"hinge compares several .*round's cache .*topk"),
+        ({"method": "sample", "draws": 5}, "rkl", r"a round's cache .*5 draws.* not rkl"),
+    ):
+        dump = {**config.dump, "truncation": truncation}
+        train = {**config.train, "loss": {"kind": kind}}
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(config, dump=dump, train=train))
+    train = {**config.train, "loss": {"kind": "opd", "clip": 0.2}}
+    assert check(dataclasses.replace(config, train=train)).loss.clip == 0.2
+    with pytest.raises(ValueError, match=r"train.loss.clip needs .*first_sampler: teacher"):
+        check(dataclasses.replace(config, train=train, first_sampler="teacher"))
+
+
+def test_a_cache_of_the_mixture_that_lacks_what_its_loss_needs_is_named(
+    config: RoundsConfig, tmp_path: Path
+) -> None:
+    """Its temperature, or entries: read off its manifest before anything is sampled."""
+    warm, labels = str(tmp_path / "warm"), str(tmp_path / "labels")
+    for path, truncation in ((warm, Truncation(k=8)), (labels, Truncation(method="label", k=64))):
+        settings = caches.Settings(truncation=truncation, temperatures=(1.0,))
+        caches.write_cache(path, settings, caches.random_shards(settings, num_shards=1))
+    for cache, loss, message in (
+        (warm, {"temperature": 2.0}, r"temperature 2 is not stored in .*warm, which has 1\."),
+        (labels, {"kind": "logistic"}, r"logistic compares several .*labels holds"),
+        (warm, {"kind": "opd", "clip": 0.2}, r"opd with clip needs .*warm keeps none"),
+    ):
+        share = {"cache": cache, "weight": 1.0, "loss": loss}
+        with pytest.raises(ValueError, match=message):
+            check(RoundsConfig(**changed(config, "train", "mixture", [share])))
+
+
+def test_a_launcher_is_found_before_anything_runs(
+    config: RoundsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside this Python, whatever the path; one that is nowhere, or no words, is refused."""
+    monkeypatch.setenv("PATH", "")
+    words = training_words("accelerate launch --num_processes 2", Path("train.yaml"))
+    assert words[0] == str(Path(sys.executable).with_name("accelerate"))
+    assert words[1:] == [
+        *("launch", "--num_processes", "2"),
+        *("-m", "decant.student_train", "--config", "train.yaml"),
+    ]
+    with pytest.raises(ValueError, match="launcher: no-such is neither beside this Python"):
+        check(dataclasses.replace(config, launcher="no-such --option"))
+    with pytest.raises(ValueError, match=r"launcher .* is no command: No closing quotation"):
+        check(dataclasses.replace(config, launcher="torchrun 'x"))
 
 
 def test_numbers_out_of_range_are_refused(config: RoundsConfig) -> None:
@@ -163,5 +223,6 @@ def test_a_preset_is_told_whose_prefixes_a_round_has(config: RoundsConfig) -> No
 def test_the_example_is_taken() -> None:
     """All but its paths, which are the reader's."""
     (config,) = parse_config([RoundsConfig], ["--config", str(ROOT / "examples/train/rounds.yaml")])
-    config = dataclasses.replace(config, train={**config.train, "student": {"path": str(ROOT)}})
+    here = {"student": {"path": str(ROOT)}, "eval": {}}
+    config = dataclasses.replace(config, train={**config.train, **here})
     assert check(config).loss.kind == "rkl"

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from decant.student_train.rounds.config import RoundsConfig
 from decant.student_train.rounds.places import Places
 from decant.student_train.rounds.processes import PhaseFailed
 from decant.student_train.rounds.records import Round
+from decant.student_train.rounds.rehearse import rehearse
 from decant.student_train.rounds.run import run_rounds
 from tests.support import models
 from tests.support.commands import command, end_before
@@ -107,6 +109,22 @@ def test_each_round_trains_the_student_that_answered(
     assert [line["round"] for line in lines] == [1, 2]
     assert (output / "rounds.png").stat().st_size > 1000
     assert not list(output.glob("round-*/training/checkpoints"))
+
+
+def test_a_rehearsal_tells_what_a_round_costs(config: RoundsConfig) -> None:
+    """Answers, bytes, and the training tried on a few; nothing stays, and nothing is started."""
+
+    def ask(words: Sequence[str]) -> str:
+        result = command(words[2], *words[3:])
+        assert result.code == 0, result.stderr
+        return result.stdout
+
+    report = rehearse(dataclasses.replace(config, rounds=3, keep_rounds=2), ask)
+    assert re.search(r"^rounds +3, each:\nanswers +about 12, 1 to a prompt$", report, re.M), report
+    assert re.search(r"^ +[0-9.]+ MB of caches on disk, of 2 rounds$", report, re.M), report
+    assert f"{Places(Path(config.output), 1).cache}\n" in report
+    assert "steps        4 of 4 sequences" in report and "epoch" not in report
+    assert not Path(config.output).exists()
 
 
 def test_done_rounds_are_not_done_again(
@@ -260,6 +278,30 @@ def test_a_student_that_changed_since_is_refused(
     assert start.commands == ["train"]
 
 
+def test_a_student_that_never_answered_may_be_another_one(
+    config: RoundsConfig, student_path: Path, tmp_path: Path
+) -> None:
+    """One without a tokenizer is refused; mended, or another, the same command goes on with it."""
+    student = tmp_path / "student"
+    models.build_model(seed=6, num_hidden_layers=1).save_pretrained(student)
+    config = dataclasses.replace(
+        config, rounds=1, train={**config.train, "student": {"path": str(student)}}
+    )
+    start = Forked(lambda number, name: _fail if name == "train" else None)
+    with pytest.raises(PhaseFailed):
+        run_rounds(config, start)
+    assert "its tokenizer must lie beside its weights" in start.said[0]
+    models.build_tokenizer().save_pretrained(student)
+    with pytest.raises(PhaseFailed, match="the training of round 1"):
+        run_rounds(config, start)
+    assert start.commands == ["dump", "dump", "train"]
+    other = dataclasses.replace(
+        config, train={**config.train, "student": {"path": str(student_path)}}
+    )
+    with pytest.raises(ValueError, match=rf"began with the student {student}, .* {student_path} n"):
+        run_rounds(other, start)
+
+
 def test_a_round_without_an_accepted_sample_is_an_error(
     config: RoundsConfig, tmp_path: Path
 ) -> None:
@@ -286,6 +328,19 @@ def test_a_command_that_fails_is_named(config: RoundsConfig) -> None:
     with pytest.raises(PhaseFailed, match="the dump of round 1 of 2 ended with code 2"):
         run_rounds(bad, start)
     assert "nowhere.jsonl" in start.said[0]
+
+
+def test_a_launcher_that_fails_says_nothing_of_the_data(config: RoundsConfig) -> None:
+    """Its code 1 is that of any failure of its processes, ours would be damaged data."""
+    config = dataclasses.replace(config, rounds=1, launcher="accelerate launch")
+    start = Forked(lambda number, _: functools.partial(sys.exit, 1) if number == 2 else None)
+
+    def through(words: Sequence[str]) -> Any:
+        is_launched = words[1] == "launch"
+        return start([sys.executable, *words[2:]] if is_launched else words)
+
+    with pytest.raises(PhaseFailed, match="the training of round 1 of 1 ended with code 1"):
+        run_rounds(config, through)
 
 
 def test_a_teacher_that_is_gone_is_gone_on_with(

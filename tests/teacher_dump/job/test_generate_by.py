@@ -11,6 +11,7 @@ import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from decant.schemas import Truncation
@@ -133,6 +134,30 @@ def test_the_manifest_says_who_sampled(sampled: Path, student: Path, settings: D
     assert manifest.teacher.fingerprint != fingerprint
     of_run = change(settings, "source.generate.by", str(student.parent))
     assert dump(dataclasses.replace(of_run, output=str(sampled))).cache_id == manifest.cache_id
+
+
+def test_a_student_may_be_named_by_its_hub_id(
+    sampled: Path,
+    student: Path,
+    settings: DumpConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the hub's cache holds of it samples as its folder does, and is known by the id."""
+    repository, commit = tmp_path / "hub/models--some--student", "a" * 40
+    shutil.copytree(student, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = change(settings, "source.generate.by", "some/student")
+    dump(dataclasses.replace(config, output=str(tmp_path / "cache")))
+    assert responses(tmp_path / "cache") == responses(sampled)
+    assert rows(tmp_path / "cache") == rows(sampled)
+    sampler = CacheReader(tmp_path / "cache").manifest.source["sampler"]
+    known = CacheReader(sampled).manifest.source["sampler"]
+    assert sampler["path"] == "some/student"
+    assert sampler["fingerprint"] == known["fingerprint"]
 
 
 def test_an_interrupted_sampling_goes_on(
