@@ -27,7 +27,7 @@ SIZES = (
     (1_000_000_000, "100M<n<1B"),
 )
 MARKUP = re.compile(
-    r"[^0-9A-Za-z ,;/=%+.\u00a0-\U0010ffff-]|\bwww\.|(?<![0-9A-Za-z])-|-(?![0-9A-Za-z])"
+    r"[^0-9A-Za-z ,;/=%+.\u00a0-\U0010ffff-]|(?i:\bwww\.)|(?<![0-9A-Za-z])-|-(?![0-9A-Za-z])"
 )
 """Characters that Markdown or HTML could read as something else than themselves."""
 LONGEST = 200

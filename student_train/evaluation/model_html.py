@@ -1,10 +1,9 @@
 """What was found of models against a cache, as one page that opens from disk."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from decant.storage.inspect.examples import context_shown, shown
-from decant.storage.inspect.html import PAGE, STYLE
+from decant.storage.inspect.html import PAGE, STYLE, escape
 from decant.storage.inspect.svg import line_chart
 from decant.student_train.evaluation.model_report import ModelReport, ModelsReport, WorstTarget
 from decant.student_train.evaluation.model_text import head_of, notes_of, rows_of

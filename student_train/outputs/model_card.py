@@ -18,8 +18,8 @@ from decant.student_train.config.run import TrainConfig
 from decant.student_train.config.student import StudentConfig
 from decant.student_train.evaluation.heldout_sums import NUM_BINS
 
-PLAIN = re.compile(r"[\w./:@-]{0,200}", re.ASCII)
-"""What paths, hub ids and fingerprints are made of; none of it is markup."""
+PLAIN = re.compile(r"(?!.*(?://|www\.|\b_|_\b|__))[\w./:-]{0,200}", re.ASCII | re.IGNORECASE)
+"""What paths, hub ids and fingerprints are made of; none of it is markup or becomes a link."""
 MEANINGS = {
     "heldout_ce": "cross-entropy of the actual tokens, nats per token",
     "heldout_perplexity": "its exponential",

@@ -95,7 +95,11 @@ class Connection(web.RequestHandler):
         if not self._is_answering and not self._has_begun:
             self._has_begun = True
             self._wait(self._door.limits.client_seconds)
-        super().data_received(data)
+        try:
+            super().data_received(data)
+        except Exception as error:  # some versions of aiohttp let pass what is no URL or number
+            said = (str(error) or type(error).__name__).partition("\n")[0]
+            self._refuse(400, f"no request that can be read: {said}")
 
     def head_came(self) -> None:
         """From here on the time is the handler's."""

@@ -108,6 +108,14 @@ MALFORMED = {
     "two lengths": head(5, "Content-Length: 6"),
     "length and chunks": head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n",
     "bad chunks": b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+    "a chunk beyond 64 bits": b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"F" * 200
+    + b"\r\nx",
+    "two codings": head(5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked, gzip"),
+    "two hosts": head(0, "Host: i"),
+    "another version's greeting": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a folded field": head(0, " folded: x"),
+    "a bad port": head(0, method="GET", path="http://a:99999999/"),
     "a long line": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     "a long field": head(0, "X: " + "a" * 100_000),
     "many fields": head(0, *(f"X-{i}: 1" for i in range(2000))),
@@ -127,6 +135,25 @@ def test_malformed_http(server: Guarded, caplog: pytest.LogCaptureFixture, data:
     assert 400 <= status_of(answer) < 500
     assert str(status_of(answer)) in "".join(line[:3] for line in lines_of(caplog))
     assert is_served(server)
+
+
+ODD = {
+    "an older version": lambda data: data.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "an upgrade": lambda data: data.replace(
+        b"Host: h", b"Host: h\r\nConnection: Upgrade\r\nUpgrade: websocket"
+    ),
+    "a boundary": lambda data: data.replace(
+        b"Host: h", b"Host: h\r\nContent-Type: multipart/form-data; boundary=x"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_not_wanted_and_does_no_harm(server: Guarded, name: str) -> None:
+    """Is overlooked: the request is answered, and there is no second answer."""
+    body = request_of(server).to_bytes()
+    answer = said(server, ODD[name](head(len(body)) + body))
+    assert status_of(answer) == 200 and answer.count(b"HTTP/1.") == 1
 
 
 def header_of(server: Guarded, **changes: Any) -> dict[str, Any]:
