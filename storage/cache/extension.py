@@ -100,6 +100,9 @@ def move_in(store: Store, progress: Callable[[int, int], None] | None = None) ->
     if not manifest.is_final or manifest.records is None:
         raise FormatError(f"{extension.url} is not complete: run the command that fills it again")
     first = inherited(manifest)
+    for folder in (paths.SHARDS, paths.PLAN, paths.RECORDS):  # what a killed call left
+        store.remove_temporaries(folder)
+    store.remove_temporaries("", [paths.MANIFEST])
     published = read_manifest(store)
     if published.cache_id != manifest.cache_id:
         index = read_records(extension, manifest)

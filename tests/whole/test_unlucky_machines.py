@@ -66,11 +66,16 @@ def bench(machine: Machine, given: Given, tmp_path_factory: pytest.TempPathFacto
     return Bench(machine, given, tmp_path_factory.mktemp("bench"))
 
 
+def places(bench: Bench, scenario: Scenario, mode: Mode, trials: int) -> list[int]:
+    """At which calls of a scenario a misfortune strikes."""
+    known = bench.undisturbed(scenario).calls
+    return list(chosen(known, mode.kinds, round(trials * scenario.share), SEED))
+
+
 def problems(bench: Bench, scenario: Scenario, mode: Mode, trials: int) -> list[str]:
     """What is wrong with how a scenario takes a misfortune, at some of its calls."""
-    known = bench.undisturbed(scenario).calls
     wrong = []
-    for at in chosen(known, mode.kinds, round(trials * scenario.share), SEED):
+    for at in places(bench, scenario, mode, trials):
         wrong += bench.problems(scenario, bench.fault(mode.kinds, at, mode.how, **mode.more))
     return wrong
 
@@ -100,6 +105,22 @@ def test_no_refusal_at_any_call_is_a_loss(bench: Bench, name: str, mode: str):
 def test_no_kill_at_any_call_is_a_loss(bench: Bench, name: str):
     """Every command that writes, killed before calls from its first to its last."""
     assert problems(bench, BY_NAME[name], KILLED, KILLS) == []
+
+
+@pytest.mark.slow
+def test_the_calls_that_fail_are_many(bench: Bench):
+    """At least 300 that are refused and 200 before which the command is killed.
+
+    With `-rP` pytest shows the figures, also of those that were tried until here.
+    """
+    refused = sum(
+        len(places(bench, scenario, mode, OF_EACH_MODE))
+        for scenario in SCENARIOS
+        for mode in MODES.values()
+    )
+    killed = sum(len(places(bench, scenario, KILLED, KILLS)) for scenario in SCENARIOS)
+    print(f"chosen: {refused} refusals, {killed} kills; tried until here: {dict(bench.tried)}")
+    assert refused >= 300 and killed >= 200
 
 
 # Machines that are poor from the start.

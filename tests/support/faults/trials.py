@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ class Bench:
         self.folder, self.temporary = folder / "work", folder / "tmp"
         self._log = folder / "calls.txt"
         self._known: dict[str, Undisturbed] = {}
+        self.tried = Counter[str]()
+        """Faults so far, "killed" and "refused", and "missed": they were for a call too far."""
 
     def undisturbed(self, scenario: Scenario) -> Undisturbed:
         """What it gives, run once."""
         if scenario.name not in self._known:
             self._begin(scenario)
-            self._log.unlink(missing_ok=True)
-            result = self._run(scenario, self.fault(EVERYTHING, 0, KILL, log=str(self._log)))
+            result = self._run(scenario, self.fault(EVERYTHING, 0, KILL))
             assert result.code == 0, result
             self._known[scenario.name] = Undisturbed(
                 scenario.found(self.folder), names_in(self.folder), calls(self._log)
@@ -47,13 +49,18 @@ class Bench:
     def fault(self, kinds: Sequence[str], at: int, how: int, **more: Any) -> Fault:
         """One on the files that a scenario writes, temporary ones too."""
         under = (str(self.folder), str(self.temporary))
-        return Fault(under=under, kinds=tuple(kinds), at=at, how=how, **more)
+        log = str(self._log)
+        return Fault(under=under, kinds=tuple(kinds), at=at, how=how, log=log, **more)
 
     def problems(self, scenario: Scenario, fault: Fault) -> list[str]:
         """What is wrong with how a scenario takes a fault; nothing, it is to be hoped."""
         expected = self.undisturbed(scenario)
         self._begin(scenario)
         first = self._run(scenario, fault)
+        if len(calls(self._log)) < fault.at:
+            self.tried["missed"] += 1
+        else:
+            self.tried["killed" if fault.how == KILL else "refused"] += 1
         wrong = [] if fault.how == KILL and first.code == -9 else complaints(first)
         wrong += self._left(scenario, first, fault)
         again = self._run(scenario, None)
@@ -74,6 +81,7 @@ class Bench:
     def _run(self, scenario: Scenario, fault: Fault | None) -> Result:
         arguments = [str(word) for word in scenario.arguments(self.given, self.folder)]
         environment = {"TMPDIR": str(self.temporary)}
+        self._log.write_bytes(b"")
         return self.machine.run(arguments, fault, environment=environment)
 
     def _left(self, scenario: Scenario, result: Result, fault: Fault) -> list[str]:
