@@ -10,7 +10,7 @@ import xxhash
 
 from decant.schemas import CommitRecord, FormatError, Manifest, Rejected, ShardPlan
 from decant.schemas.manifest import MAX_LISTED
-from decant.storage.cache import paths
+from decant.storage.cache import kept_tokenizer, paths
 from decant.storage.cache.checks import check_rows, message_problems
 from decant.storage.cache.extension import moving, names_of
 from decant.storage.cache.reader import CacheReader
@@ -149,11 +149,13 @@ def _cache_problems(store: Store, reader: CacheReader) -> Iterator[str]:
             yield f"{where}: totals are not the sums over the records: {manifest.totals}"
         if manifest.rejected != tuple(islice(reader.rejected, MAX_LISTED)):
             yield f"{where}: rejected sequences are not those of the records"
-    pinned = {f"{paths.TOKENIZER}/{name}": of for name, of in manifest.tokenizer.files.items()}
-    pinned |= manifest.source.get("generated", {})
-    for path, expected in pinned.items():
+    tokenizer = {f"{paths.TOKENIZER}/{name}": of for name, of in manifest.tokenizer.files.items()}
+    for path, expected in (tokenizer | manifest.source.get("generated", {})).items():
         if not store.exists(path):
             yield f"{store.path(path)} is missing"
+        elif path in tokenizer and (size := store.size(path)) > kept_tokenizer.MAX_BYTES:
+            most = kept_tokenizer.MAX_BYTES
+            yield f"{store.path(path)} has {size} bytes, a tokenizer's file at most {most}"
         elif (found := store.hash(path)) != expected:
             yield f"{store.path(path)} is damaged: hash {found}, expected {expected}"
     known = {name(p.shard) for p in reader.plan for name in (paths.shard, paths.record)}

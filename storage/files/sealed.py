@@ -62,7 +62,7 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
     if again != raw:
         expected = xxhash.xxh3_128(canonical(value)).hexdigest()
         raise FormatError(
-            f"{where} is damaged: checksum {found} inside, its content gives {expected}"
+            f"{where} is damaged: checksum {str(found)[:32]!r} inside, its content gives {expected}"
         )
     return value
 

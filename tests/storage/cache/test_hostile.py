@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import xxhash
@@ -28,7 +31,7 @@ from decant.storage.hub.card import dataset_card
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head
 from decant.student_train.model.student import load_tokenizer
-from tests.support import ROOT, caches, hostile
+from tests.support import ROOT, bombs, caches, hostile
 
 TERMINAL = "\x1b[31m\x9b2J\u202e<script>alert(1)</script>"
 
@@ -168,6 +171,25 @@ def test_what_unpacks_without_end_is_refused(cache: Path, change: Callable[[Path
     assert re.search("nested deeper than 100|lines of at most|fields of ShardPlan", problem)
 
 
+def test_pages_that_hold_more_than_is_said_are_refused(cache: Path) -> None:
+    """A sample id of 64 MB in 20 KB for every row, and records whose footer lies."""
+    shard = pq.read_table(cache / paths.shard(0))
+    at = shard.schema.get_field_index("sample_id")
+    texts = pa.DictionaryArray.from_arrays(np.zeros(len(shard), np.int32), ["x" * (1 << 26)])
+    hostile.write_rows(cache, shard.set_column(at, shard.schema.field(at), texts))
+    (problem,) = [one for one in verify(cache).problems if "unpack" in one]
+    assert re.search(
+        r"part-000000\.parquet: column sample_id: \d+ values of up to 67108864", problem
+    )
+    with pytest.raises(FormatError, match="column sample_id"):
+        list(CacheReader(cache))
+    data = (cache / paths.RECORD_INDEX).read_bytes()
+    lie = bombs.lying(data, bombs.sizes(data)[1])
+    hostile.write_segment(cache, "records", lie, 2)
+    with pytest.raises(FormatError, match="column shard: its pages hold 2 values"):
+        CacheReader(cache)
+
+
 @pytest.mark.parametrize("name", [paths.MANIFEST, paths.RECORD_INDEX, paths.shard(0)])
 def test_only_regular_files_inside_are_opened(
     cache: Path, tmp_path: Path, name: str, soon: None
@@ -203,6 +225,33 @@ def test_a_changed_tokenizer_is_refused_by_all(cache: Path) -> None:
     ):
         with pytest.raises(FormatError, match=r"tokenizer\.json is damaged"):
             look()
+
+
+def test_a_tokenizer_of_a_terabyte_is_refused_by_its_size(cache: Path, soon: None) -> None:
+    """And not read to its end."""
+    os.truncate(cache / paths.TOKENIZER / "tokenizer.json", 1 << 40)
+    problems = verify(cache).problems
+    assert any("tokenizer.json has 1099511627776 bytes" in problem for problem in problems)
+    with pytest.raises(FormatError, match="more than the 268435456 bytes"):
+        load_tokenizer(CacheReader(cache))
+
+
+@pytest.mark.parametrize("checksum", ["\x1b" * 10**6, [["x" * 10**6]], None])
+def test_an_error_is_short_whatever_it_quotes(cache: Path, checksum: Any) -> None:
+    """A checksum of a megabyte."""
+    fields = {**hostile.read_manifest(cache), "checksum": checksum}
+    (cache / paths.MANIFEST).write_text(json.dumps(fields))
+    (problem,) = verify(cache).problems
+    assert "is damaged: checksum" in problem and len(problem) < 2000 and problem.isprintable()
+
+
+def test_other_columns_are_named_in_one_line(cache: Path) -> None:
+    """The first of them."""
+    other = pa.table({f"c{i}\n\x1b": [1, 2] for i in range(1000)})
+    hostile.write_segment(cache, "records", bombs.parquet(other), 2)
+    (problem, *_) = verify(cache).problems
+    assert "'shard': expected int64 not null, found none" in problem
+    assert len(problem) < 2000 and "\n" not in problem
 
 
 def planted(value: Any) -> Any:
