@@ -205,7 +205,8 @@ def _refuse_bad_entries(record: ForeignRecord, vocab_size: int) -> None:
     ids, used = record.token_ids, record.token_ids >= 0
     refuse(np.isnan(record.values), record.values, "is not a number: score this record again")
     refuse(np.isposinf(record.values), record.values, "is not a log prob: score this record again")
-    refuse(used & (ids >= vocab_size), ids, f"is not a token id, {expected_id(vocab_size)}")
+    bad = (ids >= vocab_size) | (~used & np.isfinite(record.values))
+    refuse(bad, ids, f"is not a token id, {expected_id(vocab_size)}")
     ordered = np.sort(ids, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     refuse(twice, ordered[:, 1:], "stands twice among the token ids: expected distinct ids")

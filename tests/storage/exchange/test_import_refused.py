@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
-from decant.storage.exchange.foreign import ForeignError
+from decant.storage.exchange.foreign import ForeignError, ForeignRecord, make_record
 from decant.storage.exchange.importing import import_cache
 from tests.support.foreign import (
     K,
@@ -173,3 +174,15 @@ def test_options_without_effect_are_errors(tmp_path: Path) -> None:
     rows = distillkit_rows(known_records())
     with pytest.raises(ForeignError, match=r"8 entries, fewer than --k 9: give --k 8 or less"):
         imported(tmp_path, rows, k=9)
+
+
+def test_a_negative_id_with_a_value_is_no_entry_that_is_not_there() -> None:
+    """From whatever file: it is named, and what has no value may have any filler."""
+
+    def record(ids: list[int], values: list[float]) -> ForeignRecord:
+        tokens = np.array([1, 2])
+        return make_record("f row 7", "a", tokens, 1, np.array([ids]), np.array([values]), V)
+
+    assert record([3, -1], [-0.5, -np.inf]).token_ids.tolist() == [[3, -1]]
+    with pytest.raises(ForeignError, match="f row 7, list 0: -5 is not a token id"):
+        record([3, -5], [-0.5, -1.0])
