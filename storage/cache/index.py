@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from decant.schemas import CommitRecord, FormatError, Rejected, Totals, from_json, to_json
 from decant.schemas.shards import OPTIONAL
 from decant.schemas.strict import LARGEST
-from decant.storage.cache.parquet import check_unpacked, reading
+from decant.storage.cache.pages import check_pages
+from decant.storage.cache.parquet import differences, reading
 
 _HASH = pa.binary(16)
 _RANGE = [("offset", pa.int64()), ("length", pa.int64()), ("xxh3_128", _HASH)]
@@ -146,8 +147,8 @@ class ShardIndex(Sequence[CommitRecord]):
                 raise FormatError(f"{where}: {file.metadata.num_rows} rows for {shards} shards")
             found = file.schema_arrow
             if not any(found.equals(schema) for schema in schemas):
-                raise FormatError(f"{where}: expected columns\n{schemas[0]}\nfound\n{found}")
-            check_unpacked(file.metadata, MAX_INDEX, where)
+                raise FormatError(f"{where}: columns: {differences(schemas[0], found)}")
+            check_pages(memoryview(data), 0, file.metadata, MAX_INDEX, where)
             table = file.read()
             table.validate(full=True)
         _check_columns(table, where)

@@ -90,21 +90,22 @@ def reading(what: str) -> Iterator[None]:
         raise FormatError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def check_unpacked(metadata: pq.FileMetaData, most: int, where: str, *groups: int) -> None:
-    """Raise FormatError if row groups of a footer, or all, would unpack to more than so many bytes.
+def differences(expected: pa.Schema, found: pa.Schema) -> str:
+    """In which columns two schemas differ, in one line; the first few."""
 
-    The stated sizes are what the pages may not exceed: each is a length in its header too.
-    """
-    total = 0
-    for i in groups or range(metadata.num_row_groups):
-        sizes = metadata.row_group(i)
-        for j in range(sizes.num_columns):
-            column = sizes.column(j)
-            if min(column.total_uncompressed_size, column.total_compressed_size) < 0:
-                raise FormatError(f"{where}: column {column.path_in_schema} has a size below 0")
-            total += column.total_uncompressed_size
-    if total > most:
-        raise FormatError(f"{where}: its columns would unpack to {total} bytes, at most {most}")
+    def kind(schema: pa.Schema, name: str) -> str:
+        at = schema.get_all_field_indices(name)
+        kinds = [str(schema.field(i)).partition(": ")[2] for i in at]
+        return " ".join(" and ".join(kinds).split())[:80] or "none"
+
+    names = dict.fromkeys([*expected.names, *found.names])
+    parts = [
+        f"{name[:80]!r}: expected {kind(expected, name)}, found {kind(found, name)}"
+        for name in names
+        if kind(expected, name) != kind(found, name)
+    ]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return "; ".join(parts[:3]) + more if parts else "other order or metadata of columns"
 
 
 class Window(io.RawIOBase):

@@ -25,7 +25,8 @@ from decant.storage.cache import rows as rows_codec
 from decant.storage.cache.checks import check_decoded, check_stored
 from decant.storage.cache.index import RowGroupRef, RowGroups, ShardIndex
 from decant.storage.cache.numbering import Numbering, from_footer
-from decant.storage.cache.parquet import Window, check_unpacked, reading
+from decant.storage.cache.pages import check_pages
+from decant.storage.cache.parquet import Window, differences, reading
 from decant.storage.cache.records import (
     Rewritten,
     committed_shards,
@@ -245,13 +246,14 @@ class CacheReader:
                 metadata=metadata,
                 pre_buffer=False,  # page checksums add nothing: `data` was hashed as a whole
             )
-            check_unpacked(metadata, MAX_UNPACKED, where, group.index)
+            whole = memoryview(data)
+            check_pages(whole, entry.data.offset, metadata, MAX_UNPACKED, where, group.index)
             table = file.read_row_group(group.index, use_threads=False)
             table.validate(full=True)
         if not table.schema.equals(self._schema) or len(table) != entry.rows:
             raise FormatError(
-                f"{where} row group {group.index}: expected {entry.rows} rows of\n{self._schema}\n"
-                f"found {len(table)} rows of\n{table.schema}"
+                f"{where} row group {group.index}: expected {entry.rows} rows, found {len(table)}; "
+                f"columns: {differences(self._schema, table.schema)}"
             )
         return table
 
@@ -302,7 +304,7 @@ class CacheReader:
         with reading(f"{where}: its schema"):
             schema = metadata.schema.to_arrow_schema()
         if not schema.equals(self._schema):
-            raise FormatError(f"{where}: expected columns\n{self._schema}\nfound\n{schema}")
+            raise FormatError(f"{where}: columns: {differences(self._schema, schema)}")
         columns = [metadata.row_group(i).num_columns for i in range(metadata.num_row_groups)]
         if any(count != len(schema) for count in columns):
             raise FormatError(f"{where}: row groups of {columns[:9]} columns, not {len(schema)}")

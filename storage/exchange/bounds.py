@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from decant.storage.cache.parquet import UNREADABLE
 from decant.storage.exchange.foreign import ForeignError
@@ -44,6 +45,24 @@ def read_whole(file: Path, most: int) -> bytes:
     if len(data) > most:
         raise ForeignError(f"{file} has more than the {most} bytes that it may have")
     return data
+
+
+class FileBytes:
+    """The bytes of an open file, read where they are asked for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Of a regular file."""
+        self._file = file.fileno()
+        self._size = os.fstat(self._file).st_size
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        """Some of them."""
+        start, stop, _ = part.indices(self._size)
+        return os.pread(self._file, stop - start, start)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from decant.schemas.strict import LARGEST
-from decant.storage.cache.parquet import UNREADABLE, check_unpacked
+from decant.storage.cache.pages import check_pages
+from decant.storage.cache.parquet import UNREADABLE
+from decant.storage.exchange.arrow_stream import unpacked_bytes
 from decant.storage.exchange.bounds import (
     MAX_DESCRIPTION,
     MAX_LINE,
     MAX_UNPACKED,
+    FileBytes,
     read_whole,
     regular,
 )
@@ -320,14 +323,21 @@ def token_list(where: str, name: str, value: Any) -> NDArray[np.int64]:
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     regular(file)
     if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as parquet:
-            for group in range(parquet.metadata.num_row_groups):
-                check_unpacked(parquet.metadata, MAX_UNPACKED, f"{file} row group {group}", group)
+        with pq.ParquetFile(file) as parquet, open(file, "rb") as source:
+            data = FileBytes(source)
+            for i in range(parquet.metadata.num_row_groups):
+                where = f"{file} row group {i}"
+                check_pages(data, 0, parquet.metadata, MAX_UNPACKED, where, i, strict=False)
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
                 batch.validate(full=True)
                 yield batch
     else:
         with pa.memory_map(str(file)) as source:
+            for number, size in enumerate(unpacked_bytes(source)):
+                if size > MAX_UNPACKED:
+                    what = f"{file}: batch {number} would unpack to {size} bytes"
+                    raise ForeignError(f"{what}, at most {MAX_UNPACKED}")
+            source.seek(0)
             for batch in pa.ipc.open_stream(source):
                 batch.validate(full=True)  # its offsets are the file's own
                 yield batch

@@ -32,6 +32,13 @@ class Histogram:
     edges: tuple[float, ...]
     counts: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless it can be drawn."""
+        if min(self.counts, default=0) < 0:
+            raise ValueError(f"counts must not be negative, found {min(self.counts)}")
+        if self.counts and len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.counts)} counts have {len(self.edges)} edges")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AtTemperature:

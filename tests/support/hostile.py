@@ -30,21 +30,27 @@ from decant.schemas.strict import canonical
 from decant.storage import CacheReader, Store, verify
 from decant.storage.cache import index as record_index
 from decant.storage.cache import paths, writer
+from decant.storage.cache.parquet import extent
 from decant.storage.files.sealed import SEAL, publish_json
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head, head_text
+from decant.storage.inspect.html import report_html
+from decant.storage.inspect.report import Report
 from decant.storage.inspect.text import report_text
-from tests.support import caches
+from tests.support import bombs, caches
 
 SETTINGS = caches.Settings(precision="compact", vocab_size=300)
 MEMORY = 1 << 31
 """Bytes of address space that reading a small cache may take beyond what is loaded."""
+LONGEST = 2000
+"""Characters of an error."""
 SECONDS = 10.0
 """That reading it may take, on a busy machine."""
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 255, 2**31, 2**40, 2**53 + 1, 2**63, -(2**63), 10**30),
     *(1.5, -0.5, 1e300, "", "x", "../../etc/passwd", "/etc/passwd", "a::b", "\x1b[31m<script>"),
     *("0" * 32, [], {}, [None], {"a": 1}, [[]]),
+    *(2**32, -(2**31), 5e-324, "\0", "x" * 200_000, json.loads("[" * 95 + "]" * 95), ["x"] * 9999),
 )
 DECODING = ("compact", "temperatures", "precision", "ids", "truncation", "format_version")
 """Fields of the manifest that say what the bytes mean: others of them are other values."""
@@ -132,6 +138,21 @@ def write_shard(cache: Path, data: bytes) -> None:
     write_records(cache, rows)
 
 
+def write_rows(cache: Path, table: pa.Table) -> None:
+    """The first shard, of other rows of the same sequences, stored without any bound."""
+    footer = pq.read_metadata(cache / paths.shard(0)).metadata
+    table = table.replace_schema_metadata(footer)
+    data = bombs.parquet(table, use_dictionary=["sample_id"], dictionary_pagesize_limit=1 << 30)
+    (start, end), size = extent(pq.read_metadata(pa.BufferReader(data)).row_group(0)), len(data)
+    rows = read_records(cache)
+    record, whole = rows[0], {"offset": start, "length": end - start, "xxh3_128": bytes(16)}
+    (group,) = record["row_groups"]
+    record["row_groups"] = [{**group, "data": whole}]
+    record["footer"]["offset"] = size - 8 - int.from_bytes(data[-8:-4], "little")
+    write_records(cache, rows)
+    write_shard(cache, data)
+
+
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every field and item, at every depth."""
     if at:
@@ -148,6 +169,29 @@ def put(value: Any, at: tuple[Any, ...], new: Any) -> Any:
     for key in at[:-1]:
         inner = inner[key]
     inner[at[-1]] = new
+    return whole
+
+
+def without(value: Any, at: tuple[Any, ...]) -> Any:
+    """A copy that lacks a field or an item."""
+    whole = copy.deepcopy(value)
+    inner = whole
+    for key in at[:-1]:
+        inner = inner[key]
+    del inner[at[-1]]
+    return whole
+
+
+def doubled(value: Any, at: tuple[Any, ...]) -> Any:
+    """A copy that has an item twice; of a field, under another name too."""
+    whole = copy.deepcopy(value)
+    inner = whole
+    for key in at[:-1]:
+        inner = inner[key]
+    if isinstance(inner, list):
+        inner.insert(at[-1], inner[at[-1]])
+    else:
+        inner[f"{at[-1]}2"] = inner[at[-1]]
     return whole
 
 
@@ -168,9 +212,12 @@ def looks(cache: Path) -> dict[str, Callable[[], Any]]:
             found.append((sequence.sample_id, sequence.input_ids.tobytes(), ids))
         return found
 
+    def shown(report: Report) -> tuple[str, str]:
+        return report_text(report), report_html(report)
+
     return {
         "verify": lambda: verify(cache),
-        "inspect": lambda: report_text(inspect(cache, workers=1, keep=True)),
+        "inspect": lambda: shown(inspect(cache, workers=1, keep=True)),
         "head": lambda: head_text(head(cache)),
         "rows": rows,
         "stream": stream,
@@ -186,6 +233,8 @@ def faults(cache: Path, what: str, expected: Any) -> Iterator[str]:
         except ValueError as error:
             if type(error) is UnicodeDecodeError or str(cache) not in str(error):
                 yield f"{what}: {name}: names no file: {error!r}\n{traceback.format_exc()}"
+            if len(str(error)) > LONGEST or "\n" in str(error):
+                yield f"{what}: {name}: no line of {LONGEST} characters: {str(error)[:4000]}"
         except BaseException:
             yield f"{what}: {name}: {traceback.format_exc()}"
         else:
@@ -217,6 +266,17 @@ def cases(cache: Path, generator: random.Random, count: int) -> Iterator[tuple[s
         for name, value, write in kinds
         for at in places(value)
         for new in VALUES
+        for keeps in [not (name == paths.MANIFEST and at[0] in DECODING)]
+    ]
+    every += [
+        (
+            f"{name} {at}: {change.__name__}",
+            lambda w=write, v=value, a=at, c=change: w(c(v, a)),
+            keeps,
+        )
+        for name, value, write in kinds
+        for at in places(value)
+        for change in (without, doubled)
         for keeps in [not (name == paths.MANIFEST and at[0] in DECODING)]
     ]
     yield from generator.sample(every, min(count, len(every)))

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import xxhash
@@ -28,7 +31,7 @@ from decant.storage.hub.card import dataset_card
 from decant.storage.inspect.collect import inspect
 from decant.storage.inspect.head import head
 from decant.student_train.model.student import load_tokenizer
-from tests.support import ROOT, caches, hostile
+from tests.support import ROOT, bombs, caches, hostile
 
 TERMINAL = "\x1b[31m\x9b2J\u202e<script>alert(1)</script>"
 
@@ -166,6 +169,25 @@ def test_what_unpacks_without_end_is_refused(cache: Path, change: Callable[[Path
     (problem,) = verify(cache).problems
     assert str(cache) in problem
     assert re.search("nested deeper than 100|lines of at most|fields of ShardPlan", problem)
+
+
+def test_pages_that_hold_more_than_is_said_are_refused(cache: Path) -> None:
+    """A sample id of 64 MB in 20 KB for every row, and records whose footer lies."""
+    shard = pq.read_table(cache / paths.shard(0))
+    at = shard.schema.get_field_index("sample_id")
+    texts = pa.DictionaryArray.from_arrays(np.zeros(len(shard), np.int32), ["x" * (1 << 26)])
+    hostile.write_rows(cache, shard.set_column(at, shard.schema.field(at), texts))
+    (problem,) = [one for one in verify(cache).problems if "unpack" in one]
+    assert re.search(
+        r"part-000000\.parquet: column sample_id: \d+ values of up to 67108864", problem
+    )
+    with pytest.raises(FormatError, match="column sample_id"):
+        list(CacheReader(cache))
+    data = (cache / paths.RECORD_INDEX).read_bytes()
+    lie = bombs.lying(data, bombs.sizes(data)[1])
+    hostile.write_segment(cache, "records", lie, 2)
+    with pytest.raises(FormatError, match="column shard: its pages hold 2 values"):
+        CacheReader(cache)
 
 
 @pytest.mark.parametrize("name", [paths.MANIFEST, paths.RECORD_INDEX, paths.shard(0)])

@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from decant.schemas import FormatError
+from decant.storage.cache.pages import check_pages
+from decant.storage.exchange.arrow_stream import unpacked_bytes
+from decant.storage.exchange.bounds import FileBytes
 from decant.storage.exchange.foreign import ForeignError
 from decant.storage.exchange.importing import import_cache
 from decant.storage.exchange.torch_files import read_tensors
-from tests.support import ROOT
+from tests.support import ROOT, bombs
 from tests.support.foreign import config, distillkit_rows, known_records, write
 
 MEMORY = 3 << 30
@@ -154,6 +159,38 @@ def test_offsets_of_an_arrow_stream_are_looked_at(tmp_path: Path) -> None:
     bad[1:] += 1 << 28
     source.write_bytes(data.replace(offsets, bad.tobytes()))
     refused(source, tmp_path, "distillkit", "cannot be read as an Arrow stream")
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_compressed_stream_is_weighed_before_it_is_unpacked(
+    tmp_path: Path, compression: str
+) -> None:
+    """It is read where it unpacks to what fits, and its own word is what is weighed."""
+    rows = distillkit_rows(known_records())
+    table = pa.Table.from_pylist([{**row, "zeros": [0] * 1000} for row in rows])
+    source = tmp_path / "dump.arrow"
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(str(source), table.schema, options=options) as stream:
+        stream.write_table(table)
+    import_cache(config(source), tmp_path / "good")
+    assert list(unpacked_bytes(pa.memory_map(str(source)))) > [8000 * len(rows)]
+    said, more = (8000 * len(rows)).to_bytes(8, "little"), (5 << 30).to_bytes(8, "little")
+    data = source.read_bytes()
+    assert said in data
+    source.write_bytes(data.replace(said, more))
+    refused(source, tmp_path, "distillkit", "batch 0 would unpack to 5")
+
+
+@pytest.mark.parametrize("name", bombs.BOMBS)
+def test_pages_of_parquet_are_weighed_before_they_are_unpacked(tmp_path: Path, name: str) -> None:
+    """In the file itself, whatever its footer says of them."""
+    source = tmp_path / "dump.parquet"
+    source.write_bytes(bombs.BOMBS[name]())
+    with (
+        open(source, "rb") as file,
+        pytest.raises(FormatError, match=r"values in|would unpack|by"),
+    ):
+        check_pages(FileBytes(file), 0, pq.read_metadata(source), 8 << 20, "x", strict=False)
 
 
 def zipped(pickled: bytes, method: int = zipfile.ZIP_STORED, storage: bytes = b"\0" * 64) -> bytes:
