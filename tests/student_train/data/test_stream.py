@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from decant.schemas import FormatError, Truncation
-from decant.storage import CacheReader
+from decant.storage import CacheReader, CacheWriter, Store
+from decant.storage.cache.records import Rewritten
+from decant.storage.cache.renewal import settle
 from decant.student_train import CacheStream
 from decant.student_train.data.batch import decode_compact
 from decant.student_train.data.heldout import heldout_batches
@@ -321,3 +325,56 @@ def test_a_state_goes_on_with_the_next_generation(
     caplog.clear()
     again.load_state_dict(older)
     assert not caplog.text
+
+
+def test_a_stream_beside_a_writer_has_one_generation_or_says_so(tmp_path: Path) -> None:
+    """Who trains while sequences are scored again sees all of one generation, or one line."""
+    shards = caches.random_shards(SETTINGS, num_shards=3, sequences=4)
+    url = tmp_path / "cache"
+
+    def score(writer: CacheWriter, lost: bool, again: bool) -> None:
+        for index in (0, 2) if again else range(3):
+            first, *rest = shards[index]
+            with writer.shard(index, replace=again) as shard:
+                if lost:
+                    shard.reject(first.sample_id, first.input_ids, first.is_target, "none")
+                for sequence in rest if lost else shards[index]:
+                    shard.write(sequence)
+        writer.finalize()
+
+    def score_again(lost: bool) -> None:
+        settle(Store(url), CacheWriter(url).manifest)
+        score(CacheWriter(url), lost, again=True)
+
+    def targets() -> list[tuple[list[str], int]]:
+        epoch = CacheStream(url, batch_size=1).one_epoch()
+        return [(list(batch.sample_ids), batch.num_targets) for batch in epoch]
+
+    score(caches.start_cache(url, SETTINGS, shards), lost=True, again=False)
+    known = [targets()]
+    score_again(lost=False)
+    known.append(targets())
+    assert known[0] != known[1]
+
+    end, failed = time.monotonic() + 2, []
+
+    def write() -> None:
+        try:
+            for number in itertools.count():
+                score_again(lost=number % 2 == 0)
+                if time.monotonic() > end:
+                    return
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    whole = 0
+    while thread.is_alive():
+        try:
+            assert targets() in known
+            whole += 1
+        except Rewritten as error:
+            assert "was rewritten while it was read" in str(error) and "\n" not in str(error)
+    thread.join()
+    assert whole and not failed, failed

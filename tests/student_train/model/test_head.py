@@ -55,6 +55,7 @@ def batch_for(vocab_size: int) -> Any:
         labels=torch.randint(0, vocab_size, (8,), generator=generator),
         targets_at=lambda temperature: targets,
         num_targets=8,
+        lam=None,
     )
 
 
