@@ -275,8 +275,8 @@ class Manifest:
         version = data.get("format_version") if isinstance(data, dict) else None
         if version not in range(1, FORMAT_VERSION + 1) or type(version) is not int:
             raise FormatError(
-                f"{where}: format_version {version!r} cannot be read; this release reads versions "
-                f"1 to {FORMAT_VERSION}. A newer cache needs a newer release of decant."
+                f"{where}: format_version {version!r:.60} cannot be read; this release reads "
+                f"versions 1 to {FORMAT_VERSION}. A newer cache needs a newer release of decant."
             )
         compact = data.get("precision") == "compact"
         code = to_json(VERSION_1_CODE) if compact else None

@@ -18,6 +18,8 @@ MAX_DEPTH = 100
 """Levels of lists and objects in a JSON file of a cache."""
 LARGEST = 2**53
 """Bound of every count, size and offset: what a double, and so any JSON reader, holds exactly."""
+FRONT, BACK = 5000, 500
+"""Characters of an error that quotes more: a path alone may have 4,096."""
 HASH = re.compile(r"[0-9a-f]{32}")
 """An xxh3_128."""
 NAME_PART = re.compile(r"(?!\.{1,2}$)[^/\\:*?\[\]\0]+")
@@ -25,6 +27,11 @@ NAME_PART = re.compile(r"(?!\.{1,2}$)[^/\\:*?\[\]\0]+")
 
 class FormatError(ValueError):
     """A file of the cache is not what the format says: names the file, expected and actual."""
+
+    def __init__(self, message: str) -> None:
+        """What it quotes may be of any length: the middle of a long message is left out."""
+        long = len(message) > FRONT + BACK
+        super().__init__(f"{message[:FRONT]} ... {message[-BACK:]}" if long else message)
 
 
 class UnfitError(FormatError):

@@ -42,7 +42,7 @@ from tests.support import bombs, caches
 SETTINGS = caches.Settings(precision="compact", vocab_size=300)
 MEMORY = 1 << 31
 """Bytes of address space that reading a small cache may take beyond what is loaded."""
-LONGEST = 2000
+LONGEST = 6000
 """Characters of an error."""
 SECONDS = 10.0
 """That reading it may take, on a busy machine."""
